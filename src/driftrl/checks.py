@@ -1,0 +1,70 @@
+"""Argument checks whose messages say what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """What a user handed in cannot be used; the command line prints it and exits with status 2."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the allowed name nearest to ``name``, or an empty string."""
+    close = get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``allowed``.
+
+    Raises:
+        InputError: otherwise, naming the allowed values and the nearest one.
+    """
+    options = list(allowed)
+    if value not in options:
+        listing = ", ".join(options)
+        raise InputError(f"{name}: expected one of {listing}; got {value!r}{nearest(str(value), options)}")
+    return value
+
+
+def has_shape(name: str, tensor: Tensor, shape: str) -> Tensor:
+    """Return ``tensor`` if its number of dimensions is that of ``shape``, written like ``"[P, N]"``.
+
+    Raises:
+        InputError: if it is no tensor, or its number of dimensions differs.
+    """
+    expected = shape.count(",") + 1 if shape.strip("[] ") else 0
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{name}: expected a tensor of shape {shape}; got {type(tensor).__name__}")
+    if tensor.dim() != expected:
+        raise InputError(f"{name}: expected shape {shape}; got {list(tensor.shape)}")
+    return tensor
+
+
+def is_finite(name: str, tensor: Tensor) -> Tensor:
+    """Return ``tensor`` if all its elements are finite.
+
+    Raises:
+        InputError: naming how many elements are not, and the index of the first.
+    """
+    bad = ~torch.isfinite(tensor)
+    if bool(bad.any()):
+        first = tuple(int(i) for i in bad.nonzero()[0])
+        raise InputError(f"{name}: {int(bad.sum())} of {tensor.numel()} values are not finite, first at {first}")
+    return tensor
+
+
+def at_least(name: str, value: float, minimum: float) -> float:
+    """Return ``value`` if it is at least ``minimum``.
+
+    Raises:
+        InputError: otherwise.
+    """
+    if not value >= minimum:
+        raise InputError(f"{name}: expected at least {minimum}; got {value}")
+    return value
