@@ -1,0 +1,110 @@
+"""Conditioning of the policy: noise on prompt embeddings, annealed along the denoising steps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from driftrl.checks import InputError, at_least, has_shape, one_of
+
+NOISE_SCHEDULES: tuple[str, ...] = ("linear", "constant", "cosine", "cads")
+
+
+def annealed_noise(  # noqa: PLR0917 (the published signature)
+    embeds: Tensor,
+    noise: Tensor,
+    timesteps: Tensor | float,
+    eta: float,
+    schedule: str = "linear",
+    num_train_timesteps: int = 1000,
+    *,
+    tau1: float = 0.6,
+    tau2: float = 0.9,
+    psi: float = 1.0,
+) -> Tensor:
+    """Prompt embeddings with noise that fades as the image takes shape: ``e + eta a(t) rms(e) noise``.
+
+    With ``s = t / num_train_timesteps``, ``a`` is ``s`` (``linear``), 1 (``constant``) or
+    ``(1 - cos(pi s)) / 2`` (``cosine``); rms is the root mean square of each sample's embedding over tokens
+    and channels, so that ``eta`` means the same for every text encoder.
+
+    ``cads`` is the rule of that paper instead: ``sqrt(g) e + eta sqrt(1 - g) noise`` with ``g`` rising
+    linearly from 0 at ``s >= tau2`` to 1 at ``s <= tau1``; brought back to the mean and standard deviation of
+    ``e`` and mixed in by the share ``psi``. There the embedding itself fades too, and the noise is not scaled
+    by the rms.
+
+    Args:
+        embeds: [N, L, D], the conditional branch only: unconditional embeddings stay clean.
+        noise: [N, L, D], standard normal, drawn once per candidate and used again in replay.
+        timesteps: [N] or one number, in training timesteps: 0 is clean, ``num_train_timesteps`` is noise.
+        eta: strength; DRIFT has 0.05. With 0 the embeddings are returned as they are, whatever the schedule.
+        schedule: one of ``NOISE_SCHEDULES``.
+        num_train_timesteps: length of the training schedule.
+        tau1: (cads) share of the schedule below which the embedding is clean.
+        tau2: (cads) share above which it is all noise.
+        psi: (cads) share of the rescaled embedding, 0 to 1.
+
+    Returns:
+        [N, L, D] in the dtype of ``embeds``; the arithmetic is float32 or better. ``a`` never leaves [0, 1],
+        even for timesteps outside the schedule.
+
+    Raises:
+        InputError: for shapes that do not agree, eta below 0, an unknown schedule, or CADS settings that are
+            not 0 <= tau1 < tau2 <= 1 and 0 <= psi <= 1.
+
+    Source: DRIFT (arXiv 2601.12401: annealed Gaussian noise on the embedding in training, eta = 0.05; scaling
+    by the rms and the linear schedule are ours). CADS: arXiv 2310.17347, section 3.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.conditioning import annealed_noise
+        >>> e, noise = torch.full((2, 1, 2), 3.0), torch.ones(2, 1, 2)
+        >>> annealed_noise(e, noise, torch.tensor([1000, 500]), eta=0.1)[:, 0]
+        tensor([[3.3000, 3.3000],
+                [3.1500, 3.1500]])
+    """
+    one_of("schedule", schedule, NOISE_SCHEDULES)
+    at_least("eta", eta, 0.0)
+    at_least("num_train_timesteps", num_train_timesteps, 1)
+    has_shape("embeds", embeds, "[N, L, D]")
+    if noise.shape != embeds.shape:
+        raise InputError(
+            f"noise: expected the shape of embeds, {list(embeds.shape)}; got {list(noise.shape)}"
+        )
+    if not (0.0 <= tau1 < tau2 <= 1.0 and 0.0 <= psi <= 1.0):
+        raise InputError(
+            f"tau1, tau2, psi: expected 0 <= tau1 < tau2 <= 1 and 0 <= psi <= 1; got {tau1}, {tau2}, {psi}"
+        )
+    dtype = torch.promote_types(embeds.dtype, torch.float32)
+    when = torch.as_tensor(timesteps, device=embeds.device).to(dtype)
+    if when.dim() > 1 or (when.dim() == 1 and when.shape[0] not in (1, embeds.shape[0])):
+        raise InputError(f"timesteps: expected a number or [{embeds.shape[0]}]; got {list(when.shape)}")
+    if eta == 0:
+        return embeds
+
+    share = (when / num_train_timesteps).clamp(0.0, 1.0).reshape(-1, 1, 1)
+    clean, draw = embeds.to(dtype), noise.to(device=embeds.device, dtype=dtype)
+    if schedule == "cads":
+        gamma = ((tau2 - share) / (tau2 - tau1)).clamp(0.0, 1.0)
+        noised = gamma.sqrt() * clean + eta * (1.0 - gamma).sqrt() * draw
+        return torch.lerp(noised, _with_moments_of(clean, noised), psi).to(embeds.dtype)
+    if schedule == "linear":
+        amount = share
+    elif schedule == "cosine":
+        amount = 0.5 - 0.5 * (math.pi * share).cos()
+    else:
+        amount = torch.ones_like(share)
+    rms = clean.square().mean(dim=(1, 2), keepdim=True).sqrt()
+    return (clean + eta * amount * rms * draw).to(embeds.dtype)
+
+
+def _with_moments_of(target: Tensor, values: Tensor) -> Tensor:
+    """``values`` moved and scaled to each sample's mean and standard deviation of ``target``."""
+    dims = (1, 2)
+    centred = values - values.mean(dim=dims, keepdim=True)
+    std = centred.square().mean(dim=dims, keepdim=True).sqrt()
+    target_mean = target.mean(dim=dims, keepdim=True)
+    target_std = (target - target_mean).square().mean(dim=dims, keepdim=True).sqrt()
+    return centred * (target_std / std.clamp(min=torch.finfo(std.dtype).tiny)) + target_mean

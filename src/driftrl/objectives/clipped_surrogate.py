@@ -1,0 +1,71 @@
+"""The clipped surrogate of PPO, for pairs of a candidate and a denoising step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from driftrl.checks import InputError, has_shape
+
+
+class ClippedSurrogate(NamedTuple):
+    """Loss of each pair, and what to watch: scalar tensors without gradient, left on their device."""
+
+    loss: Tensor
+    """[B]: to be averaged and minimised."""
+    ratio_mean: Tensor
+    """Mean of pi_new / pi_old; 1 for an untouched policy."""
+    clip_fraction: Tensor
+    """Share of pairs whose ratio lies outside 1 +- clip_range."""
+    approx_kl: Tensor
+    """Half the mean squared log-ratio: KL(old || new) to second order, in nats per latent dimension squared
+    because log-probabilities are means over dimensions; a measure of drift, not a KL of the trajectories."""
+
+
+def clipped_surrogate(
+    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float = 1e-4
+) -> ClippedSurrogate:
+    """``loss = max(-A r, -A clip(r, 1 - c, 1 + c))`` with ``r = exp(log_prob - old_log_prob)``.
+
+    The gradient of a pair is ``-A r grad log_prob``, or zero once its ratio has left the clip range in the
+    direction that the advantage asks for.
+
+    Args:
+        log_prob: [B], of the policy being trained, with gradient; the **mean** over latent dimensions (see
+            ``driftrl.transitions.gaussian``). The clip range belongs to that convention.
+        old_log_prob: [B], of the policy that drew the samples; no gradient flows into it.
+        advantages: [B]; no gradient flows into them.
+        clip_range: c, above 0.
+
+    Returns:
+        Loss per pair and diagnostics.
+
+    Raises:
+        InputError: if the shapes do not agree or ``clip_range`` is not above 0.
+
+    Source: PPO (arXiv 1707.06347, eq. 7); clip range 1e-4 from DDPO (arXiv 2305.13301).
+
+    Example:
+        >>> import torch
+        >>> from driftrl.objectives.clipped_surrogate import clipped_surrogate
+        >>> clipped_surrogate(torch.zeros(2), torch.zeros(2), torch.tensor([1.0, -2.0])).loss
+        tensor([-1.,  2.])
+    """
+    if not clip_range > 0:
+        raise InputError(f"clip_range: expected more than 0; got {clip_range}")
+    has_shape("log_prob", log_prob, "[B]")
+    for name, other in (("old_log_prob", old_log_prob), ("advantages", advantages)):
+        if other.shape != log_prob.shape:
+            raise InputError(
+                f"{name}: expected the shape of log_prob, {list(log_prob.shape)}; got {list(other.shape)}"
+            )
+    weights = advantages.detach()
+    log_ratio = log_prob - old_log_prob.detach()
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    loss = torch.maximum(-weights * ratio, -weights * clipped)
+    with torch.no_grad():
+        outside = ((ratio - 1.0).abs() > clip_range).to(loss.dtype).mean()
+        return ClippedSurrogate(loss, ratio.mean(), outside, 0.5 * log_ratio.square().mean())

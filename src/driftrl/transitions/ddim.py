@@ -1,0 +1,175 @@
+"""DDIM with noise, as a Gaussian policy: mean and standard deviation of x_{t-1} given x_t.
+
+Source: Song, Meng and Ermon (ICLR 2021, arXiv 2010.02502), eq. 12 (the step) and eq. 16 (its noise).
+Equal to ``diffusers.DDIMScheduler.step`` with ``clip_sample=False`` and ``thresholding=False``.
+
+``a_t`` below is the cumulative product that diffusers calls ``alphas_cumprod[t]``: the signal's share of the
+variance of ``x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from driftrl.checks import InputError, at_least, has_shape, one_of
+
+PREDICTION_TYPES: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
+
+
+class DDIMTables(NamedTuple):
+    """What a whole sampling schedule needs, one entry per step, in the order of sampling.
+
+    Index with a tensor of step numbers to get each sample's values without asking the host.
+    """
+
+    timesteps: Tensor
+    """int64 [T]: what the network is told."""
+    alpha: Tensor
+    """[T]: a_t before the step."""
+    alpha_prev: Tensor
+    """[T]: a_t after it; 1 means a clean image."""
+    std: Tensor
+    """[T]: sigma_t of eq. 16."""
+    scored: Tensor
+    """bool [T]: sigma_t > 0. Steps without noise have no density and never enter the objective."""
+
+
+def ddim_tables(
+    alphas_cumprod: Tensor,
+    timesteps: Tensor,
+    final_alpha_cumprod: Tensor | float,
+    eta: float = 1.0,
+    prediction_type: str = "epsilon",
+) -> DDIMTables:
+    """Look up a schedule once, in float64 (float32 on MPS), so that sampling makes no host look-ups.
+
+    As in diffusers, the step from timestep t ends ``len(alphas_cumprod) // len(timesteps)`` training steps
+    earlier (not at the next timestep of the list, which differs for trailing spacing where the division
+    leaves a remainder), and past the end at ``final_alpha_cumprod``.
+
+    Args:
+        alphas_cumprod: [T_train], from the scheduler.
+        timesteps: whole numbers [T], descending, from ``scheduler.set_timesteps``: all of them.
+        final_alpha_cumprod: 1 with ``set_alpha_to_one``, else ``alphas_cumprod[0]``.
+        eta: 0 for the deterministic sampler, 1 for the noise of DDPM.
+        prediction_type: one of ``PREDICTION_TYPES``, to refuse what cannot work.
+
+    Returns:
+        The tables, on the device of ``alphas_cumprod``.
+
+    Raises:
+        InputError: for wrong shapes, timesteps out of range, eta below 0, or epsilon prediction on a
+            schedule that starts at a_t = 0, where the noise says nothing about the image.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.transitions.ddim import ddim_tables
+        >>> tables = ddim_tables(torch.tensor([0.9, 0.6, 0.3, 0.1]), torch.tensor([2, 0]), 1.0)
+        >>> tables.alpha_prev.tolist()[1], tables.std.tolist()[1], tables.scored.tolist()
+        (1.0, 0.0, [True, False])
+    """
+    one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+    at_least("eta", eta, 0.0)
+    has_shape("alphas_cumprod", alphas_cumprod, "[T_train]")
+    has_shape("timesteps", timesteps, "[T]")
+    steps, trained = timesteps.shape[0], alphas_cumprod.shape[0]
+    if not 1 <= steps <= trained:
+        raise InputError(f"timesteps: expected 1 to {trained} of them; got {steps}")
+    device = alphas_cumprod.device
+    times = timesteps.to(device=device, dtype=torch.int64)
+    if bool((times < 0).any()) or bool((times >= trained).any()):
+        raise InputError(
+            f"timesteps: expected 0 to {trained - 1}; got {int(times.min())} to {int(times.max())}"
+        )
+
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    table = alphas_cumprod.to(wide)
+    final = torch.as_tensor(final_alpha_cumprod, dtype=wide, device=device)
+    previous = times - trained // steps
+    alpha = table[times]
+    alpha_prev = torch.where(previous >= 0, table[previous.clamp(min=0)], final)
+    if prediction_type == "epsilon" and bool((alpha <= 0).any()):
+        raise InputError(
+            "prediction_type: 'epsilon' cannot start from a schedule with zero terminal signal "
+            "(alphas_cumprod reaches 0); use 'v_prediction' or 'sample'"
+        )
+    std = eta * _variance(alpha, alpha_prev).sqrt()
+    return DDIMTables(times, alpha, alpha_prev, std, std > 0)
+
+
+def ddim_transition(  # noqa: PLR0917 (one per symbol of the equation)
+    model_output: Tensor,
+    x_t: Tensor,
+    alpha_t: Tensor,
+    alpha_prev: Tensor,
+    eta: float = 1.0,
+    prediction_type: str = "epsilon",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and standard deviation of x_{t-1} given x_t, and the predicted clean latent.
+
+    ``mean = sqrt(a_prev) x0 + sqrt(1 - a_prev - std^2) eps`` (eq. 12) and
+    ``std = eta sqrt((1 - a_prev) / (1 - a_t)) sqrt(1 - a_t / a_prev)`` (eq. 16). The coefficients are
+    computed in float64 and then cast; the rest is float32, or float64 if ``x_t`` or ``model_output`` is.
+
+    Args:
+        model_output: [N, ...], what the network says, after guidance.
+        x_t: [N, ...].
+        alpha_t: [N], a_t of each sample (from ``DDIMTables.alpha``); in (0, 1), or 0 for v- and
+            sample-prediction.
+        alpha_prev: [N], from ``DDIMTables.alpha_prev``; in [a_t, 1].
+        eta: scale of the noise, at least 0.
+        prediction_type: whether ``model_output`` is the noise (``epsilon``), the clean latent (``sample``) or
+            ``v = sqrt(a) noise - sqrt(1 - a) x0`` (``v_prediction``).
+
+    Returns:
+        ``(mean [N, ...], std [N, 1, ..., 1], x0 [N, ...])``. ``std`` is exactly 0 where ``alpha_prev`` is 1.
+
+    Raises:
+        InputError: for shapes that do not agree, eta below 0, or an unknown prediction type.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.transitions.ddim import ddim_transition
+        >>> a_t, a_prev = torch.tensor([0.5]), torch.tensor([1.0])
+        >>> mean, std, x0 = ddim_transition(torch.zeros(1, 2), torch.ones(1, 2), a_t, a_prev)
+        >>> mean, std
+        (tensor([[1.4142, 1.4142]]), tensor([[0.]]))
+    """
+    one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+    at_least("eta", eta, 0.0)
+    if x_t.dim() < 1 or model_output.shape != x_t.shape:
+        raise InputError(
+            f"model_output: expected the shape of x_t, {list(x_t.shape)}; got {list(model_output.shape)}"
+        )
+    for name, alpha in (("alpha_t", alpha_t), ("alpha_prev", alpha_prev)):
+        if alpha.shape != x_t.shape[:1]:
+            raise InputError(f"{name}: expected one per sample, [{x_t.shape[0]}]; got {list(alpha.shape)}")
+    dtype = torch.promote_types(torch.promote_types(x_t.dtype, model_output.dtype), torch.float32)
+    wide = torch.float32 if x_t.device.type == "mps" else torch.float64
+    a = alpha_t.to(device=x_t.device, dtype=wide)
+    a_prev = alpha_prev.to(device=x_t.device, dtype=wide)
+    variance = eta**2 * _variance(a, a_prev)
+
+    def per_sample(coefficient: Tensor) -> Tensor:
+        return coefficient.to(dtype).view(-1, *[1] * (x_t.dim() - 1))
+
+    x, out = x_t.to(dtype), model_output.to(dtype)
+    signal, noise = per_sample(a.sqrt()), per_sample((1 - a).sqrt())
+    if prediction_type == "epsilon":
+        x0, eps = (x - noise * out) / signal, out
+    elif prediction_type == "sample":
+        x0, eps = out, (x - signal * out) / noise
+    else:
+        x0, eps = signal * x - noise * out, signal * out + noise * x
+    # Rounding may push 1 - a_prev - variance just below zero where there is no room for a direction.
+    direction = per_sample((1 - a_prev - variance).clamp(min=0).sqrt())
+    mean = per_sample(a_prev.sqrt()) * x0 + direction * eps
+    return mean, per_sample(variance.sqrt()), x0
+
+
+def _variance(alpha: Tensor, alpha_prev: Tensor) -> Tensor:
+    """sigma_t^2 of eq. 16 at eta = 1; clamped, for schedules whose neighbouring entries are equal."""
+    return ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).clamp(min=0)
