@@ -22,9 +22,9 @@ def flow_sde_transition(
     With ``sigma_t = noise_level sqrt(t / (1 - t))`` and ``dt = t_prev - t < 0``:
     ``mean = x_t + (v + sigma_t^2 / (2 t) (x_t + (1 - t) v)) dt`` and ``std = sigma_t sqrt(-dt)``.
 
-    At t = 1, where sigma_t is infinite, ``1 - t_prev`` takes the place of ``1 - t`` inside sigma_t only, as in
-    Flow-GRPO's code (there written as the second entry of the schedule, which is the same number, since t = 1
-    is its first). A first step all the way from 1 to 0 would still be infinite and has no remedy here.
+    At t = 1, where sigma_t is infinite, ``1 - t_prev`` takes the place of ``1 - t`` inside sigma_t only, as
+    in Flow-GRPO's code (there written as the second entry of the schedule, which is the same number, since
+    t = 1 is its first).
     Note that the last step (``t_prev = 0``) does add noise, unlike DDIM with a final alpha of 1: images drawn
     with few steps are a little grainy. CPS below has neither fault.
 
@@ -48,7 +48,7 @@ def flow_sde_transition(
         >>> import torch
         >>> from driftrl.transitions.flow_sde import flow_sde_transition
         >>> t, t_prev = torch.tensor([0.5]), torch.tensor([0.25])
-        >>> mean, std, x0 = flow_sde_transition(torch.ones(1, 2), torch.ones(1, 2), t, t_prev, noise_level=1.0)
+        >>> mean, std, x0 = flow_sde_transition(torch.ones(1, 2), torch.ones(1, 2), t, t_prev, 1.0)
         >>> mean, std, x0
         (tensor([[0.3750, 0.3750]]), tensor([[0.5000]]), tensor([[0.5000, 0.5000]]))
     """
