@@ -1,0 +1,59 @@
+"""The closed-form KL against torch.distributions, Monte Carlo through log_prob, and autograd."""
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from driftrl.checks import InputError
+from driftrl.objectives.kl import kl_equal_variance
+from driftrl.transitions.gaussian import log_prob, sample
+
+
+def _normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (3, 2, 4, 4)])
+def test_equals_torch_distributions(shape):
+    mean, ref, std = _normal(*shape, seed=0), _normal(*shape, seed=1), torch.tensor([0.1, 1.0, 3.0]).double()
+    wide = std.view(-1, *[1] * (len(shape) - 1))
+    expected = kl_divergence(Normal(mean, wide), Normal(ref, wide)).reshape(3, -1).mean(dim=1)
+    for form in (std, wide):
+        torch.testing.assert_close(kl_equal_variance(mean, ref, form), expected)
+    torch.testing.assert_close(
+        kl_equal_variance(mean, ref, torch.tensor(0.5).double()),
+        kl_divergence(Normal(mean, 0.5), Normal(ref, 0.5)).reshape(3, -1).mean(dim=1),
+    )
+
+
+def test_is_the_expected_log_ratio_under_the_same_convention():
+    mean, ref, std = torch.zeros(1, 400_000).double(), torch.full((1, 400_000), 0.3).double(), 0.5
+    x = sample(mean, std, _normal(1, 400_000, seed=2))
+    estimate = log_prob(x, mean, std) - log_prob(x, ref, std)
+    # The log-ratio has standard deviation 0.3 / 0.5 per draw: standard error 0.001.
+    torch.testing.assert_close(
+        estimate, kl_equal_variance(mean, ref, torch.tensor([std])), rtol=0, atol=0.005
+    )
+
+
+def test_gradient_flows_through_the_policy_mean_only():
+    mean, ref = _normal(2, 3, seed=0).requires_grad_(), _normal(2, 3, seed=1).requires_grad_()
+    std = torch.tensor([0.4, 2.0], dtype=torch.float64, requires_grad=True)
+    kl_equal_variance(mean, ref, std).sum().backward()
+    torch.testing.assert_close(mean.grad, (mean - ref).detach() / std.detach()[:, None] ** 2 / 3)
+    assert ref.grad is None
+    assert std.grad is None
+    assert torch.autograd.gradcheck(lambda m: kl_equal_variance(m, ref, std), mean)
+
+
+def test_zero_for_the_reference_itself_and_float32_for_half():
+    mean = _normal(2, 3, seed=0).bfloat16()
+    assert kl_equal_variance(mean, mean, torch.tensor([0.1])).tolist() == [0.0, 0.0]
+    assert kl_equal_variance(mean, mean, torch.tensor([0.1]).bfloat16()).dtype == torch.float32
+
+
+def test_refuses_shapes_that_do_not_agree():
+    with pytest.raises(InputError, match="mean_ref"):
+        kl_equal_variance(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2))
+    with pytest.raises(InputError, match="std"):
+        kl_equal_variance(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(3))

@@ -1,0 +1,119 @@
+"""Noise on prompt embeddings: each schedule's values, its strength, CADS, and its gradient."""
+
+import math
+
+import pytest
+import torch
+
+from driftrl.checks import InputError
+from driftrl.conditioning import NOISE_SCHEDULES, annealed_noise
+
+
+def _normal(*shape: int, seed: int, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+E = _normal(3, 5, 7, seed=0) * torch.tensor([1.0, 10.0, 0.1], dtype=torch.float64)[:, None, None] + 0.2
+NOISE = _normal(3, 5, 7, seed=1)
+TIMES = torch.tensor([1000, 250, 0])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "amounts"),
+    [
+        ("linear", [1.0, 0.25, 0.0]),
+        ("constant", [1.0, 1.0, 1.0]),
+        ("cosine", [1.0, (1 - math.cos(math.pi / 4)) / 2, 0.0]),
+    ],
+)
+def test_adds_eta_times_schedule_times_rms(schedule, amounts):
+    got = annealed_noise(E, NOISE, TIMES, 0.05, schedule)
+    for i, amount in enumerate(amounts):
+        rms = math.sqrt(float((E[i] ** 2).sum()) / 35)
+        torch.testing.assert_close(got[i], E[i] + 0.05 * amount * rms * NOISE[i])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_fades_to_nothing_without_ever_growing(schedule):
+    times = torch.arange(1000, -1, -50)
+    embeds, noise = E[:1].expand(len(times), -1, -1), NOISE[:1].expand(len(times), -1, -1)
+    size = (annealed_noise(embeds, noise, times, 0.3, schedule) - embeds).norm(dim=(1, 2))
+    assert bool((size.diff() < 0).all())
+    assert torch.equal(annealed_noise(E, NOISE, 0, 0.3, schedule), E)
+
+
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+def test_zero_strength_returns_the_embeddings_exactly(schedule):
+    assert torch.equal(annealed_noise(E, NOISE, TIMES, 0.0, schedule), E)
+
+
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+def test_one_timestep_for_all_or_one_each(schedule):
+    for one in (400, 400.0, torch.tensor(400), torch.tensor([400])):
+        torch.testing.assert_close(
+            annealed_noise(E, NOISE, one, 0.1, schedule),
+            annealed_noise(E, NOISE, torch.tensor([400, 400, 400]), 0.1, schedule),
+        )
+
+
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+def test_samples_do_not_influence_each_other(schedule):
+    together = annealed_noise(E, NOISE, TIMES, 0.1, schedule)
+    for i in range(3):
+        alone = annealed_noise(E[i : i + 1], NOISE[i : i + 1], TIMES[i : i + 1], 0.1, schedule)
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+def test_other_training_lengths_and_times_outside_the_schedule():
+    torch.testing.assert_close(
+        annealed_noise(E, NOISE, 20, 0.1, num_train_timesteps=40), annealed_noise(E, NOISE, 500, 0.1)
+    )
+    assert torch.equal(annealed_noise(E, NOISE, 1500, 0.1), annealed_noise(E, NOISE, 1000, 0.1))
+
+
+def test_cads_is_the_papers_rule():
+    tau1, tau2, strength = 0.5, 0.9, 0.25
+    for t, gamma in ((400, 1.0), (500, 1.0), (700, 0.5), (900, 0.0), (1000, 0.0)):
+        plain = math.sqrt(gamma) * E + strength * math.sqrt(1 - gamma) * NOISE
+        got = annealed_noise(E, NOISE, t, strength, "cads", tau1=tau1, tau2=tau2, psi=0.0)
+        torch.testing.assert_close(got, plain)
+        rescaled = annealed_noise(E, NOISE, t, strength, "cads", tau1=tau1, tau2=tau2, psi=1.0)
+        z = (plain - plain.mean((1, 2), keepdim=True)) / plain.std((1, 2), keepdim=True)
+        torch.testing.assert_close(rescaled, z * E.std((1, 2), keepdim=True) + E.mean((1, 2), keepdim=True))
+        mixed = annealed_noise(E, NOISE, t, strength, "cads", tau1=tau1, tau2=tau2, psi=0.3)
+        torch.testing.assert_close(mixed, 0.3 * rescaled + 0.7 * plain)
+
+
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+def test_gradient_reaches_embeddings_and_noise(schedule):
+    embeds, noise = _normal(2, 2, 3, seed=2).requires_grad_(), _normal(2, 2, 3, seed=3).requires_grad_()
+    times = torch.tensor([800, 300])
+    assert torch.autograd.gradcheck(lambda e, n: annealed_noise(e, n, times, 0.2, schedule), (embeds, noise))
+
+
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+def test_half_precision_keeps_its_dtype_and_rounds_once(schedule):
+    embeds = E.bfloat16()
+    got = annealed_noise(embeds, NOISE.float(), TIMES, 0.1, schedule)
+    assert got.dtype == torch.bfloat16
+    exact = annealed_noise(embeds.float(), NOISE.float(), TIMES, 0.1, schedule)
+    assert torch.equal(got, exact.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"embeds": torch.zeros(2, 3)}, r"\[N, L, D\]"),
+        ({"noise": torch.zeros(3, 5, 6)}, "noise"),
+        ({"timesteps": torch.zeros(2)}, "timesteps"),
+        ({"eta": -0.1}, "eta"),
+        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps"),
+        ({"tau1": 0.9, "tau2": 0.6}, "tau1"),
+        ({"psi": 2.0}, "psi"),
+    ],
+)
+def test_refuses_what_it_cannot_use(change, says):
+    arguments = {"embeds": E, "noise": NOISE, "timesteps": TIMES, "eta": 0.1} | change
+    with pytest.raises(InputError, match=says):
+        annealed_noise(**arguments)
