@@ -61,8 +61,8 @@ def train(
 ) -> tuple[Tensor, Tensor]:
     """Train and return the policy's mean and std after every iteration, each [iterations + 1, D].
 
-    ``penalty='reward'`` subtracts ``beta`` times the log-ratio to the reference from the reward: both mean and
-    std learn. That ratio is a mean over D dimensions, so the KL itself is weighed by ``beta / D``.
+    ``penalty='reward'`` subtracts ``beta`` times the log-ratio to the reference from the reward: both mean
+    and std learn. That ratio is a mean over D dimensions, so the KL itself is weighed by ``beta / D``.
     ``penalty='loss'`` adds ``beta`` times the closed-form KL to the loss, as the trainer does: that KL is for
     equal variances, so only the mean learns. Surrogate and KL are both means there, so ``beta`` is ``beta``.
     """
