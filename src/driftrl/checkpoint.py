@@ -1,0 +1,140 @@
+"""Checkpoints: adapter, optimiser and position as safetensors and JSON, whole or absent.
+
+Noise is keyed by iteration, so there is no generator state to keep: the position is the state.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from driftrl.checks import InputError
+from driftrl.files import new_folder, read_json, sha256, write_json
+from driftrl.types import Policy
+
+FORMAT = 1
+
+
+class CheckpointWarning(UserWarning):
+    """A damaged checkpoint was passed over."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands."""
+
+    iteration: int
+    """Iterations that are done."""
+
+
+def versions() -> dict[str, str]:
+    """What a result may depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("driftrl", "torch", "diffusers", "transformers", "peft", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, position: Position) -> Path:
+    """Write ``folder/000050`` for iteration 50, and return it; on any failure nothing is left behind."""
+    from safetensors.torch import save_file
+
+    path = folder / f"{position.iteration:06d}"
+    with new_folder(path) as place:
+        policy.save_adapter(place)
+        names = [name for name, _ in policy.named_parameters()]
+        tensors = {
+            f"{name}/{key}": value.detach().cpu().contiguous()
+            for name, parameter in zip(names, policy.parameters(), strict=True)
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, torch.Tensor)
+        }
+        tensors |= {f"{name}/value": p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
+        save_file(tensors, place / "training.safetensors")
+        write_json(place / "state.json", {"iteration": position.iteration, "versions": versions()})
+        files = {f.name: sha256(f) for f in sorted(place.iterdir())}
+        write_json(place / "manifest.json", {"format": FORMAT, "files": files})
+    return path
+
+
+def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None = None) -> Position:
+    """Read a checkpoint into the policy's adapter and the optimiser.
+
+    Raises:
+        InputError: if it is damaged or does not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    problem = damage(path)
+    if problem:
+        raise InputError(f"{path}: {problem}")
+    try:
+        tensors = load_file(path / "training.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path / 'training.safetensors'}: {error}") from error
+    named = dict(policy.named_parameters())
+    with torch.no_grad():
+        for name, parameter in named.items():
+            value = tensors.pop(f"{name}/value", None)
+            if value is None or value.shape != parameter.shape:
+                raise InputError(f"{path}: the checkpoint does not fit this model, rank or targets (at {name})")
+            parameter.copy_(value)
+    if optimizer is not None:
+        for name, parameter in named.items():
+            state = {k.rsplit("/", 1)[1]: v for k, v in tensors.items() if k.rsplit("/", 1)[0] == name}
+            if state:
+                optimizer.state[parameter] = {
+                    k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
+                }
+    return Position(int(read_json(path / "state.json")["iteration"]))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    if not path.is_dir():
+        return "no such checkpoint"
+    try:
+        manifest: Any = read_json(path / "manifest.json")
+        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            return f"checkpoint format {manifest['format']}, this version reads {FORMAT}"
+        for name, checksum in files.items():
+            if Path(name).name != name or sha256(path / name) != checksum:
+                return f"{name} is damaged"
+        if not isinstance(read_json(path / "state.json")["iteration"], int):
+            return "state.json is damaged"
+    except (InputError, OSError, KeyError, TypeError, AttributeError) as error:
+        return f"incomplete: {error}"
+    return None
+
+
+def listing(folder: Path) -> list[Path]:
+    """The checkpoints in a run's ``checkpoints`` folder, oldest first, damaged ones included."""
+    return sorted(p for p in folder.glob("[0-9]*") if p.is_dir() and p.name.isdigit()) if folder.is_dir() else []
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; damaged ones are passed over with a warning that names them."""
+    for path in reversed(listing(folder)):
+        problem = damage(path)
+        if problem is None:
+            return path
+        warnings.warn(f"{path} is passed over: {problem}", CheckpointWarning, stacklevel=2)
+    return None
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints."""
+    for path in listing(folder)[:-keep_last]:
+        shutil.rmtree(path, ignore_errors=True)

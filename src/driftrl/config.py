@@ -1,0 +1,295 @@
+"""The typed configuration of a run. Unknown keys are refused; every key says what it is for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from driftrl.checks import InputError, nearest
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, strict about types, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Which model is fine-tuned."""
+
+    path: str = "tiny-animals"
+    """A diffusers pipeline: 'tiny-animals' (embedded), a local folder, or a hub name."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the frozen weights; trained weights and scored values are float32 always."""
+    device: str = "auto"
+    """'auto' takes a GPU if there is one; else 'cpu', 'cuda', 'cuda:1', 'mps'."""
+
+
+class AdapterConfig(Section):
+    """The LoRA that is trained."""
+
+    rank: Positive = 16
+    alpha: float = Field(16.0, gt=0)
+    """The adapter's scale is alpha / rank."""
+    targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+    """Module names that get an adapter: by default the attention projections."""
+
+
+class PromptConfig(Section):
+    """What is asked for."""
+
+    set: str = "animals"
+    """A prompt set of the package (animals, eval40, attributes, compositions) or a TXT or JSONL file."""
+    per_iteration: Positive = 8
+    """Prompts drawn in each iteration, without repetition until all were drawn."""
+
+
+class SamplingConfig(Section):
+    """How candidates are drawn."""
+
+    steps: Positive = 10
+    """Denoising steps T."""
+    guidance_scale: float = Field(1.0, ge=0)
+    """Classifier-free guidance; 1 is none, and then the unconditional pass is skipped."""
+    eta: float = Field(1.0, ge=0, le=1)
+    """Noise of the DDIM sampler: 1 is ancestral sampling, 0 leaves nothing to score."""
+    candidates: Positive = 16
+    """Images drawn per prompt, 2G."""
+    batch_size: Positive = 128
+    """Candidates denoised at once; changes speed and memory, no sample."""
+
+
+class SelectionConfig(Section):
+    """Which candidates are learned from."""
+
+    keep: Positive = 8
+    """How many of the candidates, G."""
+    strategy: Literal[
+        "concentrated", "nearest_neighbor", "nearest_to_mean", "nearest_to_median", "contrast", "top", "random", "all",
+    ] = "concentrated"  # fmt: skip
+
+
+class PromptNoiseConfig(Section):
+    """Noise-conditioned prompting."""
+
+    eta: float = Field(0.05, ge=0)
+    """Strength of the noise on the prompt embedding, in units of its root mean square."""
+    schedule: Literal["linear", "constant", "cosine", "cads"] = "linear"
+    where: Literal["train", "test", "both", "neither"] = "train"
+
+
+class AdvantageConfig(Section):
+    """How rewards become advantages."""
+
+    scale: Literal["selected", "candidates", "global", "none"] = "selected"
+    """What divides: the standard deviation of the kept group, of all candidates of the prompt, of the whole
+    batch, or nothing."""
+    clip: float = Field(5.0, gt=0)
+    """Bound on the magnitude of an advantage, as DDPO has it."""
+
+
+class ShapingConfig(Section):
+    """Potential-based diversity shaping."""
+
+    ratio: float = Field(0.5, ge=0)
+    """Lambda: weight of the intrinsic advantage. 0 switches shaping off."""
+    clip: float = Field(1.0, ge=0)
+    """Sigma: bound on the intrinsic advantage."""
+    level: Literal["advantage", "reward"] = "advantage"
+    encoder: str = "tiny-animals"
+    """Image encoder whose cosine distances measure diversity."""
+
+
+class ObjectiveConfig(Section):
+    """What is minimised."""
+
+    clip_range: float = Field(1e-4, gt=0)
+    """Of the ratio, for log-probabilities that are means over latent dimensions."""
+    kl_weight: float = Field(0.0, ge=0)
+    """Beta: weight of the KL divergence from the base model."""
+    timesteps: float = Field(1.0, gt=0, le=1)
+    """Share of the scored denoising steps that each sample is trained on, drawn anew in each iteration."""
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    updates: Positive = 2
+    """Optimiser steps per iteration; the pairs are shared out among them."""
+    epochs: Positive = 1
+    """Passes over the pairs of an iteration."""
+    batch_size: Positive = 96
+    """(sample, timestep) pairs replayed at once; changes speed and memory, not the update."""
+
+
+class LoggingConfig(Section):
+    """What a run leaves behind while it goes."""
+
+    checkpoint_every: Positive = 10
+    keep_last: Positive = 1000
+    """Checkpoints that are kept."""
+    images_every: Positive = 10
+    """A grid of this iteration's candidates is written to images/."""
+    trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+
+
+class EvaluationConfig(Section):
+    """What is measured when training has ended."""
+
+    prompts: str = "eval40"
+    images: int = Field(16, ge=2)
+    """Images per prompt; the paper has 40."""
+    at_end: bool = True
+    """Evaluate base model and last checkpoint after training, and write report.html."""
+
+
+class TrainConfig(Section):
+    """A whole run."""
+
+    name: str = "drift"
+    """Names the method; `driftrl compare` groups runs of the same name."""
+    seed: int = Field(0, ge=0)
+    iterations: int = Field(60, ge=0)
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    prompts: PromptConfig = PromptConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    reward: str = "tiny-animals"
+    """A reward of the package, or a function of yours as module:function."""
+    selection: SelectionConfig = SelectionConfig()
+    prompt_noise: PromptNoiseConfig = PromptNoiseConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    shaping: ShapingConfig = ShapingConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        keep, candidates = self.selection.keep, self.sampling.candidates
+        if keep > candidates:
+            raise ValueError(
+                f"selection.keep: expected at most sampling.candidates ({candidates}); got {keep}; "
+                "lower the one or raise the other"
+            )
+        if self.selection.strategy == "all" and keep != candidates:
+            raise ValueError(
+                f"selection.strategy: 'all' keeps every candidate, so selection.keep must be {candidates}; got {keep}"
+            )
+        if keep < 2:
+            raise ValueError("selection.keep: expected at least 2, for advantages are relative to a group; got 1")
+        if self.sampling.eta == 0:
+            raise ValueError("sampling.eta: expected more than 0 to train, for without noise nothing is scored; got 0")
+        return self
+
+
+def load_config(path: Path | None = None, overrides: list[str] | None = None) -> TrainConfig:
+    """Read a YAML file and apply ``key=value`` overrides (dotted keys, YAML values).
+
+    Raises:
+        InputError: naming each bad key, what was given, what is allowed and the nearest valid name.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        data = _read_yaml(path)
+    for override in overrides or []:
+        key, sign, text = override.partition("=")
+        if not sign or not key.strip():
+            raise InputError(f"--set: expected key=value, such as optimizer.learning_rate=1e-3; got {override!r}")
+        try:
+            value = _parse_yaml(text)
+        except (yaml.YAMLError, ValueError) as error:
+            raise InputError(f"--set {key}: {text!r} is no YAML value") from error
+        *parents, leaf = key.strip().split(".")
+        place = data
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise InputError(f"--set {key}: '{parent}' has no keys of its own")
+        place[leaf] = value
+    return parse_config(data, str(path) if path else "configuration")
+
+
+def parse_config(data: dict[str, Any], source: str = "configuration") -> TrainConfig:
+    """Check a nested dictionary against `TrainConfig`.
+
+    Raises:
+        InputError: naming each bad key, what was given, what is allowed and the nearest valid name.
+    """
+    try:
+        return TrainConfig.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise InputError(f"{source}: " + "\n  ".join(lines)) from None
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The complete configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise InputError(f"{path}: cannot be read: {reason}") from error
+    try:
+        data = _parse_yaml(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        place = str(getattr(error, "problem_mark", "")).strip()
+        raise InputError(f"{path}: no valid YAML{': ' + place if place else ''}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected keys and values; got a {type(data).__name__}")
+    return data
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-3 as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    given, context = problem.get("input"), problem.get("ctx", {})
+    if problem["type"] == "extra_forbidden":
+        section: Any = TrainConfig
+        for part in problem["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        names = list(section.model_fields)
+        return f"{key}: no such key{nearest(str(problem['loc'][-1]), names)}; allowed here: {', '.join(names)}"
+    if problem["type"] == "value_error":
+        return str(context.get("error", problem["msg"]))
+    hint = ""
+    if problem["type"] == "literal_error":
+        options = [option.strip(" '") for option in str(context["expected"]).replace(" or ", ", ").split(",")]
+        hint = nearest(str(given), options)
+    message = problem["msg"].removeprefix("Input should be ")
+    return f"{key}: expected {message}; got {given!r}{hint}"

@@ -1,0 +1,98 @@
+"""LoRA adapters by PEFT: added, switched off for the reference, saved in diffusers' format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from driftrl.checks import InputError
+from driftrl.noise import seed_of
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def add_lora(network: nn.Module, rank: int, alpha: float, targets: list[str], seed: int) -> None:
+    """Freeze ``network`` (a diffusers model) and add a trainable float32 LoRA to the modules named ``targets``.
+
+    Raises:
+        InputError: if no module has one of these names.
+    """
+    from peft import LoraConfig
+
+    names = {name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
+    if missing:
+        known = sorted({n.rsplit(".", 1)[-1] for n in names if not n.rsplit(".", 1)[-1].isdigit()})
+        raise InputError(
+            f"adapter.targets: the model has no linear or convolution layer named {', '.join(missing)}; "
+            f"it has {', '.join(known[:20])}"
+        )
+    network.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):  # the initial weights depend on the seed alone
+        torch.manual_seed(seed_of(seed, "lora"))
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"))  # type: ignore[operator]
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The adapter's parameters by name, in a fixed order."""
+    return ((name, p) for name, p in network.named_parameters() if p.requires_grad)
+
+
+@contextmanager
+def switched_off(network: Any) -> Iterator[None]:
+    """Within this context ``network`` computes what it did before the adapter was added."""
+    network.disable_adapters()
+    try:
+        yield
+    finally:
+        network.enable_adapters()
+
+
+def save_lora(pipeline: Any, component: str, network: nn.Module, folder: Path) -> None:
+    """Write the adapter so that ``pipeline.load_lora_weights(folder)`` of stock diffusers reads it."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    pipeline.save_lora_weights(
+        folder,
+        **{f"{component}_lora_layers": {k: v.detach().cpu() for k, v in layers.items()}},
+        **_collate_lora_metadata({component: network}),
+    )
+
+
+def load_lora(component: str, network: nn.Module, folder: Path) -> None:
+    """Read into an added adapter what `save_lora` wrote.
+
+    Raises:
+        InputError: if the file is missing or does not fit the adapter.
+    """
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft.utils import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: expected an adapter in diffusers' LoRA format: {error}") from error
+    state = convert_unet_state_dict_to_peft({k.removeprefix(f"{component}."): v for k, v in state.items()})
+    try:
+        outcome = set_peft_model_state_dict(network, state)
+    except RuntimeError as error:
+        raise InputError(f"{path}: the adapter does not fit this model, rank or targets: {error}") from error
+    unexpected = list(getattr(outcome, "unexpected_keys", []))
+    missing = [k for k in getattr(outcome, "missing_keys", []) if "lora_" in k]
+    if unexpected or missing:
+        name = (unexpected or missing)[0]
+        raise InputError(f"{path}: the adapter does not fit this model, rank or targets (at {name})")

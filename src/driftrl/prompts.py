@@ -1,0 +1,76 @@
+"""Prompt sets: those of the package, and a user's own TXT or JSONL."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from driftrl import noise
+from driftrl.checks import InputError, nearest
+
+_FOLDER = resources.files("driftrl") / "assets" / "prompts"
+
+
+def prompt_sets() -> tuple[str, ...]:
+    """Names of the prompt sets in the package."""
+    return tuple(sorted(f.name.removesuffix(".txt") for f in _FOLDER.iterdir() if f.name.endswith(".txt")))
+
+
+def load_prompts(name: str) -> tuple[str, ...]:
+    """Read a prompt set: a name of the package, a TXT file (one prompt a line, # for comments) or a JSONL
+    file (strings, or objects with a "prompt").
+
+    Raises:
+        InputError: if there is no such set or file, or it holds no prompts.
+    """
+    if name in prompt_sets():
+        prompts = _lines((_FOLDER / f"{name}.txt").read_text("utf-8"))
+    else:
+        path = Path(name)
+        if not path.is_file():
+            what = f"expected a prompt set ({', '.join(prompt_sets())}) or a TXT or JSONL file; got {name!r}"
+            raise InputError(f"prompts: {what}{nearest(name, prompt_sets())}")
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"prompts: {path} cannot be read as UTF-8 text: {error}") from error
+        prompts = _objects(path, text) if path.suffix in {".jsonl", ".ndjson"} else _lines(text)
+    if not prompts:
+        raise InputError(f"prompts: {name} holds no prompts; expected one a line")
+    return tuple(prompts)
+
+
+def draw(prompts: int, count: int, seed: int, iteration: int) -> list[int]:
+    """The prompts of one iteration, as indices: each pass over the set is a new shuffle, keyed by the seed.
+
+    ``count`` may exceed ``prompts``; within one iteration a prompt then comes again.
+    """
+    chosen = []
+    for position in range(iteration * count, (iteration + 1) * count):
+        turn, place = divmod(position, prompts)
+        order = torch.randperm(prompts, generator=noise.generator(seed, turn, 0, 0, "prompts"))
+        chosen.append(int(order[place]))
+    return chosen
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _objects(path: Path, text: str) -> list[str]:
+    prompts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"prompts: {path} line {number}: no JSON") from error
+        prompt = item.get("prompt") if isinstance(item, dict) else item
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError(f'prompts: {path} line {number}: expected a string or an object with a "prompt"')
+        prompts.append(prompt.strip())
+    return prompts

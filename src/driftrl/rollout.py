@@ -1,0 +1,108 @@
+"""Draw candidates: denoise from noise to image, keeping what replay will score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from driftrl import noise
+from driftrl.conditioning import annealed_noise
+from driftrl.transitions import gaussian
+from driftrl.types import Conditioning, Policy, Rollout, Transition
+
+
+@dataclass(frozen=True)
+class PromptNoise:
+    """Noise-conditioned prompting (design 2.3): strength and schedule."""
+
+    eta: float = 0.0
+    schedule: str = "linear"
+
+
+NO_NOISE = PromptNoise()
+
+
+def score_step(
+    policy: Policy, latents: Tensor, steps: Tensor, conditioning: Conditioning, eps: Tensor | None, spec: PromptNoise
+) -> Transition:
+    """The policy's transition under a noised prompt: the one kernel of rollout, replay and sampling.
+
+    Args:
+        policy: what is sampled from or scored.
+        latents: [n, C, H, W].
+        steps: int64 [n], numbers of denoising steps.
+        conditioning: n rows, clean.
+        eps: the prompt noise [n, L, D] of each row, or None.
+        spec: how it enters.
+    """
+    if eps is not None and spec.eta > 0:
+        noised = annealed_noise(
+            conditioning.embeds, eps, policy.timesteps[steps], spec.eta, spec.schedule, policy.num_train_timesteps
+        )
+        conditioning = conditioning.with_embeds(noised)
+    return policy.transition(latents, steps, conditioning)
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    conditioning: Conditioning,
+    keys: Sequence[tuple[int, int, int]],
+    candidates: int,
+    batch_size: int,
+    prompt_noise: PromptNoise = NO_NOISE,
+    progress: Callable[[int], None] | None = None,
+) -> Rollout:
+    """Draw ``candidates`` images for each of P prompts.
+
+    Args:
+        policy: what is sampled from.
+        conditioning: P rows.
+        keys: P triples (seed, iteration, prompt index) for the keyed generators of `driftrl.noise`.
+        candidates: N.
+        batch_size: candidates denoised at once; no sample depends on it.
+        prompt_noise: the noise on the prompt embedding.
+        progress: called with the number of images finished after each batch.
+
+    Returns:
+        Trajectories, log-probabilities and images of all P x N candidates.
+    """
+    prompts, steps = len(conditioning.embeds), len(policy.timesteps)
+    device, shape = policy.device, policy.latent_shape
+    scored = policy.scored.tolist()
+    embed_shape = conditioning.embeds.shape[1:]
+    latents, log_probs, images, noises = [], [], [], []
+    flat = [(p, n) for p in range(prompts) for n in range(candidates)]
+    for start in range(0, len(flat), batch_size):
+        chunk = flat[start : start + batch_size]
+        rows = conditioning.rows(torch.tensor([p for p, _ in chunk], device=device))
+        draws = [noise.generator(*keys[p], n, "latents") for p, n in chunk]
+        eps = None
+        if prompt_noise.eta > 0:
+            own = [noise.generator(*keys[p], n, "prompt") for p, n in chunk]
+            eps = noise.normal(own, embed_shape).to(device)
+            noises.append(eps)
+        x = noise.normal(draws, shape).to(device)
+        path, scores = [x], []
+        for step in range(steps):
+            at = torch.full((len(chunk),), step, device=device)
+            move = score_step(policy, x, at, rows, eps, prompt_noise)
+            # Drawn even where nothing is added, as diffusers' scheduler does, so that both draw alike.
+            x = gaussian.sample(move.mean, move.std, noise.normal(draws, shape).to(device))
+            scores.append(
+                gaussian.log_prob(x, move.mean, move.std) if scored[step] else torch.zeros(len(chunk), device=device)
+            )
+            path.append(x)
+        latents.append(torch.stack(path, 1))
+        log_probs.append(torch.stack(scores, 1))
+        images.append(policy.decode(x))
+        if progress is not None:
+            progress(len(chunk))
+
+    def grouped(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts).unflatten(0, (prompts, candidates))
+
+    return Rollout(grouped(latents), grouped(log_probs), grouped(images), grouped(noises) if noises else None)

@@ -1,0 +1,151 @@
+"""Frozen records that travel from one part to the next, and the protocols of what can be swapped.
+
+Shapes: P prompts, N candidates of each, G of them kept, T denoising steps, [C, H, W] latents, L tokens of
+width D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a policy is conditioned on, one row per prompt (or per candidate, after `rows`)."""
+
+    embeds: Tensor
+    """[P, L, D]: prompt embeddings."""
+    null_embeds: Tensor
+    """[1, L, D]: embeddings of the empty prompt, for classifier-free guidance."""
+    extra: dict[str, Tensor]
+    """More per-prompt tensors [P, ...] that some models want (pooled embeddings, sizes)."""
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """The conditioning of the rows ``index`` [n]."""
+        return Conditioning(
+            self.embeds[index], self.null_embeds, {name: value[index] for name, value in self.extra.items()}
+        )
+
+    def with_embeds(self, embeds: Tensor) -> Conditioning:
+        """The same with other prompt embeddings."""
+        return replace(self, embeds=embeds)
+
+
+class Transition(NamedTuple):
+    """One denoising step of a policy, N(mean, std^2 I), for n samples at once."""
+
+    mean: Tensor
+    """float32 [n, C, H, W]."""
+    std: Tensor
+    """float32 [n, 1, 1, 1]; 0 where the step is deterministic."""
+    x0: Tensor
+    """float32 [n, C, H, W]: the clean latent that the policy predicts."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Trajectories of N candidates for each of P prompts."""
+
+    latents: Tensor
+    """[P, N, T + 1, C, H, W], from x_T to x_0, as they were stored: what replay scores."""
+    log_probs: Tensor
+    """float32 [P, N, T]: mean over latent dimensions; 0 at steps that are never scored."""
+    images: Tensor
+    """float32 [P, N, 3, height, width] in 0..1."""
+    prompt_noise: Tensor | None
+    """[P, N, L, D], or None without noise-conditioned prompting."""
+
+    def keep(self, indices: Tensor) -> Rollout:
+        """Only the candidates ``indices`` [P, G] of each prompt."""
+        p = torch.arange(len(indices), device=indices.device)[:, None]
+        noise = None if self.prompt_noise is None else self.prompt_noise[p, indices]
+        return Rollout(self.latents[p, indices], self.log_probs[p, indices], self.images[p, indices], noise)
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What one update did, averaged over its (sample, timestep) pairs."""
+
+    loss: float
+    surrogate: float
+    kl: float
+    """Closed-form KL to the reference, mean over dimensions; 0 where it is not part of the objective."""
+    approx_kl: float
+    clip_fraction: float
+    ratio_deviation: float
+    """max |ratio - 1| over the pairs of the first optimiser step: 0 up to rounding, for the policy is still
+    the one that drew the samples."""
+    grad_norm: float
+    pairs: int
+
+
+Reward = Callable[[Tensor, Sequence[str]], Tensor]
+"""(images float32 [N, 3, H, W] in 0..1, N prompts) -> rewards [N]."""
+
+Encoder = Callable[[Tensor], Tensor]
+"""images float32 [N, 3, H, W] in 0..1 -> features [N, D]."""
+
+
+class Policy(Protocol):
+    """A text-to-image model seen as a stochastic policy: what rollout, update and checkpoint know of it."""
+
+    num_train_timesteps: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy computes."""
+        ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape [C, H, W] of one latent."""
+        ...
+
+    @property
+    def timesteps(self) -> Tensor:
+        """[T]: the training timestep of each denoising step, from noise to image."""
+        ...
+
+    @property
+    def scored(self) -> Tensor:
+        """bool [T]: which steps have a density."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Embed prompts."""
+        ...
+
+    def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Transition:
+        """The policy at latents [n, C, H, W], step numbers [n] and n rows of conditioning."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [n, C, H, W] as images float32 [n, 3, height, width] in 0..1."""
+        ...
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trainable parameters, in a fixed order."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The trainable parameters by name, in the same order."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within this context, the policy is the one that training started from."""
+        ...
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write what was trained, in diffusers' LoRA format."""
+        ...
+
+    def load_adapter(self, folder: Path) -> None:
+        """Read what `save_adapter` wrote."""
+        ...

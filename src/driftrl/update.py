@@ -1,0 +1,147 @@
+"""Learn from a rollout: replay its transitions, score them, follow the clipped surrogate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from driftrl import noise
+from driftrl.objectives.clipped_surrogate import clipped_surrogate
+from driftrl.objectives.kl import kl_equal_variance
+from driftrl.rollout import NO_NOISE, PromptNoise, score_step
+from driftrl.transitions import gaussian
+from driftrl.types import Conditioning, Policy, Rollout, UpdateStats
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one update minimises and in how many steps (design 2.5)."""
+
+    clip_range: float = 1e-4
+    kl_weight: float = 0.0
+    timesteps: float = 1.0
+    updates: int = 1
+    epochs: int = 1
+    batch_size: int = 96
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Every (sample, timestep) pair of a rollout that may be trained on, flattened to [B]."""
+
+    sample: Tensor
+    """int64 [B]: p * G + g."""
+    step: Tensor
+    """int64 [B]."""
+
+
+def training_pairs(scored: Tensor, samples: int, share: float, seed: int, iteration: int) -> Pairs:
+    """Choose the pairs to train on: of each sample the same number of scored steps, in a shuffled order.
+
+    Args:
+        scored: bool [T].
+        samples: how many samples there are, P * G.
+        share: of the scored steps, in (0, 1]; at least one step is taken.
+        seed: of the run.
+        iteration: with the seed, the key of the choice.
+    """
+    steps = scored.nonzero()[:, 0].cpu()
+    count = max(1, round(share * len(steps)))
+    draw = noise.generator(seed, iteration, 0, 0, "pairs")
+    chosen = torch.stack([steps[torch.randperm(len(steps), generator=draw)[:count]] for _ in range(samples)])
+    order = torch.randperm(samples * count, generator=draw)
+    sample = torch.arange(samples).repeat_interleave(count)
+    return Pairs(sample[order].to(scored.device), chosen.flatten()[order].to(scored.device))
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    advantages: Tensor,
+    conditioning: Conditioning,
+    objective: Objective,
+    key: tuple[int, int],
+    prompt_noise: PromptNoise = NO_NOISE,
+) -> UpdateStats:
+    """Take `objective.updates` optimiser steps on a rollout.
+
+    The loss of a step is the mean over its pairs of the clipped surrogate plus ``kl_weight`` times the
+    closed-form KL to the reference. It is summed up over micro-batches, so their size changes nothing but
+    rounding.
+
+    Args:
+        policy: what is trained.
+        optimizer: over ``policy.parameters()``.
+        rollout: P x G kept candidates.
+        advantages: [P, G], or [P, G, T] with one for each denoising step.
+        conditioning: P rows, clean.
+        objective: the loss and its settings.
+        key: (seed, iteration).
+        prompt_noise: as it was in the rollout.
+
+    Returns:
+        Averages over all pairs.
+
+    Raises:
+        FloatingPointError: before the optimiser steps, if the loss or the gradient is not finite.
+    """
+    prompts, group = rollout.log_probs.shape[:2]
+    per_step = advantages.unsqueeze(-1).expand_as(rollout.log_probs) if advantages.dim() == 2 else advantages
+    per_step = per_step.flatten(0, 1)
+    latents, old = rollout.latents.flatten(0, 1), rollout.log_probs.flatten(0, 1)
+    eps = None if rollout.prompt_noise is None else rollout.prompt_noise.flatten(0, 1)
+    prompt_of = torch.arange(prompts, device=old.device).repeat_interleave(group)
+    parameters = policy.parameters()
+    device = old.device
+    # Sums over pairs: loss, surrogate, kl, approx_kl, clip_fraction; they stay on the device until the end.
+    sums, norms = torch.zeros(5, device=device), []
+    deviation = torch.zeros((), device=device)
+    total = 0
+    for epoch in range(objective.epochs):
+        pairs = training_pairs(policy.scored, prompts * group, objective.timesteps, key[0], key[1] + epoch * 2**32)
+        for number, part in enumerate(torch.arange(len(pairs.sample), device=device).chunk(objective.updates)):
+            optimizer.zero_grad(set_to_none=True)
+            used = part
+            if objective.kl_weight == 0:  # without KL a pair of zero advantage has no gradient: leave it out
+                used = part[per_step[pairs.sample[part], pairs.step[part]] != 0]
+            total += len(part)
+            for micro in used.split(objective.batch_size) if len(used) else ():
+                sample, step = pairs.sample[micro], pairs.step[micro]
+                rows = conditioning.rows(prompt_of[sample])
+                own = None if eps is None else eps[sample]
+                move = score_step(policy, latents[sample, step], step, rows, own, prompt_noise)
+                log_prob = gaussian.log_prob(latents[sample, step + 1], move.mean, move.std)
+                surrogate = clipped_surrogate(
+                    log_prob, old[sample, step], per_step[sample, step], objective.clip_range
+                )
+                kl = torch.zeros_like(log_prob)
+                if objective.kl_weight > 0:
+                    with torch.no_grad(), policy.reference():
+                        reference = score_step(policy, latents[sample, step], step, rows, own, prompt_noise)
+                    kl = kl_equal_variance(move.mean, reference.mean, move.std)
+                loss = surrogate.loss + objective.kl_weight * kl
+                (loss.sum() / len(part)).backward()
+                with torch.no_grad():
+                    share = len(micro)
+                    sums += torch.stack([loss.sum(), surrogate.loss.sum(), kl.sum(), share * surrogate.approx_kl,
+                                         share * surrogate.clip_fraction])  # fmt: skip
+                    if number == 0 and epoch == 0:
+                        deviation = torch.maximum(deviation, ((log_prob - old[sample, step]).exp() - 1).abs().max())
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            norm = nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm)
+            if not bool(torch.isfinite(norm)):
+                optimizer.zero_grad(set_to_none=True)
+                raise FloatingPointError("the gradient is not finite; the weights were left as they were")
+            optimizer.step()
+            norms.append(norm.detach())
+    optimizer.zero_grad(set_to_none=True)
+    loss_, surrogate_, kl_, approx_kl, clipped = (sums / max(1, total)).tolist()
+    return UpdateStats(
+        loss_, surrogate_, kl_, approx_kl, clipped, float(deviation), float(torch.stack(norms).mean()), total
+    )
