@@ -21,6 +21,7 @@ from torch import Tensor
 from driftrl.advantages import group_relative
 from driftrl.objectives.clipped_surrogate import clipped_surrogate
 from driftrl.objectives.kl import kl_equal_variance
+from driftrl.shaping import group_diversity, shape_rewards
 from driftrl.transitions.gaussian import log_prob, sample
 
 
@@ -36,10 +37,14 @@ class Problem(NamedTuple):
         """Reward of each row of ``x`` [N, D]."""
         return -0.5 * ((x - self.target) / self.width).square().sum(dim=1)
 
-    def optimum(self, beta: float) -> tuple[Tensor, Tensor]:
-        """Mean and std [D] of ``p_ref exp(R / beta)``: precisions add."""
+    def optimum(self, beta: float, ratio: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Mean and std [D] of ``p_ref exp((R + ratio d) / beta)``, ``d(x) = E |x - x'|^2`` under itself.
+
+        Precisions add. The diversity takes ``2 ratio / beta`` off them and leaves the mean where it is.
+        """
         prior, pull = self.std**-2, self.width**-2 / beta
-        return (prior * self.mean + pull * self.target) / (prior + pull), (prior + pull).rsqrt()
+        mean = (prior * self.mean + pull * self.target) / (prior + pull)
+        return mean, (prior + pull - 2 * ratio / beta).rsqrt()
 
 
 def one_dimension() -> Problem:
@@ -53,6 +58,7 @@ def train(
     *,
     penalty: str = "reward",
     scale: str = "none",
+    ratio: float = 0.0,
     prompts: int = 1,
     group: int = 256,
     iterations: int = 800,
@@ -65,6 +71,7 @@ def train(
     and std learn. That ratio is a mean over D dimensions, so the KL itself is weighed by ``beta / D``.
     ``penalty='loss'`` adds ``beta`` times the closed-form KL to the loss, as the trainer does: that KL is for
     equal variances, so only the mean learns. Surrogate and KL are both means there, so ``beta`` is ``beta``.
+    ``ratio`` adds that much of the group's diversity, measured in squared distances, to the reward.
     """
     generator = torch.Generator().manual_seed(seed)
     dimensions = problem.mean.shape[0]
@@ -82,6 +89,10 @@ def train(
             x = sample(wide, std, noise)
             old = log_prob(x, wide, std)
             rewards = problem.reward(x)
+            if ratio:
+                groups = x.view(prompts, group, dimensions)
+                diversity = group_diversity((groups[:, :, None] - groups[:, None]).square().sum(dim=-1))
+                rewards = shape_rewards(rewards.view_as(diversity), diversity, ratio, clip=math.inf).flatten()
             if penalty == "reward":
                 reference = log_prob(x, problem.mean.expand_as(x), problem.std.expand_as(x))
                 rewards = rewards - beta * (old - reference)

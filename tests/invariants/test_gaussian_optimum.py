@@ -130,6 +130,17 @@ def test_without_kl_training_ends_in_the_dirac_delta(scale, left):
     assert float(longer[-1]) < 0.8 * float(checkpoints[-1])
 
 
+@pytest.mark.parametrize("problem", [ONE, TWO], ids=["1d", "2d"])
+def test_diversity_shaping_changes_the_optimum_by_exactly_its_ratio(problem):
+    """The shaped optimum is p_ref exp((R + ratio d) / beta): wider, with the mean where it was."""
+    beta, ratio, dimensions = 0.5, 0.2, len(problem.mean)
+    means, stds = toy.train(problem, beta * dimensions, ratio=ratio)
+    mean, std = problem.optimum(beta, ratio)
+    torch.testing.assert_close(_settled(means), mean, rtol=0, atol=0.01)
+    torch.testing.assert_close(_settled(stds), std, rtol=0.01, atol=0)
+    assert bool((std > 1.04 * problem.optimum(beta)[1]).all())
+
+
 def test_the_whole_objective_has_the_gradient_of_its_closed_form():
     """Surrogate plus KL, expected over N(m, 1) by quadrature, has at m the gradient of -E[R] + beta KL."""
     beta, at = 0.3, 0.7
