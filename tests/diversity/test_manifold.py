@@ -131,12 +131,19 @@ def test_neither_order_nor_blocks_change_anything(monkeypatch, integers):
         assert _figures(manifold(x, y)) == whole
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e6])
-@pytest.mark.parametrize("scale", [1e-150, 1.0, 1e150])
+@pytest.mark.parametrize("offset", [0.0, 1e8])
+@pytest.mark.parametrize("scale", [2.0**-560, 1.0, 2.0**560])
 def test_distant_origin_and_extreme_scales_change_nothing(offset, scale):
-    x, y = _features(80, 4), _features(70, 4, seed=1, shift=0.3)
-    moved = manifold((x + offset) * scale, (y + offset) * scale)
-    assert _figures(moved) == _figures(manifold(x, y))
+    x, y = _features(80, 4) + offset, _features(70, 4, seed=1, shift=0.3) + offset
+    assert _figures(manifold(x * scale, y * scale)) == pytest.approx(_by_definition(x, y, 5), abs=1e-12)
+
+
+def test_rounding_between_distant_clusters_does_not_mix_up_neighbours_within_them():
+    # neighbours at squared distances of 1e-2, which the squares of 1e16 leave no digit of
+    apart = 1e8 * torch.tensor([[-1.0], [1.0]], dtype=torch.float64).repeat_interleave(150, dim=0)
+    x, y = _features(300, 2) + apart, _features(300, 2, seed=1) + apart
+    assert _figures(manifold(x, y)) == pytest.approx(_by_definition(x, y, 5), abs=1e-12)
+    assert _figures(manifold(x, x)) == pytest.approx(_by_definition(x, x, 5), abs=1e-12)
 
 
 def test_single_precision_features_get_double_precision_distances():

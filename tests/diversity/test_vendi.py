@@ -41,7 +41,7 @@ def _dual(x: torch.Tensor) -> np.ndarray:
     return scipy.linalg.eigvalsh(np.einsum("nd,ne->de", z, z) / len(x))
 
 
-@pytest.mark.parametrize("q", [0.0, 0.1, *ORDERS, 1.5, 7.0])
+@pytest.mark.parametrize("q", [0.0, 0.1, 0.999, *ORDERS, 1.001, 1.5, 7.0])
 @pytest.mark.parametrize(("n", "d"), [(2, 3), (12, 5), (5, 12), (300, 40), (40, 300)])
 def test_agrees_with_eigenvalues_of_either_form(n, d, q):
     x = _features(n, d)

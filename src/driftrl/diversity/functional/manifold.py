@@ -12,7 +12,7 @@ from driftrl.checks import InputError
 from driftrl.diversity.functional._features import as_float64
 
 BLOCK = 1024  # rows per side of a block of distances: 8 MiB in float64
-SPARE = 8  # neighbours kept beyond the k-th, so that rounding cannot drop the true one
+SPARE = 8  # neighbours kept beyond the k-th, so that rounding seldom drops the true one
 PAIRS = 2**20  # coordinates gathered at a time when single pairs are recomputed: 8 MiB per operand
 TIE = 1e-12  # squared distances closer than this, relatively, count as equal
 
@@ -114,9 +114,10 @@ def _squared_radii(x: Tensor, k: int) -> Tensor:
     """Return [N]: the least squared distance that is outside each item's ball.
 
     It is that to the k-th nearest neighbour, the item itself excluded, less what still counts as a tie.
-    Each block of the symmetric distance matrix is formed once and read both ways.
+    Each block of the symmetric distance matrix is formed once and read both ways. The neighbours kept are
+    measured again exactly, and where one that was dropped might be nearer, the whole row is.
     """
-    n = len(x)
+    n, d = x.shape
     kept = min(k + SPARE, n - 1)
     nearest = torch.full((n, kept), torch.inf, dtype=x.dtype, device=x.device)
     index = torch.zeros((n, kept), dtype=torch.long, device=x.device)
@@ -141,8 +142,14 @@ def _squared_radii(x: Tensor, k: int) -> Tensor:
 
     items = torch.arange(n, device=x.device).repeat_interleave(kept)
     exact = _paired_squared_distances(x, x, items, index.flatten()).view(n, kept)
-    radii = exact.kthvalue(k, dim=1).values * (1.0 - TIE)
-    return radii.clamp(min=torch.finfo(x.dtype).tiny)  # so that distance 0 is inside a ball of radius 0
+    radii = exact.kthvalue(k, dim=1).values
+    doubt = _rounding(d, float(2.0 * squares.amax()))
+    unsure = (nearest.amax(dim=1) - doubt < radii) & (radii > 0) & (kept < n - 1)
+    for item in unsure.nonzero().flatten():
+        row = _paired_squared_distances(x, x, item.expand(n), torch.arange(n, device=x.device))
+        row[item] = torch.inf
+        radii[item] = row.kthvalue(k).values
+    return (radii * (1.0 - TIE)).clamp(min=torch.finfo(x.dtype).tiny)  # distance 0 is inside even of radius 0
 
 
 def _within(distance: Tensor, radii: Tensor, doubt: float, x: Tensor, y: Tensor) -> Tensor:
