@@ -1,0 +1,198 @@
+"""Configuration to objects: the only place that reads the whole configuration, and the only registry."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from importlib import resources
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from driftrl.checks import InputError, nearest
+from driftrl.config import ModelConfig, TrainConfig
+from driftrl.policies.lora import add_lora
+from driftrl.policies.stable_diffusion import StableDiffusionPolicy
+from driftrl.prompts import load_prompts
+from driftrl.rollout import PromptNoise
+from driftrl.trainer import Method, TrainingLoop
+from driftrl.types import Encoder, Policy, Reward
+from driftrl.update import Objective
+
+TINY_ANIMALS = Path(str(resources.files("driftrl") / "assets" / "tiny-animals"))
+REWARDS = ("tiny-animals", "compressibility", "incompressibility")
+PIPELINES = {"StableDiffusionPipeline": StableDiffusionPolicy}
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a configuration names.
+
+    Raises:
+        InputError: if there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"model.device: {name!r} is not available here; try 'auto' or 'cpu'") from error
+    return device
+
+
+def load_pipeline(model: ModelConfig) -> Any:
+    """Load a diffusers pipeline: the embedded one, a local folder, or a hub name.
+
+    Raises:
+        InputError: if it is none of these, or a kind of pipeline that no policy is built for.
+    """
+    import diffusers
+    from diffusers.utils import logging as diffusers_logging
+
+    path = str(TINY_ANIMALS / "pipeline") if model.path == "tiny-animals" else model.path
+    folder = Path(path)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise InputError(f"model.path: {path} is no diffusers pipeline folder: it has no model_index.json")
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") == "1"
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not folder.exists() and looks_local:
+        raise InputError(f"model.path: expected 'tiny-animals', a pipeline folder or a hub name; {path!r} is none")
+    bars = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            path, revision=model.revision, torch_dtype=getattr(torch, model.dtype), use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = " (the hub is switched off by HF_HUB_OFFLINE)" if offline and not folder.exists() else ""
+        raise InputError(f"model.path: {path} cannot be loaded{where}: {reason}") from error
+    finally:
+        if bars:
+            diffusers_logging.enable_progress_bar()
+    kind = type(pipeline).__name__
+    if kind not in PIPELINES:
+        raise InputError(f"model.path: {path} is a {kind}; expected one of {', '.join(PIPELINES)}")
+    return pipeline
+
+
+def build_policy(config: TrainConfig, adapter: bool = True) -> Policy:
+    """The policy of a configuration, with a fresh adapter unless told otherwise."""
+    pipeline, device = load_pipeline(config.model), device_of(config.model.device)
+    sampling = config.sampling
+    policy = PIPELINES[type(pipeline).__name__](
+        pipeline, sampling.steps, sampling.guidance_scale, sampling.eta, device
+    )
+    if adapter:
+        lora = config.adapter
+        add_lora(policy.network, lora.rank, lora.alpha, lora.targets, config.seed)
+    return policy
+
+
+def build_reward(name: str, device: torch.device) -> Reward:
+    """A reward of the package, of an entry point in the group ``driftrl.rewards``, or ``module:function``.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    if name == "tiny-animals":
+        from driftrl.rewards.clip import CLIPReward
+
+        return CLIPReward(TINY_ANIMALS / "scorer", device)
+    if name in REWARDS:
+        from driftrl.rewards import compressibility
+
+        found: Reward = getattr(compressibility, name)
+        return found
+    if ":" in name:
+        module, _, function = name.partition(":")
+        try:
+            reward = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(f"reward: {name!r} cannot be imported: {error}") from error
+        if not callable(reward):
+            raise InputError(f"reward: {name} is no function; expected (images, prompts) -> Tensor[N]")
+        return reward  # type: ignore[no-any-return]
+    plugins = {point.name: point for point in entry_points(group="driftrl.rewards")}
+    if name in plugins:
+        return plugins[name].load()  # type: ignore[no-any-return]
+    known = (*REWARDS, *plugins)
+    raise InputError(
+        f"reward: expected one of {', '.join(known)}, or module:function; got {name!r}{nearest(name, known)}"
+    )
+
+
+def build_encoder(name: str, device: torch.device) -> Encoder:
+    """An image encoder: the embedded one, or the folder or hub name of a model that transformers loads.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+    from driftrl.diversity.encoders import TransformersEncoder
+
+    path = str(TINY_ANIMALS / "encoder") if name == "tiny-animals" else name
+    try:
+        return TransformersEncoder(path, device)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"shaping.encoder: expected 'tiny-animals', a folder or a hub name: {reason}") from error
+
+
+def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
+    """Everything that a run needs, ready to go."""
+    prompt_set = load_prompts(config.prompts.set)
+    if config.prompts.per_iteration > len(prompt_set):
+        raise InputError(
+            f"prompts.per_iteration: expected at most the {len(prompt_set)} prompts of {config.prompts.set}; "
+            f"got {config.prompts.per_iteration}"
+        )
+    reward = build_reward(config.reward, device_of(config.model.device))
+    encoder = build_encoder(config.shaping.encoder, device_of(config.model.device))
+    policy = build_policy(config)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=config.optimizer.learning_rate,
+        betas=config.optimizer.betas,
+        weight_decay=config.optimizer.weight_decay,
+    )
+    return TrainingLoop(
+        policy,
+        reward,
+        encoder,
+        prompt_set,
+        Method(
+            config.sampling.candidates,
+            config.selection.keep,
+            config.selection.strategy,
+            prompt_noise_of(config, "train"),
+            config.advantage.scale,
+            config.advantage.clip,
+            config.shaping.ratio,
+            config.shaping.clip,
+            config.shaping.level,
+        ),
+        Objective(
+            config.objective.clip_range,
+            config.objective.kl_weight,
+            config.objective.timesteps,
+            config.optimizer.updates,
+            config.optimizer.epochs,
+            config.optimizer.batch_size,
+            config.optimizer.max_grad_norm,
+        ),
+        optimizer,
+        run / "checkpoints",
+        config.seed,
+        config.prompts.per_iteration,
+        config.sampling.batch_size,
+        config.logging.checkpoint_every,
+        config.logging.keep_last,
+    )
+
+
+def prompt_noise_of(config: TrainConfig, when: str) -> PromptNoise:
+    """The prompt noise at ``when``, 'train' or 'test'."""
+    spec = config.prompt_noise
+    return PromptNoise(spec.eta if spec.where in (when, "both") else 0.0, spec.schedule)

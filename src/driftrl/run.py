@@ -1,0 +1,225 @@
+"""A run: its folder, its logs, its end. `Trainer(config).run()` is the whole of driftrl in Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from driftrl import checkpoint
+from driftrl.build import build_loop
+from driftrl.checks import InputError
+from driftrl.config import TrainConfig, dump_config, load_config
+from driftrl.files import write_text
+from driftrl.trainer import Iteration, TrainingLoop
+
+RESUMABLE = {"iterations", "logging", "evaluation"}
+"""What may differ when a run is resumed; everything else would change its meaning."""
+
+
+class Trainer:
+    """Fine-tunes a model as a configuration says, into a run folder.
+
+    Example:
+        >>> import driftrl
+        >>> config = driftrl.TrainConfig(iterations=20)
+        >>> folder = driftrl.Trainer(config, out="runs/first").run()  # doctest: +SKIP
+    """
+
+    def __init__(self, config: TrainConfig | None = None, out: str | Path | None = None, resume: bool = False) -> None:
+        """Check everything before anything is written.
+
+        Args:
+            config: the run; the default fine-tunes the embedded model with DRIFT.
+            out: the run folder; by default ``runs/<name>-seed<seed>``, numbered if that exists.
+            resume: go on with the run in ``out``.
+
+        Raises:
+            InputError: if the folder holds another run, or something in the configuration cannot be used.
+        """
+        self.config = config or TrainConfig()
+        self.folder = Path(out) if out is not None else _free(Path("runs") / f"{self.config.name}-seed{self.config.seed}")
+        self.resumed_from: Path | None = None
+        self.stopped_by: int | None = None
+        if resume:
+            self._check_resume()
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise InputError(
+                f"{self.folder} exists and is not empty; choose another --out, or go on with it by --resume {self.folder}"
+            )
+        self.loop: TrainingLoop = build_loop(self.config, self.folder)
+        if resume:
+            self.resumed_from = checkpoint.newest(self.folder / "checkpoints")
+            if self.resumed_from is not None:
+                self.loop.resume(self.resumed_from)
+
+    def run(self, watch: Callable[[Iteration], Any] | None = None) -> Path:
+        """Train to the end, or until Ctrl-C or SIGTERM (then `stopped_by` is the signal); return the folder."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be written to: {error.strerror}") from error
+        with _locked(self.folder), _signals(self._stop), _Log(self) as log:
+            write_text(self.folder / "config.yaml", dump_config(self.config))
+
+            def seen(iteration: Iteration) -> None:
+                log.write(iteration)
+                if watch is not None:
+                    watch(iteration)
+
+            self.loop.run(self.config.iterations, seen, lambda: self.stopped_by is not None)
+        return self.folder
+
+    def _stop(self, number: int) -> None:
+        self.stopped_by = number
+
+    def _check_resume(self) -> None:
+        path = self.folder / "config.yaml"
+        if not path.is_file():
+            raise InputError(f"--resume {self.folder}: no run folder, for it has no config.yaml")
+        before, now = load_config(path).model_dump(), self.config.model_dump()
+        differing = sorted(_differing(before, now))
+        refused = [f"{k}: {a!r} -> {b!r}" for k, a, b in differing if k.split(".")[0] not in RESUMABLE]
+        if refused:
+            raise InputError(
+                f"--resume {self.folder}: these settings differ and would change the run: {'; '.join(refused)}; "
+                f"only {', '.join(sorted(RESUMABLE))} may"
+            )
+
+
+class _Log:
+    """metrics.jsonl, timings.jsonl, trackers and pictures; none of them may harm training."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.folder, self.config = trainer.folder, trainer.config
+        self.done = trainer.loop.position.iteration
+        self.tracker: Any = None
+
+    def __enter__(self) -> _Log:
+        # Lines past the checkpoint that is resumed from belong to iterations that will be done again.
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            path = self.folder / name
+            if path.is_file():
+                lines = [line for line in path.read_text("utf-8").splitlines() if _iteration(line) <= self.done]
+                write_text(path, "".join(f"{line}\n" for line in lines))
+        if self.config.logging.trackers:
+            try:
+                from accelerate.tracking import filter_trackers
+
+                self.tracker = _trackers(list(self.config.logging.trackers), self.folder, filter_trackers)
+            except Exception as error:  # noqa: BLE001 (logging must not stop a run)
+                warnings.warn(f"trackers are off: {error}", RuntimeWarning, stacklevel=2)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for tracker in self.tracker or ():
+            tracker.finish()
+
+    def write(self, iteration: Iteration) -> None:
+        try:
+            self._append("metrics.jsonl", iteration.metrics)
+            self._append("timings.jsonl", {"iteration": iteration.number, **iteration.seconds})
+            for tracker in self.tracker or ():
+                values = {k: v for k, v in iteration.metrics.items() if k != "iteration"}
+                tracker.log(values | {f"seconds/{k}": v for k, v in iteration.seconds.items()}, step=iteration.number)
+            if iteration.number % self.config.logging.images_every == 0 or iteration.number == 1:
+                from driftrl.pictures import candidates_grid, save_png
+
+                grid = candidates_grid(iteration.images, iteration.prompts, iteration.rewards, iteration.chosen)
+                save_png(grid, self.folder / "images" / f"{iteration.number:06d}.png")
+        except OSError as error:
+            warnings.warn(f"a log could not be written: {error}", RuntimeWarning, stacklevel=2)
+
+    def _append(self, name: str, values: dict[str, Any]) -> None:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def _trackers(names: list[str], folder: Path, known: Any) -> list[Any]:
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()
+    trackers = []
+    for name in names:
+        if not known([name], str(folder)):
+            continue
+        cls = LOGGER_TYPE_TO_CLASS[name]
+        tracker = cls("tensorboard", logging_dir=str(folder)) if cls.requires_logging_directory else cls("driftrl")
+        tracker.start() if hasattr(tracker, "start") else None
+        trackers.append(tracker)
+    return trackers
+
+
+def _iteration(line: str) -> float:
+    try:
+        return float(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # torn by a crash: dropped
+
+
+def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in a:
+        if isinstance(a[key], dict) and isinstance(b[key], dict):
+            yield from _differing(a[key], b[key], f"{prefix}{key}.")
+        elif a[key] != b[key]:
+            yield f"{prefix}{key}", a[key], b[key]
+
+
+def _free(path: Path) -> Path:
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder: a second process is refused. The lock goes with the process, however it ends."""
+    import fcntl
+
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{folder}: another process is writing this run") from None
+        yield
+
+
+@contextmanager
+def _signals(stop: Callable[[int], None]) -> Iterator[None]:
+    """On Ctrl-C or SIGTERM finish the iteration and checkpoint; on a second one stop at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop(number)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that can still be written where ``folder`` is, or will be."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free if os.access(place, os.W_OK) else 0

@@ -1,0 +1,206 @@
+"""The whole loop, top to bottom, in the paper's order (DRIFT, arXiv 2601.12401).
+
+It receives built objects (`driftrl.build` makes them) and knows no configuration, file format or model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from driftrl import checkpoint, prompts
+from driftrl.advantages import group_relative
+from driftrl.checkpoint import Position
+from driftrl.diversity.functional import pairwise_distances
+from driftrl.noise import generator
+from driftrl.rollout import PromptNoise, rollout
+from driftrl.selection import select
+from driftrl.shaping import group_diversity, intrinsic_advantage, shape_advantages, shape_rewards
+from driftrl.types import Conditioning, Encoder, Policy, Reward, Rollout
+from driftrl.update import Objective, update
+
+
+@dataclass(frozen=True)
+class Method:
+    """The settings that make DRIFT, or one of its competitors."""
+
+    candidates: int
+    keep: int
+    strategy: str
+    prompt_noise: PromptNoise
+    advantage_scale: str
+    advantage_clip: float
+    shaping_ratio: float
+    shaping_clip: float
+    shaping_level: str
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one iteration produced, for whoever watches."""
+
+    number: int
+    metrics: dict[str, float]
+    """Deterministic figures: they go to metrics.jsonl (docs/metrics.md)."""
+    seconds: dict[str, float]
+    """How long each phase took."""
+    prompts: list[str]
+    images: Tensor
+    """[P, N, 3, height, width] in 0..1: all candidates."""
+    rewards: Tensor
+    """[P, N]."""
+    chosen: Tensor
+    """[P, G]: the candidates that were learned from."""
+
+
+class TrainingLoop:
+    """Reinforcement fine-tuning that keeps variety."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        encoder: Encoder,
+        prompt_set: tuple[str, ...],
+        method: Method,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        checkpoints: Path,
+        seed: int = 0,
+        prompts_per_iteration: int = 8,
+        rollout_batch: int = 128,
+        checkpoint_every: int = 10,
+        keep_last: int = 1000,
+    ) -> None:
+        """Take over built objects; ``checkpoints`` is the folder that checkpoints go to."""
+        self.policy, self.reward, self.encoder, self.prompt_set = policy, reward, encoder, prompt_set
+        self.method, self.objective, self.optimizer, self.checkpoints = method, objective, optimizer, checkpoints
+        self.seed, self.prompts_per_iteration, self.rollout_batch = seed, prompts_per_iteration, rollout_batch
+        self.checkpoint_every, self.keep_last = checkpoint_every, keep_last
+        self.position = Position(0)
+        self._saved: int | None = None
+        self.on_sampled: Callable[[int], None] | None = None
+        """Called with the number of images finished after each rollout batch."""
+        with torch.no_grad():
+            self.conditioning = policy.encode(prompt_set)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint."""
+        self.position = checkpoint.load(path, self.policy, self.optimizer)
+        self._saved = self.position.iteration
+
+    def run(self, iterations: int, watch: Callable[[Iteration], Any], stop: Callable[[], bool] = bool) -> None:
+        """Train until ``iterations`` are done, or until ``stop()`` says so; leave a checkpoint either way."""
+        if self._saved is None:
+            self.save()
+        while self.position.iteration < iterations and not stop():
+            watch(self.iterate())
+            if self.position.iteration % self.checkpoint_every == 0:
+                self.save()
+        if self._saved != self.position.iteration:
+            self.save()
+
+    def iterate(self) -> Iteration:
+        """One iteration: sample, score, select, compare, shape, learn."""
+        method, number = self.method, self.position.iteration
+        clock = _Clock()
+
+        which = prompts.draw(len(self.prompt_set), self.prompts_per_iteration, self.seed, number)
+        texts = [self.prompt_set[i] for i in which]
+        conditioning = self.conditioning.rows(torch.tensor(which, device=self.policy.device))
+
+        sampled = self._sample(conditioning, which, number)
+        clock.lap("rollout")
+
+        flat = [text for text in texts for _ in range(method.candidates)]
+        rewards = self.reward(sampled.images.flatten(0, 1), flat).float().view(len(texts), method.candidates)
+        rewards = rewards.to(self.policy.device)
+        clock.lap("reward")
+
+        chosen = select(rewards, method.keep, method.strategy, generator(self.seed, number, 0, 0, "selection"))
+        kept = sampled.keep(chosen)
+        kept_rewards = rewards.gather(1, chosen)
+
+        diversity = group_diversity(self._distances(kept.images))
+        clock.lap("diversity")
+
+        advantages = self._advantages(kept_rewards, diversity, rewards)
+        stats = update(
+            self.policy, self.optimizer, kept, advantages, conditioning, self.objective, (self.seed, number),
+            method.prompt_noise,
+        )  # fmt: skip
+        clock.lap("update")
+
+        self.position = Position(number + 1)
+        metrics = {
+            "iteration": number + 1,
+            "reward/mean": float(rewards.mean()),
+            "reward/std_within_prompt": float(rewards.std(1, correction=0).mean()),
+            "reward/kept_mean": float(kept_rewards.mean()),
+            "reward/kept_std": float(kept_rewards.std(1, correction=0).mean()),
+            "diversity/kept_mean": float(diversity.mean()),
+            "diversity/kept_std": float(diversity.std(1, correction=0).mean()),
+            "advantage/abs_mean": float(advantages.abs().mean()),
+            "loss": stats.loss,
+            "loss/surrogate": stats.surrogate,
+            "loss/kl": stats.kl,
+            "policy/approx_kl": stats.approx_kl,
+            "policy/clip_fraction": stats.clip_fraction,
+            "policy/ratio_deviation": stats.ratio_deviation,
+            "policy/grad_norm": stats.grad_norm,
+            "policy/pairs": stats.pairs,
+            "warning/constant_reward_groups": int((kept_rewards.std(1, correction=0) < 1e-6).sum()),
+            "warning/constant_diversity_groups": int((diversity.std(1, correction=0) < 1e-6).sum()),
+        }
+        metrics = {k: v if math.isfinite(v) else float("nan") for k, v in metrics.items()}
+        return Iteration(number + 1, metrics, clock.seconds, texts, sampled.images, rewards, chosen)
+
+    def save(self) -> Path:
+        """Write a checkpoint now."""
+        path = checkpoint.save(self.checkpoints, self.policy, self.optimizer, self.position)
+        checkpoint.prune(self.checkpoints, self.keep_last)
+        self._saved = self.position.iteration
+        return path
+
+    def _sample(self, conditioning: Conditioning, which: list[int], number: int) -> Rollout:
+        keys = [(self.seed, number, prompt) for prompt in which]
+        noise, count = self.method.prompt_noise, self.method.candidates
+        return rollout(self.policy, conditioning, keys, count, self.rollout_batch, noise, self.on_sampled)
+
+    def _distances(self, images: Tensor) -> Tensor:
+        """Cosine distances [P, G, G] between the images [P, G, 3, H, W] of each group."""
+        features = self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        return pairwise_distances(features.to(self.policy.device))
+
+    def _advantages(self, kept: Tensor, diversity: Tensor, candidates: Tensor) -> Tensor:
+        """Group-relative advantages [P, G], shaped by diversity (design 2.4)."""
+        m = self.method
+        if m.shaping_ratio > 0 and m.shaping_level == "reward":
+            kept = shape_rewards(kept, diversity, m.shaping_ratio, m.shaping_clip)
+        advantages = group_relative(kept, m.advantage_scale, candidates=candidates).clamp(
+            -m.advantage_clip, m.advantage_clip
+        )
+        if m.shaping_ratio > 0 and m.shaping_level == "advantage":
+            intrinsic = intrinsic_advantage(diversity, m.shaping_clip)
+            advantages = shape_advantages(advantages, intrinsic, m.shaping_ratio)
+        return advantages
+
+
+class _Clock:
+    """Splits an iteration's time into phases."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
