@@ -1,0 +1,63 @@
+"""`driftrl train`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from driftrl.checks import InputError
+from driftrl.config import load_config
+
+
+def train(config: Path | None, settings: list[str], out: Path | None, resume: Path | None, quiet: bool) -> None:
+    """Train, showing progress; exit 130 or 143 after Ctrl-C or SIGTERM."""
+    if resume is not None:
+        if out is not None or config is not None:
+            raise InputError("--resume: the run folder says everything; leave out CONFIG and --out")
+        if not (resume / "config.yaml").is_file():
+            raise InputError(f"--resume {resume}: no run folder, for it has no config.yaml")
+        config = resume / "config.yaml"
+    parsed = load_config(config, settings)
+    console = Console(stderr=True)
+    with console.status("loading model, reward and encoder", spinner="dots"):
+        from driftrl.run import Trainer
+        from driftrl.trainer import Iteration
+
+        trainer = Trainer(parsed, resume if resume is not None else out, resume is not None)
+    start = trainer.loop.position.iteration
+    place = f" from iteration {start}" if start else ""
+    console.print(f"[bold]{parsed.name}[/] on {parsed.model.path}, {parsed.iterations} iterations{place}: {trainer.folder}")
+    progress = Progress(
+        TextColumn("[bold]iteration"), MofNCompleteColumn(), BarColumn(None), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False), TextColumn("{task.fields[figures]}"),
+        console=console, disable=quiet or not console.is_terminal,
+    )  # fmt: skip
+    task = progress.add_task("train", total=parsed.iterations, completed=start, figures="")
+    first: dict[str, float] = {}
+
+    def watch(iteration: Iteration) -> None:
+        m = iteration.metrics
+        if not first:
+            first.update(m)
+        gain = m["reward/mean"] - first["reward/mean"]
+        figures = f"reward {m['reward/mean']:.3f} ({gain:+.3f})  diversity {m['diversity/kept_mean']:.3f}"
+        progress.update(task, completed=iteration.number, figures=figures)
+        if not quiet and not console.is_terminal:
+            console.print(f"iteration {iteration.number}/{parsed.iterations}  {figures}", highlight=False)
+
+    def show(message: Warning | str, category: type[Warning], *_: object) -> None:
+        console.print(f"[yellow]{category.__name__}:[/] {message}", highlight=False)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        with progress:
+            trainer.run(watch)
+    if trainer.stopped_by is not None:
+        console.print(f"stopped at iteration {trainer.loop.position.iteration}; go on with: driftrl train --resume {trainer.folder}")
+        sys.exit(128 + trainer.stopped_by)
+    last = trainer.folder / "checkpoints" / f"{trainer.loop.position.iteration:06d}"
+    console.print(f"done: {trainer.folder}\nadapter for diffusers: pipe.load_lora_weights({str(last)!r})", highlight=False)

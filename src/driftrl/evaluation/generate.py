@@ -1,0 +1,77 @@
+"""Images of a model, a run or a checkpoint, keyed by seed so that base and tuned are drawn alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from driftrl import checkpoint
+from driftrl.build import build_policy, prompt_noise_of
+from driftrl.checks import InputError
+from driftrl.config import ModelConfig, TrainConfig, load_config
+from driftrl.rollout import NO_NOISE, PromptNoise, rollout
+from driftrl.types import Policy
+
+EVALUATION = 2**31
+"""Stands for the iteration in the keys of evaluation's noise, so that it is never training's."""
+
+
+def run_of(source: str | Path) -> tuple[Path, Path | None] | None:
+    """(run folder, checkpoint) if ``source`` is a run folder or one of its checkpoints, else None.
+
+    A run folder gives its newest checkpoint that is whole, or None where it has none.
+    """
+    path = Path(source)
+    if (path / "config.yaml").is_file():
+        return path, checkpoint.newest(path / "checkpoints")
+    if (path / "manifest.json").is_file() and (path.parent.parent / "config.yaml").is_file():
+        return path.parent.parent, path
+    return None
+
+
+def open_policy(
+    source: str | Path, steps: int | None = None, guidance_scale: float | None = None
+) -> tuple[Policy, PromptNoise]:
+    """The policy of a run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'.
+
+    Raises:
+        InputError: if it is none of these, or the run has no checkpoint.
+    """
+    found = run_of(source)
+    if found is None:
+        config, noise, path = TrainConfig(model=ModelConfig(path=str(source))), NO_NOISE, None
+    else:
+        run, path = found
+        if path is None:
+            raise InputError(f"{run}: this run has no checkpoint yet")
+        config = load_config(run / "config.yaml")
+        noise = prompt_noise_of(config, "test")
+    changes = {"steps": steps, "guidance_scale": guidance_scale}
+    sampling = config.sampling.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    config = config.model_copy(update={"sampling": sampling})
+    policy = build_policy(config)
+    if path is not None:
+        checkpoint.load(path, policy)
+    return policy, noise
+
+
+def generate(
+    policy: Policy,
+    prompts: Sequence[str],
+    images: int,
+    seed: int = 0,
+    batch_size: int = 128,
+    prompt_noise: PromptNoise = NO_NOISE,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Draw ``images`` images for each prompt: float32 [P, images, 3, height, width] in 0..1.
+
+    Image k of a prompt depends on (seed, prompt's place, k) alone.
+    """
+    keys = [(seed, EVALUATION, place) for place in range(len(prompts))]
+    with torch.no_grad():
+        conditioning = policy.encode(list(prompts))
+    return rollout(policy, conditioning, keys, images, batch_size, prompt_noise, progress).images

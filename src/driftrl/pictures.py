@@ -1,0 +1,83 @@
+"""Grids of pictures, as people look at them: labelled rows, candidates that were learned from marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+KEPT, PAPER, INK, FAINT = (34, 139, 94), (255, 255, 255), (30, 30, 34), (120, 120, 128)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One image [3, H, W] in 0..1 as a PIL image."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels)
+
+
+def grid(rows: Sequence[Tensor], labels: Sequence[str], cell: int = 72, title: str = "") -> Image.Image:
+    """Rows of images [n, 3, H, W] with a label before each row."""
+    return _draw(rows, labels, cell, title, [set()] * len(rows), None)
+
+
+def candidates_grid(images: Tensor, prompts: Sequence[str], rewards: Tensor, chosen: Tensor) -> Image.Image:
+    """All candidates [P, N, 3, H, W], best reward first; those that were learned from are framed in green."""
+    order = rewards.argsort(dim=1, descending=True).cpu()
+    rows = [images[p][order[p].to(images.device)] for p in range(len(prompts))]
+    marks = []
+    for p in range(len(prompts)):
+        kept = set(chosen[p].tolist())
+        marks.append({k for k, n in enumerate(order[p].tolist()) if n in kept})
+    figures = [[float(rewards[p, n]) for n in order[p].tolist()] for p in range(len(prompts))]
+    return _draw(rows, prompts, 72, "candidates, best reward first; framed: learned from", marks, figures)
+
+
+def beside(left: Sequence[Tensor], right: Sequence[Tensor], labels: Sequence[str], names: tuple[str, str]) -> Image.Image:
+    """Two sets of rows side by side, row by row the same prompt and seeds."""
+    a, b = grid(left, labels, title=names[0]), grid(right, [""] * len(labels), title=names[1])
+    sheet = Image.new("RGB", (a.width + b.width, max(a.height, b.height)), PAPER)
+    sheet.paste(a, (0, 0))
+    sheet.paste(b, (a.width, 0))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, "PNG", optimize=False)
+    temporary.replace(path)
+
+
+def _draw(
+    rows: Sequence[Tensor],
+    labels: Sequence[str],
+    cell: int,
+    title: str,
+    marks: Sequence[set[int]],
+    figures: Sequence[Sequence[float]] | None,
+) -> Image.Image:
+    font, small = ImageFont.load_default(13), ImageFont.load_default(10)
+    gap, top = 4, 26 if title else 4
+    line = cell + gap + (13 if figures else 0)
+    width = max((int(font.getlength(label)) for label in labels), default=0)
+    left = width + 14 if width else gap
+    columns = max((len(row) for row in rows), default=0)
+    sheet = Image.new("RGB", (left + columns * (cell + gap) + gap, top + len(rows) * line + gap), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    if title:
+        pen.text((gap + 2, 6), title, INK, font)
+    for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        y = top + r * line
+        pen.text((6, y + cell // 2 - 8), label, INK, font)
+        for k, image in enumerate(row):
+            x = left + k * (cell + gap)
+            sheet.paste(to_pil(image).resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
+            if k in marks[r]:
+                pen.rectangle((x - 2, y - 2, x + cell + 1, y + cell + 1), outline=KEPT, width=2)
+            if figures:
+                pen.text((x, y + cell), f"{figures[r][k]:.2f}", KEPT if k in marks[r] else FAINT, small)
+    return sheet
