@@ -50,6 +50,7 @@ def load_pipeline(model: ModelConfig) -> Any:
     """
     import diffusers
     from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     path = str(TINY_ANIMALS / "pipeline") if model.path == "tiny-animals" else model.path
     folder = Path(path)
@@ -59,17 +60,19 @@ def load_pipeline(model: ModelConfig) -> Any:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if not folder.exists() and looks_local:
         raise InputError(f"model.path: expected 'tiny-animals', a pipeline folder or a hub name; {path!r} is none")
-    bars = diffusers_logging.is_progress_bar_enabled()
+    bars, verbosity = diffusers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # it tells everyone without torchvision so, at every start
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            path, revision=model.revision, torch_dtype=getattr(torch, model.dtype), use_safetensors=True
+            path, revision=model.revision, dtype=getattr(torch, model.dtype), use_safetensors=True
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = " (the hub is switched off by HF_HUB_OFFLINE)" if offline and not folder.exists() else ""
         raise InputError(f"model.path: {path} cannot be loaded{where}: {reason}") from error
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if bars:
             diffusers_logging.enable_progress_bar()
     kind = type(pipeline).__name__

@@ -54,9 +54,13 @@ def _weights(drawings: list[Drawing]) -> Tensor:
     return torch.tensor([w / total[k] / styles[k[0]] for w, k in zip(raw.tolist(), keys, strict=True)])
 
 
-def build(cache_dir: Path, poses: int = 32, seed: int = 0, held_out: bool = False) -> Bank:
-    """Rasterise every drawing in `poses` poses (weakly posed, so that lines stay crisp), or load the cache."""
-    path = cache_dir / f"bank-{'held-out-' if held_out else ''}{poses}-{seed}.npy"
+def build(cache_dir: Path, poses: int = 32, seed: int = 0, held_out: bool = False, spread: float = 1.0) -> Bank:
+    """Rasterise every drawing in `poses` poses, or load the cache.
+
+    `spread` scales the poses: 1 is up to 8 degrees of rotation and a fifth of the size, for networks that look
+    at pictures; the generator draws 0.25 of that, which keeps lines crisp and is learned far sooner.
+    """
+    path = cache_dir / f"bank-{'held-out-' if held_out else ''}{poses}-{seed}-{spread:g}.npy"
     drawings = catalogue(fetch(cache_dir), held_out)
     if path.is_file():
         pixels = np.load(path)
@@ -65,10 +69,10 @@ def build(cache_dir: Path, poses: int = 32, seed: int = 0, held_out: bool = Fals
         pixels = np.empty((len(drawings), poses, 4, SIZE, SIZE), np.uint8)
         for i, drawing in enumerate(drawings):
             for k in range(poses):
-                scale = rng.uniform(0.76, 0.96)
-                room = (1 - scale) / 2 + 0.01
+                scale = 0.86 + spread * rng.uniform(-0.1, 0.1)
+                room = spread * ((1 - scale) / 2 + 0.01)
                 shift = (rng.uniform(-room, room), rng.uniform(-room, room))
-                image = rasterise(drawing, SIZE, scale, rng.uniform(-8, 8), shift, bool(rng.random() < 0.5))
+                image = rasterise(drawing, SIZE, scale, spread * rng.uniform(-8, 8), shift, bool(rng.random() < 0.5))
                 pixels[i, k] = image.transpose(2, 0, 1)
         np.save(path, pixels)
     if len(pixels) != len(drawings):

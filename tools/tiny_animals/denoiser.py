@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tiny_animals.autoencoder import TRAIN_POSES
 from tiny_animals.bank import Bank, caption, composite
 from tiny_animals.tokens import LENGTH, save_tokenizer
 from tiny_animals.training import Training, join_processes, rank, world
@@ -32,7 +32,7 @@ class Denoiser(nn.Module):
             )
         )  # fmt: skip
         self.unet = UNet2DConditionModel(
-            sample_size=8, in_channels=16, out_channels=16, block_out_channels=(128, 192), layers_per_block=2,
+            sample_size=8, in_channels=16, out_channels=16, block_out_channels=(128, 192), layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=16,
@@ -52,16 +52,13 @@ def scheduler() -> DDIMScheduler:
 
 
 @torch.no_grad()
-def encode_bank(bank: Bank, vae: AutoencoderKL, cache: Path, copies: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def encode_bank(bank: Bank, vae: AutoencoderKL, cache: Path, copies: int = 3, poses: int = 12) -> tuple[Tensor, Tensor, Tensor]:
     """Encode every drawing and pose on `copies` backgrounds: latents float16 [m, 16, 8, 8], drawing and background [m].
 
     The processes share the work; the result is cached.
     """
-    from safetensors.torch import load_file, save_file
-
-    part = cache / f"latents-{rank()}-of-{world()}.safetensors"
+    part = cache / f"latents-gentle-{rank()}-of-{world()}.safetensors"
     if not part.is_file():
-        poses = bank.pixels[:, TRAIN_POSES].shape[1]
         index = torch.arange(len(bank.keys) * poses * copies)[rank() :: world()]
         generator, latents, backgrounds = torch.Generator().manual_seed(7 + rank()), [], []
         for chunk in index.split(64):
@@ -77,7 +74,7 @@ def encode_bank(bank: Bank, vae: AutoencoderKL, cache: Path, copies: int = 2) ->
     return data["z"], data["drawing"], data["background"]
 
 
-def train(bank: Bank, cache: Path, images: int, batch: int = 64) -> None:
+def train(bank: Bank, cache: Path, images: int, batch: int = 32) -> None:
     """Train on the latents of `cache/autoencoder`; write the pipeline to `cache/pipeline`."""
     join_processes()
     torch.manual_seed(0)
@@ -88,6 +85,9 @@ def train(bank: Bank, cache: Path, images: int, batch: int = 64) -> None:
     model = Denoiser(len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id)
     noise_scale = scheduler().alphas_cumprod
     weight = bank.weight[drawing]
+    start = folder / "start.safetensors"  # weights to begin with, where there are any
+    if start.is_file():
+        model.load_state_dict(load_file(start))
     training = Training(model, folder / "training", images, batch, lr=6e-4, ema_decay=0.9995)
     if rank() == 0:
         print({k: sum(p.numel() for p in m.parameters()) for k, m in model.named_children()}, len(z), flush=True)
@@ -120,8 +120,6 @@ def train(bank: Bank, cache: Path, images: int, batch: int = 64) -> None:
 
 def assemble(cache: Path, model: Denoiser | None = None) -> StableDiffusionPipeline:
     """Put the trained parts together as a stock pipeline folder, `cache/pipeline` (float16 weights)."""
-    from safetensors.torch import load_file
-    from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(cache / "denoiser" / "tokenizer")
     if model is None:
