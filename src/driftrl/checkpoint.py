@@ -80,7 +80,8 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None = N
     if problem:
         raise InputError(f"{path}: {problem}")
     try:
-        tensors = load_file(path / "training.safetensors")
+        # Copied, for what is loaded is a view of the file, and would change or crash with it.
+        tensors = {name: value.clone() for name, value in load_file(path / "training.safetensors").items()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path / 'training.safetensors'}: {error}") from error
     named = dict(policy.named_parameters())

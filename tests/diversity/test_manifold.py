@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from driftrl.checks import InputError
@@ -70,6 +70,7 @@ def test_agrees_with_the_published_package_on_a_set_against_itself():
     assert expected["density"] == pytest.approx(1.0)  # a radius does not hold the neighbour that defines it
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     m=st.integers(4, 40),
@@ -84,6 +85,7 @@ def test_follows_the_definition_with_ties_and_duplicates(seed, m, n, d, k):
     assert _figures(manifold(x, y, k)) == pytest.approx(_by_definition(x, y, k), abs=1e-12)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**16), copies=st.integers(1, 9), k=st.integers(1, 4))
 def test_every_set_recalls_itself_even_in_copies(seed, copies, k):
     x = _features(6, 5, seed=seed).repeat(copies, 1)

@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 import scipy.spatial
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from driftrl.checks import InputError
@@ -86,6 +86,7 @@ def test_nearly_order_one_continues_order_one():
         assert float(vendi_score(x, 1.0 - step)) == pytest.approx(exact, abs=20 * step + 1e-6)
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     n=st.integers(2, 15),

@@ -1,0 +1,120 @@
+"""The whole loop on random weights: deterministic, resumable, invariant to batches, and it learns."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from driftrl import Trainer, noise
+from driftrl.build import build_loop, load_pipeline
+from driftrl.checkpoint import CheckpointWarning, newest
+from driftrl.config import load_config
+from driftrl.evaluation.generate import generate, open_policy
+
+
+def tensors(folder, name="training"):
+    return {k: v.clone() for k, v in load_file(folder / f"{name}.safetensors").items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def brightness(images, prompts):
+    """A reward with an easy answer."""
+    return images.mean((1, 2, 3)) * 10
+
+
+def test_run_folder_and_determinism(config, tmp_path):
+    one = Trainer(config(), tmp_path / "one").run()
+    two = Trainer(config(), tmp_path / "two").run()
+    assert_same(tensors(one / "checkpoints/000002"), tensors(two / "checkpoints/000002"))
+    assert (one / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
+    lines = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2]
+    assert all(line["policy/ratio_deviation"] <= 1e-6 for line in lines)
+    assert load_config(one / "config.yaml") == config()
+    assert (one / "images/000001.png").is_file()
+    other = Trainer(config(seed=1), tmp_path / "three").run()
+    assert (one / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes()
+
+
+def test_resumed_equals_uninterrupted(config, tmp_path):
+    whole = Trainer(config(iterations=3), tmp_path / "whole").run()
+    Trainer(config(iterations=1), tmp_path / "parts").run()
+    parts = Trainer(config(iterations=3), tmp_path / "parts", resume=True).run()
+    assert_same(tensors(whole / "checkpoints/000003"), tensors(parts / "checkpoints/000003"))
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+
+
+def test_a_torn_checkpoint_is_passed_over(config, tmp_path):
+    whole = Trainer(config(), tmp_path / "run").run()
+    before = tensors(whole / "checkpoints/000002")
+    (whole / "checkpoints/000002/training.safetensors").write_bytes(b"torn")
+    with pytest.warns(CheckpointWarning, match="000002"):
+        assert newest(whole / "checkpoints").name == "000001"
+    with pytest.warns(CheckpointWarning):
+        Trainer(config(), tmp_path / "run", resume=True).run()
+    assert_same(before, tensors(whole / "checkpoints/000002"))
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_batch_sizes_change_nothing_but_rounding(config, tmp_path, kl):
+    big = Trainer(config(iterations=1, objective__kl_weight=kl), tmp_path / "big").run()
+    small = Trainer(
+        config(iterations=1, objective__kl_weight=kl, sampling__batch_size=5, optimizer__batch_size=7), tmp_path / "small"
+    ).run()
+    a, b = (json.loads((run / "metrics.jsonl").read_text()) for run in (big, small))
+    assert a["reward/mean"] == pytest.approx(b["reward/mean"], abs=1e-3)
+    assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+    assert a["policy/grad_norm"] == pytest.approx(b["policy/grad_norm"], rel=1e-3)
+
+
+def test_the_adapter_loads_into_a_stock_pipeline(config, tmp_path):
+    settings = config(iterations=2, optimizer__learning_rate=0.05)
+    run = Trainer(settings, tmp_path / "run").run()
+    policy, _ = open_policy(run)
+    ours = generate(policy, ["a cat"], 3, seed=5)[0]
+    pipeline = load_pipeline(settings.model)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw():
+        generators = [noise.generator(5, 2**31, 0, k, "latents") for k in range(3)]
+        return pipeline(["a cat"] * 3, num_inference_steps=4, guidance_scale=2.0, eta=1.0, generator=generators,
+                        output_type="pt").images  # fmt: skip
+
+    base = draw()
+    pipeline.load_lora_weights(run / "checkpoints/000002")
+    theirs = draw()
+    assert (ours - base).abs().max() > 0.01
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_learning_happens(config, tmp_path):
+    """With an easy reward, the last iterations are better than the first by far more than their noise."""
+    settings = config(
+        iterations=25, optimizer__learning_rate=0.02, adapter__rank=4,
+        selection__strategy="nearest_neighbor", sampling__candidates=12, selection__keep=8,
+        sampling__guidance_scale=1.0, logging__checkpoint_every=100,
+    )  # fmt: skip
+    rewards = []
+    loop = build_loop(settings, tmp_path)
+    loop.reward = brightness
+    loop.run(25, lambda iteration: rewards.append(iteration.metrics["reward/mean"]))
+    first, last = torch.tensor(rewards[:5]), torch.tensor(rewards[-5:])
+    assert last.mean() - first.mean() > 4 * (first.std() + last.std()) / 5**0.5
+
+
+def test_constant_rewards_teach_nothing_and_do_not_crash(config, tmp_path):
+    settings = config(iterations=1, shaping__ratio=0.0)
+    loop = build_loop(settings, tmp_path)
+    loop.reward = lambda images, prompts: torch.ones(len(images))
+    before = [p.detach().clone() for p in loop.policy.parameters()]
+    seen = []
+    loop.run(1, seen.append)
+    assert seen[0].metrics["warning/constant_reward_groups"] == 3
+    for old, new in zip(before, loop.policy.parameters(), strict=True):
+        assert torch.equal(old, new)
