@@ -110,7 +110,9 @@ def encoder_folder(tmp_path_factory) -> Path:
 
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("models") / "encoder"
-    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")).save_pretrained(folder)
+    ResNetModel(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ).save_pretrained(folder)
     return folder
 
 

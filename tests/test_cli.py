@@ -42,7 +42,9 @@ def settings(config, tmp_path):
 def test_bad_input(settings, tmp_path, override, message):
     (tmp_path / "empty.txt").write_text("# nothing\n")
     (tmp_path / "folder").mkdir()
-    override = override.replace("EMPTY_FOLDER", str(tmp_path / "folder")).replace("EMPTY", str(tmp_path / "empty.txt"))
+    override = override.replace("EMPTY_FOLDER", str(tmp_path / "folder")).replace(
+        "EMPTY", str(tmp_path / "empty.txt")
+    )
     result = driftrl("train", settings, "--set", override, "--out", tmp_path / "run")
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
@@ -71,7 +73,9 @@ def test_train_sample_and_refusals(settings, tmp_path):
     assert (tmp_path / "grid.png").stat().st_size > 500
 
 
-@pytest.mark.parametrize("content", ["{", "- a list", "reward: [", "seed: 1\n\tx: 2", "\x00", "iterations: .inf"])
+@pytest.mark.parametrize(
+    "content", ["{", "- a list", "reward: [", "seed: 1\n\tx: 2", "\x00", "iterations: .inf"]
+)
 def test_broken_configuration_files(tmp_path, content):
     path = tmp_path / "broken.yaml"
     path.write_text(content)

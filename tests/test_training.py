@@ -65,7 +65,8 @@ def test_a_torn_checkpoint_is_passed_over(config, tmp_path):
 def test_batch_sizes_change_nothing_but_rounding(config, tmp_path, kl):
     big = Trainer(config(iterations=1, objective__kl_weight=kl), tmp_path / "big").run()
     small = Trainer(
-        config(iterations=1, objective__kl_weight=kl, sampling__batch_size=5, optimizer__batch_size=7), tmp_path / "small"
+        config(iterations=1, objective__kl_weight=kl, sampling__batch_size=5, optimizer__batch_size=7),
+        tmp_path / "small",
     ).run()
     a, b = (json.loads((run / "metrics.jsonl").read_text()) for run in (big, small))
     assert a["reward/mean"] == pytest.approx(b["reward/mean"], abs=1e-3)

@@ -59,7 +59,9 @@ def load_pipeline(model: ModelConfig) -> Any:
     offline = os.environ.get("HF_HUB_OFFLINE", "0") == "1"
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if not folder.exists() and looks_local:
-        raise InputError(f"model.path: expected 'tiny-animals', a pipeline folder or a hub name; {path!r} is none")
+        raise InputError(
+            f"model.path: expected 'tiny-animals', a pipeline folder or a hub name; {path!r} is none"
+        )
     bars, verbosity = diffusers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # it tells everyone without torchvision so, at every start
@@ -117,10 +119,10 @@ def build_reward(name: str, device: torch.device) -> Reward:
             raise InputError(f"reward: {name!r} cannot be imported: {error}") from error
         if not callable(reward):
             raise InputError(f"reward: {name} is no function; expected (images, prompts) -> Tensor[N]")
-        return reward  # type: ignore[no-any-return]
+        return reward
     plugins = {point.name: point for point in entry_points(group="driftrl.rewards")}
     if name in plugins:
-        return plugins[name].load()  # type: ignore[no-any-return]
+        return plugins[name].load()
     known = (*REWARDS, *plugins)
     raise InputError(
         f"reward: expected one of {', '.join(known)}, or module:function; got {name!r}{nearest(name, known)}"
@@ -140,7 +142,9 @@ def build_encoder(name: str, device: torch.device) -> Encoder:
         return TransformersEncoder(path, device)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"shaping.encoder: expected 'tiny-animals', a folder or a hub name: {reason}") from error
+        raise InputError(
+            f"shaping.encoder: expected 'tiny-animals', a folder or a hub name: {reason}"
+        ) from error
 
 
 def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:

@@ -17,7 +17,9 @@ Positive = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """A part of the configuration: immutable, strict about types, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -190,9 +192,13 @@ class TrainConfig(Section):
                 f"selection.strategy: 'all' keeps every candidate, so selection.keep must be {candidates}; got {keep}"
             )
         if keep < 2:
-            raise ValueError("selection.keep: expected at least 2, for advantages are relative to a group; got 1")
+            raise ValueError(
+                "selection.keep: expected at least 2, for advantages are relative to a group; got 1"
+            )
         if self.sampling.eta == 0:
-            raise ValueError("sampling.eta: expected more than 0 to train, for without noise nothing is scored; got 0")
+            raise ValueError(
+                "sampling.eta: expected more than 0 to train, for without noise nothing is scored; got 0"
+            )
         return self
 
 
@@ -208,7 +214,9 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
     for override in overrides or []:
         key, sign, text = override.partition("=")
         if not sign or not key.strip():
-            raise InputError(f"--set: expected key=value, such as optimizer.learning_rate=1e-3; got {override!r}")
+            raise InputError(
+                f"--set: expected key=value, such as optimizer.learning_rate=1e-3; got {override!r}"
+            )
         try:
             value = _parse_yaml(text)
         except (yaml.YAMLError, ValueError) as error:
@@ -284,7 +292,9 @@ def _explain(problem: Any) -> str:
         for part in problem["loc"][:-1]:
             section = section.model_fields[part].annotation
         names = list(section.model_fields)
-        return f"{key}: no such key{nearest(str(problem['loc'][-1]), names)}; allowed here: {', '.join(names)}"
+        return (
+            f"{key}: no such key{nearest(str(problem['loc'][-1]), names)}; allowed here: {', '.join(names)}"
+        )
     if problem["type"] == "value_error":
         return str(context.get("error", problem["msg"]))
     hint = ""

@@ -35,7 +35,9 @@ def candidates_grid(images: Tensor, prompts: Sequence[str], rewards: Tensor, cho
     return _draw(rows, prompts, 72, "candidates, best reward first; framed: learned from", marks, figures)
 
 
-def beside(left: Sequence[Tensor], right: Sequence[Tensor], labels: Sequence[str], names: tuple[str, str]) -> Image.Image:
+def beside(
+    left: Sequence[Tensor], right: Sequence[Tensor], labels: Sequence[str], names: tuple[str, str]
+) -> Image.Image:
     """Two sets of rows side by side, row by row the same prompt and seeds."""
     a, b = grid(left, labels, title=names[0]), grid(right, [""] * len(labels), title=names[1])
     sheet = Image.new("RGB", (a.width + b.width, max(a.height, b.height)), PAPER)

@@ -26,7 +26,12 @@ NO_NOISE = PromptNoise()
 
 
 def score_step(
-    policy: Policy, latents: Tensor, steps: Tensor, conditioning: Conditioning, eps: Tensor | None, spec: PromptNoise
+    policy: Policy,
+    latents: Tensor,
+    steps: Tensor,
+    conditioning: Conditioning,
+    eps: Tensor | None,
+    spec: PromptNoise,
 ) -> Transition:
     """The policy's transition under a noised prompt: the one kernel of rollout, replay and sampling.
 
@@ -40,7 +45,12 @@ def score_step(
     """
     if eps is not None and spec.eta > 0:
         noised = annealed_noise(
-            conditioning.embeds, eps, policy.timesteps[steps], spec.eta, spec.schedule, policy.num_train_timesteps
+            conditioning.embeds,
+            eps,
+            policy.timesteps[steps],
+            spec.eta,
+            spec.schedule,
+            policy.num_train_timesteps,
         )
         conditioning = conditioning.with_embeds(noised)
     return policy.transition(latents, steps, conditioning)
@@ -93,7 +103,9 @@ def rollout(
             # Drawn even where nothing is added, as diffusers' scheduler does, so that both draw alike.
             x = gaussian.sample(move.mean, move.std, noise.normal(draws, shape).to(device))
             scores.append(
-                gaussian.log_prob(x, move.mean, move.std) if scored[step] else torch.zeros(len(chunk), device=device)
+                gaussian.log_prob(x, move.mean, move.std)
+                if scored[step]
+                else torch.zeros(len(chunk), device=device)
             )
             path.append(x)
         latents.append(torch.stack(path, 1))

@@ -34,7 +34,9 @@ class Trainer:
         >>> folder = driftrl.Trainer(config, out="runs/first").run()  # doctest: +SKIP
     """
 
-    def __init__(self, config: TrainConfig | None = None, out: str | Path | None = None, resume: bool = False) -> None:
+    def __init__(
+        self, config: TrainConfig | None = None, out: str | Path | None = None, resume: bool = False
+    ) -> None:
         """Check everything before anything is written.
 
         Args:
@@ -46,7 +48,11 @@ class Trainer:
             InputError: if the folder holds another run, or something in the configuration cannot be used.
         """
         self.config = config or TrainConfig()
-        self.folder = Path(out) if out is not None else _free(Path("runs") / f"{self.config.name}-seed{self.config.seed}")
+        self.folder = (
+            Path(out)
+            if out is not None
+            else _free(Path("runs") / f"{self.config.name}-seed{self.config.seed}")
+        )
         self.resumed_from: Path | None = None
         self.stopped_by: int | None = None
         if resume:
@@ -108,14 +114,16 @@ class _Log:
         for name in ("metrics.jsonl", "timings.jsonl"):
             path = self.folder / name
             if path.is_file():
-                lines = [line for line in path.read_text("utf-8").splitlines() if _iteration(line) <= self.done]
+                lines = [
+                    line for line in path.read_text("utf-8").splitlines() if _iteration(line) <= self.done
+                ]
                 write_text(path, "".join(f"{line}\n" for line in lines))
         if self.config.logging.trackers:
             try:
                 from accelerate.tracking import filter_trackers
 
                 self.tracker = _trackers(list(self.config.logging.trackers), self.folder, filter_trackers)
-            except Exception as error:  # noqa: BLE001 (logging must not stop a run)
+            except Exception as error:
                 warnings.warn(f"trackers are off: {error}", RuntimeWarning, stacklevel=2)
         return self
 
@@ -129,11 +137,15 @@ class _Log:
             self._append("timings.jsonl", {"iteration": iteration.number, **iteration.seconds})
             for tracker in self.tracker or ():
                 values = {k: v for k, v in iteration.metrics.items() if k != "iteration"}
-                tracker.log(values | {f"seconds/{k}": v for k, v in iteration.seconds.items()}, step=iteration.number)
+                tracker.log(
+                    values | {f"seconds/{k}": v for k, v in iteration.seconds.items()}, step=iteration.number
+                )
             if iteration.number % self.config.logging.images_every == 0 or iteration.number == 1:
                 from driftrl.pictures import candidates_grid, save_png
 
-                grid = candidates_grid(iteration.images, iteration.prompts, iteration.rewards, iteration.chosen)
+                grid = candidates_grid(
+                    iteration.images, iteration.prompts, iteration.rewards, iteration.chosen
+                )
                 save_png(grid, self.folder / "images" / f"{iteration.number:06d}.png")
         except OSError as error:
             warnings.warn(f"a log could not be written: {error}", RuntimeWarning, stacklevel=2)
@@ -153,7 +165,9 @@ def _trackers(names: list[str], folder: Path, known: Any) -> list[Any]:
         if not known([name], str(folder)):
             continue
         cls = LOGGER_TYPE_TO_CLASS[name]
-        tracker = cls("tensorboard", logging_dir=str(folder)) if cls.requires_logging_directory else cls("driftrl")
+        tracker = (
+            cls("tensorboard", logging_dir=str(folder)) if cls.requires_logging_directory else cls("driftrl")
+        )
         tracker.start() if hasattr(tracker, "start") else None
         trackers.append(tracker)
     return trackers
@@ -167,11 +181,11 @@ def _iteration(line: str) -> float:
 
 
 def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key in a:
-        if isinstance(a[key], dict) and isinstance(b[key], dict):
-            yield from _differing(a[key], b[key], f"{prefix}{key}.")
-        elif a[key] != b[key]:
-            yield f"{prefix}{key}", a[key], b[key]
+    for key, value in a.items():
+        if isinstance(value, dict) and isinstance(b[key], dict):
+            yield from _differing(value, b[key], f"{prefix}{key}.")
+        elif value != b[key]:
+            yield f"{prefix}{key}", value, b[key]
 
 
 def _free(path: Path) -> Path:
@@ -208,8 +222,8 @@ def _signals(stop: Callable[[int], None]) -> Iterator[None]:
         for each, handler in previous.items():
             signal.signal(each, handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handle)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        previous[each] = signal.signal(each, handle)
     try:
         yield
     finally:

@@ -81,7 +81,12 @@ class TrainingLoop:
     ) -> None:
         """Take over built objects; ``checkpoints`` is the folder that checkpoints go to."""
         self.policy, self.reward, self.encoder, self.prompt_set = policy, reward, encoder, prompt_set
-        self.method, self.objective, self.optimizer, self.checkpoints = method, objective, optimizer, checkpoints
+        self.method, self.objective, self.optimizer, self.checkpoints = (
+            method,
+            objective,
+            optimizer,
+            checkpoints,
+        )
         self.seed, self.prompts_per_iteration, self.rollout_batch = seed, prompts_per_iteration, rollout_batch
         self.checkpoint_every, self.keep_last = checkpoint_every, keep_last
         self.position = Position(0)
@@ -96,7 +101,9 @@ class TrainingLoop:
         self.position = checkpoint.load(path, self.policy, self.optimizer)
         self._saved = self.position.iteration
 
-    def run(self, iterations: int, watch: Callable[[Iteration], Any], stop: Callable[[], bool] = bool) -> None:
+    def run(
+        self, iterations: int, watch: Callable[[Iteration], Any], stop: Callable[[], bool] = bool
+    ) -> None:
         """Train until ``iterations`` are done, or until ``stop()`` says so; leave a checkpoint either way."""
         if self._saved is None:
             self.save()
@@ -124,7 +131,9 @@ class TrainingLoop:
         rewards = rewards.to(self.policy.device)
         clock.lap("reward")
 
-        chosen = select(rewards, method.keep, method.strategy, generator(self.seed, number, 0, 0, "selection"))
+        chosen = select(
+            rewards, method.keep, method.strategy, generator(self.seed, number, 0, 0, "selection")
+        )
         kept = sampled.keep(chosen)
         kept_rewards = rewards.gather(1, chosen)
 

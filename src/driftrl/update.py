@@ -102,8 +102,12 @@ def update(
     deviation = torch.zeros((), device=device)
     total = 0
     for epoch in range(objective.epochs):
-        pairs = training_pairs(policy.scored, prompts * group, objective.timesteps, key[0], key[1] + epoch * 2**32)
-        for number, part in enumerate(torch.arange(len(pairs.sample), device=device).chunk(objective.updates)):
+        pairs = training_pairs(
+            policy.scored, prompts * group, objective.timesteps, key[0], key[1] + epoch * 2**32
+        )
+        for number, part in enumerate(
+            torch.arange(len(pairs.sample), device=device).chunk(objective.updates)
+        ):
             optimizer.zero_grad(set_to_none=True)
             used = part
             if objective.kl_weight == 0:  # without KL a pair of zero advantage has no gradient: leave it out
@@ -130,7 +134,9 @@ def update(
                     sums += torch.stack([loss.sum(), surrogate.loss.sum(), kl.sum(), share * surrogate.approx_kl,
                                          share * surrogate.clip_fraction])  # fmt: skip
                     if number == 0 and epoch == 0:
-                        deviation = torch.maximum(deviation, ((log_prob - old[sample, step]).exp() - 1).abs().max())
+                        deviation = torch.maximum(
+                            deviation, ((log_prob - old[sample, step]).exp() - 1).abs().max()
+                        )
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)

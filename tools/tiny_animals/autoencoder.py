@@ -29,7 +29,9 @@ def new_autoencoder() -> AutoencoderKL:
     )
 
 
-def _terms(model: AutoencoderKL, images: Tensor, generator: torch.Generator, decoder_only: bool) -> dict[str, Tensor]:
+def _terms(
+    model: AutoencoderKL, images: Tensor, generator: torch.Generator, decoder_only: bool
+) -> dict[str, Tensor]:
     x = images * 2 - 1
     with torch.autocast("cpu", torch.bfloat16):
         with torch.set_grad_enabled(not decoder_only):
@@ -52,7 +54,9 @@ def train(bank: Bank, folder: Path, images: int, decoder_from: Path | None = Non
     if decoder_from is not None:
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
-    training = Training(model, folder / "training", images, batch=32, lr=1e-3 if decoder_from is None else 6e-4)
+    training = Training(
+        model, folder / "training", images, batch=32, lr=1e-3 if decoder_from is None else 6e-4
+    )
 
     def loss(n: int, generator: torch.Generator) -> dict[str, Tensor]:
         rgba, which = bank.draw(n, generator, TRAIN_POSES)

@@ -54,7 +54,9 @@ def _weights(drawings: list[Drawing]) -> Tensor:
     return torch.tensor([w / total[k] / styles[k[0]] for w, k in zip(raw.tolist(), keys, strict=True)])
 
 
-def build(cache_dir: Path, poses: int = 32, seed: int = 0, held_out: bool = False, spread: float = 1.0) -> Bank:
+def build(
+    cache_dir: Path, poses: int = 32, seed: int = 0, held_out: bool = False, spread: float = 1.0
+) -> Bank:
     """Rasterise every drawing in `poses` poses, or load the cache.
 
     `spread` scales the poses: 1 is up to 8 degrees of rotation and a fifth of the size, for networks that look
@@ -72,11 +74,15 @@ def build(cache_dir: Path, poses: int = 32, seed: int = 0, held_out: bool = Fals
                 scale = 0.86 + spread * rng.uniform(-0.1, 0.1)
                 room = spread * ((1 - scale) / 2 + 0.01)
                 shift = (rng.uniform(-room, room), rng.uniform(-room, room))
-                image = rasterise(drawing, SIZE, scale, spread * rng.uniform(-8, 8), shift, bool(rng.random() < 0.5))
+                image = rasterise(
+                    drawing, SIZE, scale, spread * rng.uniform(-8, 8), shift, bool(rng.random() < 0.5)
+                )
                 pixels[i, k] = image.transpose(2, 0, 1)
         np.save(path, pixels)
     if len(pixels) != len(drawings):
-        raise SystemExit(f"{path} holds {len(pixels)} drawings, the catalogue {len(drawings)}: delete the file")
+        raise SystemExit(
+            f"{path} holds {len(pixels)} drawings, the catalogue {len(drawings)}: delete the file"
+        )
     names = (*STYLE_NAMES, *sorted({d.style for d in drawings} - set(STYLE_NAMES)))
     return Bank(
         torch.from_numpy(pixels),

@@ -52,7 +52,9 @@ def scheduler() -> DDIMScheduler:
 
 
 @torch.no_grad()
-def encode_bank(bank: Bank, vae: AutoencoderKL, cache: Path, copies: int = 3, poses: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+def encode_bank(
+    bank: Bank, vae: AutoencoderKL, cache: Path, copies: int = 3, poses: int = 12
+) -> tuple[Tensor, Tensor, Tensor]:
     """Encode every drawing and pose on `copies` backgrounds: latents float16 [m, 16, 8, 8], drawing and background [m].
 
     The processes share the work; the result is cached.
@@ -90,7 +92,9 @@ def train(bank: Bank, cache: Path, images: int, batch: int = 32) -> None:
         model.load_state_dict(load_file(start))
     training = Training(model, folder / "training", images, batch, lr=6e-4, ema_decay=0.9995)
     if rank() == 0:
-        print({k: sum(p.numel() for p in m.parameters()) for k, m in model.named_children()}, len(z), flush=True)
+        print(
+            {k: sum(p.numel() for p in m.parameters()) for k, m in model.named_children()}, len(z), flush=True
+        )
 
     def loss(n: int, generator: torch.Generator) -> dict[str, Tensor]:
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
@@ -99,10 +103,16 @@ def train(bank: Bank, cache: Path, images: int, batch: int = 32) -> None:
         texts = [
             "" if rng.random() < UNCONDITIONAL else caption(a, s, v, b, rng)
             for a, s, v, b in zip(
-                bank.animal[d].tolist(), bank.style[d].tolist(), bank.view[d].tolist(), background[which].tolist(), strict=True
+                bank.animal[d].tolist(),
+                bank.style[d].tolist(),
+                bank.view[d].tolist(),
+                background[which].tolist(),
+                strict=True,
             )
         ]
-        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
+        tokens = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+        ).input_ids
         x = z[which].float()
         noise = torch.randn(x.shape, generator=generator)
         # Stratified timesteps: every batch covers the whole range evenly.
@@ -120,13 +130,14 @@ def train(bank: Bank, cache: Path, images: int, batch: int = 32) -> None:
 
 def assemble(cache: Path, model: Denoiser | None = None) -> StableDiffusionPipeline:
     """Put the trained parts together as a stock pipeline folder, `cache/pipeline` (float16 weights)."""
-
     tokenizer = CLIPTokenizer.from_pretrained(cache / "denoiser" / "tokenizer")
     if model is None:
         model = Denoiser(len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id)
         model.load_state_dict(load_file(cache / "denoiser" / "training" / "ema.safetensors"))
     decoder = cache / "decoder"
-    vae = AutoencoderKL.from_pretrained(decoder if (decoder / "config.json").is_file() else cache / "autoencoder")
+    vae = AutoencoderKL.from_pretrained(
+        decoder if (decoder / "config.json").is_file() else cache / "autoencoder"
+    )
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet, scheduler=scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,

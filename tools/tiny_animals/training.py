@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 def rank() -> int:
     """This process's number among those that `torchrun` started."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", "0"))
 
 
 def world() -> int:
     """How many processes `torchrun` started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join_processes() -> None:
@@ -91,8 +91,12 @@ class Training:
             for i, p in enumerate(self.parameters)
             for k in ("exp_avg", "exp_avg_sq")
         }
-        save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, self.folder / "model.safetensors")
-        save_file({k: v.contiguous() for k, v in self.ema.state_dict().items()}, self.folder / "ema.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in self.model.state_dict().items()}, self.folder / "model.safetensors"
+        )
+        save_file(
+            {k: v.contiguous() for k, v in self.ema.state_dict().items()}, self.folder / "ema.safetensors"
+        )
         save_file(moments, self.folder / "moments.safetensors")
         (self.folder / "state.json").write_text(json.dumps({"step": self.step, "seen": self.seen}))
 
@@ -126,7 +130,9 @@ class Training:
                 flat = torch.cat([p.grad.flatten() for p in self.parameters])
                 dist.all_reduce(flat)
                 flat /= world()
-                for p, g in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+                for p, g in zip(
+                    self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True
+                ):
                     p.grad.copy_(g.view_as(p))
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimiser.step()
@@ -134,7 +140,11 @@ class Training:
             self.seen += self.batch
             decay = min(self.ema_decay, self.step / (self.step + 20))
             with torch.no_grad():
-                ema = [p for p, q in zip(self.ema.parameters(), self.model.parameters(), strict=True) if q.requires_grad]
+                ema = [
+                    p
+                    for p, q in zip(self.ema.parameters(), self.model.parameters(), strict=True)
+                    if q.requires_grad
+                ]
                 torch._foreach_lerp_(ema, [p.data for p in self.parameters], 1 - decay)
             for name, term in terms.items():
                 value = float(term.detach())
@@ -144,7 +154,10 @@ class Training:
                 last_print = now
                 speed = (self.seen - first_seen) / (now - start)
                 shown = " ".join(f"{k} {v:.5f}" for k, v in averages.items())
-                print(f"{self.seen:>9,} / {self.images:,} images  {speed:6.1f}/s  lr {rate:.1e}  {shown}", flush=True)
+                print(
+                    f"{self.seen:>9,} / {self.images:,} images  {speed:6.1f}/s  lr {rate:.1e}  {shown}",
+                    flush=True,
+                )
             if now - last_save > 60 * self.save_minutes:
                 last_save = now
                 self._save()

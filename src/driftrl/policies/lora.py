@@ -32,10 +32,11 @@ def add_lora(network: nn.Module, rank: int, alpha: float, targets: list[str], se
             f"adapter.targets: the model has no linear or convolution layer named {', '.join(missing)}; "
             f"it has {', '.join(known[:20])}"
         )
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")  # type: ignore[arg-type]
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):  # the initial weights depend on the seed alone
         torch.manual_seed(seed_of(seed, "lora"))
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"))  # type: ignore[operator]
+        network.add_adapter(settings)  # type: ignore[operator]
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -59,7 +60,7 @@ def switched_off(network: Any) -> Iterator[None]:
 def save_lora(pipeline: Any, component: str, network: nn.Module, folder: Path) -> None:
     """Write the adapter so that ``pipeline.load_lora_weights(folder)`` of stock diffusers reads it."""
     from diffusers.training_utils import _collate_lora_metadata
-    from diffusers.utils import convert_state_dict_to_diffusers
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
@@ -76,7 +77,7 @@ def load_lora(component: str, network: nn.Module, folder: Path) -> None:
     Raises:
         InputError: if the file is missing or does not fit the adapter.
     """
-    from diffusers.utils import convert_unet_state_dict_to_peft
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
     from peft.utils import set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file

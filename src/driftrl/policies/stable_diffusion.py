@@ -25,7 +25,9 @@ class StableDiffusionPolicy:
 
     component = "unet"
 
-    def __init__(self, pipeline: Any, steps: int, guidance_scale: float, eta: float, device: torch.device) -> None:
+    def __init__(
+        self, pipeline: Any, steps: int, guidance_scale: float, eta: float, device: torch.device
+    ) -> None:
         """Take over `pipeline`; its scheduler's configuration decides timesteps and prediction type.
 
         Raises:
@@ -38,7 +40,9 @@ class StableDiffusionPolicy:
         self.network = pipeline.unet
         for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
             module.requires_grad_(False).eval()
-        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
+        scheduler = DDIMScheduler.from_config(
+            pipeline.scheduler.config, clip_sample=False, thresholding=False
+        )
         self.pipeline.scheduler = scheduler
         self.prediction_type = scheduler.config.prediction_type
         if self.prediction_type not in PREDICTION_TYPES:
@@ -92,7 +96,11 @@ class StableDiffusionPolicy:
         guided = self.guidance_scale != 1.0
         if guided:
             null = conditioning.null_embeds.to(dtype).expand_as(embeds)
-            inputs, timesteps, embeds = inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([null, embeds])
+            inputs, timesteps, embeds = (
+                inputs.repeat(2, 1, 1, 1),
+                timesteps.repeat(2),
+                torch.cat([null, embeds]),
+            )
         output = self.network(inputs, timesteps, embeds, return_dict=False)[0].float()
         if guided:
             unconditional, conditional = output.chunk(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class CLIPReward:
         """Load model and tokenizer from a folder or the hub, in float32."""
         from transformers import CLIPModel, CLIPTokenizer
 
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).to(device).eval().requires_grad_(False)
+        model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+        self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.device, self.batch_size = torch.device(device), batch_size
         self.size = int(self.model.config.vision_config.image_size)

