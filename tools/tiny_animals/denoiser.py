@@ -53,14 +53,15 @@ def scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def encode_bank(
-    bank: Bank, vae: AutoencoderKL, cache: Path, copies: int = 3, poses: int = 12
+    bank: Bank, vae: AutoencoderKL, cache: Path, copies: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Encode every drawing and pose on `copies` backgrounds: latents float16 [m, 16, 8, 8], drawing and background [m].
 
     The processes share the work; the result is cached.
     """
-    part = cache / f"latents-gentle-{rank()}-of-{world()}.safetensors"
+    part = cache / f"latents-still-{rank()}-of-{world()}.safetensors"
     if not part.is_file():
+        poses = bank.pixels.shape[1]
         index = torch.arange(len(bank.keys) * poses * copies)[rank() :: world()]
         generator, latents, backgrounds = torch.Generator().manual_seed(7 + rank()), [], []
         for chunk in index.split(64):
