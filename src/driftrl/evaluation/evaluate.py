@@ -1,0 +1,541 @@
+"""Measure a model: reward and variety per prompt, beside the base model on the same prompts and seeds.
+
+What is measured is kept in ``evaluation.json`` (`Evaluation`), value by value, so that reports and
+comparisons never draw an image again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from driftrl import checkpoint
+from driftrl.build import TINY_ANIMALS, build_encoder, build_reward
+from driftrl.checkpoint import CheckpointWarning
+from driftrl.checks import InputError, is_finite
+from driftrl.config import load_config, parse_config
+from driftrl.diversity.functional import manifold, mean_pairwise_distance, vendi_score
+from driftrl.evaluation.generate import EVALUATION, open_policy, run_of
+from driftrl.evaluation.pareto import bootstrap_interval
+from driftrl.files import read_json, sha256, write_json, write_text
+from driftrl.pictures import save_png, to_pil
+from driftrl.prompts import load_prompts
+from driftrl.rollout import NO_NOISE, PromptNoise, rollout
+from driftrl.types import Encoder, Policy, Reward
+
+FORMAT = 1
+FILE = "evaluation.json"
+LEVEL = 0.95
+"""Coverage of the bootstrap intervals over prompts."""
+NEIGHBOURS = 5
+"""k of recall, precision, density and coverage, where there are more than k images per prompt."""
+REFERENCE = 2**30
+"""Added to the seed for the reference images of recall: another draw of the base model, so that the base
+model's own figure says what a perfect copy would reach, and equal seeds do not pass for coverage."""
+SHOWN, CELL = 16, 128
+"""Images per prompt on a sheet for reports, and the greatest side of each in pixels."""
+
+Progress = Callable[[str, int, int], Any]
+"""Called with (what is being drawn, images done, images in all)."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Change(_Record):
+    """Difference to the base model, prompt by prompt: mean over prompts and bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Figure(_Record):
+    """One measure of one model: mean over prompts, bootstrap interval, and the value of each prompt."""
+
+    mean: float
+    low: float
+    high: float
+    per_prompt: list[float]
+    change: Change | None = None
+    """None for the base model; for the reward this is the reward normalised so that base = 0."""
+
+
+class Point(_Record):
+    """What was measured of the base model or of one checkpoint."""
+
+    label: str
+    """'base', or the checkpoint's name."""
+    iteration: int
+    identity: str
+    """Checksum of the checkpoint's manifest; empty for the base model."""
+    figures: dict[str, Figure]
+
+
+class Settings(_Record):
+    """Everything that figures depend on, apart from the weights under test."""
+
+    model: str
+    prompt_set: str
+    prompts: list[str]
+    images: int
+    seed: int
+    steps: int
+    guidance_scale: float
+    eta: float
+    rewards: list[str]
+    """The first is the one that training raised; its figure is called 'reward', the others' 'reward/NAME'."""
+    encoder: str
+    clip: str | None
+    """None where CLIP diversity was not measured, for want of a model."""
+    neighbours: int
+    prompt_noise: float = 0.0
+    """Strength of the noise on the tuned model's prompts; the base model never gets any."""
+    noise_schedule: str = "linear"
+
+    def fingerprint(self) -> str:
+        """A short name for these settings."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+class Evaluation(_Record):
+    """The contents of ``evaluation.json``."""
+
+    format: int = FORMAT
+    name: str
+    training_seed: int | None = None
+    """None for a model that is no run."""
+    level: float = LEVEL
+    settings: Settings
+    points: list[Point]
+    """The base model first, then checkpoints by iteration."""
+
+    @property
+    def base(self) -> Point:
+        """The base model."""
+        return self.points[0]
+
+    @property
+    def tuned(self) -> list[Point]:
+        """Checkpoints, by iteration."""
+        return self.points[1:]
+
+    def sheet(self, folder: Path, point: Point, place: int) -> Path:
+        """Where the sheet of images of one prompt lies, if it was kept."""
+        return _pictures(folder, self.settings) / point.label / f"{place:03d}.webp"
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What the instruments read off N images of each of P prompts."""
+
+    rewards: dict[str, Tensor]
+    """By the name of the figure: [P, N]."""
+    features: Tensor
+    """[P, N, D] by the encoder."""
+    clip: Tensor | None
+    """[P, N, E] image embeddings, or None."""
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What images are measured with."""
+
+    rewards: Mapping[str, Reward]
+    encoder: Encoder
+    clip: Encoder | None
+
+    def read(self, images: Tensor, prompts: Sequence[str]) -> Readings:
+        """Read images [P, N, 3, H, W] of P prompts.
+
+        Raises:
+            InputError: if a reward gives another number of values, or anything is not finite.
+        """
+        shape, flat = images.shape[:2], images.flatten(0, 1)
+        texts = [prompt for prompt in prompts for _ in range(shape[1])]
+        rewards = {}
+        for name, reward in self.rewards.items():
+            values = torch.as_tensor(reward(flat, texts)).detach().double().cpu()
+            if values.shape != (len(texts),):
+                raise InputError(
+                    f"{name}: expected {len(texts)} values for as many images; got {list(values.shape)}"
+                )
+            rewards[name] = is_finite(name, values).view(shape)
+        clip = (
+            None if self.clip is None else _features("CLIP embeddings", self.clip, flat).unflatten(0, shape)
+        )
+        return Readings(
+            rewards, _features("encoder's features", self.encoder, flat).unflatten(0, shape), clip
+        )
+
+
+def measure(readings: Readings, reference: Tensor, neighbours: int = NEIGHBOURS) -> dict[str, list[float]]:
+    """Figures per prompt (design section 3), by name: lists of P numbers.
+
+    Args:
+        readings: of N >= 2 images of each of P prompts.
+        reference: [P, M, D] features of the base model's images of the same prompts, M >= 2.
+        neighbours: k of the nearest-neighbour measures; at most N - 1 and M - 1 are used.
+
+    Raises:
+        InputError: for fewer than two images or features that are not finite.
+    """
+    count = min(readings.features.shape[1], reference.shape[1])
+    if count < 2:
+        raise InputError(
+            f"images: expected at least 2 per prompt, for variety is between images; got {count}"
+        )
+    figures = {name: values.mean(1).tolist() for name, values in readings.rewards.items()}
+    figures["diversity"] = [float(mean_pairwise_distance(f)) for f in readings.features]
+    if readings.clip is not None:
+        figures["diversity/clip"] = [float(mean_pairwise_distance(f)) for f in readings.clip]
+    figures["vendi"] = [float(vendi_score(f)) for f in readings.features]
+    figures["vendi/2"] = [float(vendi_score(f, q=2.0)) for f in readings.features]
+    scores = [
+        manifold(r, f, min(neighbours, count - 1)) for r, f in zip(reference, readings.features, strict=True)
+    ]
+    for name in ("recall", "precision", "density", "coverage"):
+        figures[name] = [float(getattr(score, name)) for score in scores]
+    return figures
+
+
+def evaluate(
+    source: str | Path,
+    *,
+    prompts: str | None = None,
+    images: int | None = None,
+    checkpoints: str = "last",
+    rewards: Sequence[str] = (),
+    seed: int = 0,
+    keep_images: bool = False,
+    encoder: str | None = None,
+    clip: Path | None = None,
+    out: Path | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> Path:
+    """Measure a run's checkpoints beside its base model, or a model alone; return the folder.
+
+    ``evaluation.json`` is written after every model that was measured; what it holds already under the same
+    settings is not measured again. Under other settings it is put aside as ``evaluation-<settings>.json``.
+
+    Args:
+        source: a run folder, one of its checkpoints, a pipeline folder, a hub name or 'tiny-animals'.
+        prompts: a prompt set of the package or a file; by default the run's ``evaluation.prompts``.
+        images: per prompt, at least 2; by default the run's ``evaluation.images``.
+        checkpoints: 'last', 'all', or an iteration.
+        rewards: more rewards by name, scored beside the one that was trained on.
+        seed: of the images; base and tuned share their noise.
+        keep_images: write every image as a PNG too.
+        encoder: whose features measure variety; by default the run's ``shaping.encoder``.
+        clip: folder of the CLIP model for CLIP diversity and prompt-image similarity; by default the embedded
+            scorer. Both are left out where there is none.
+        out: folder to write to; by default the run folder, or ``runs/evaluate-<name>`` for a model.
+        steps: denoising steps; by default those of the run.
+        guidance_scale: by default that of the run.
+        batch_size: images drawn at once.
+        progress: told how far it is.
+
+    Raises:
+        InputError: if anything cannot be used, or ``evaluation.json`` is damaged.
+    """
+    found = run_of(source)
+    config = load_config(found[0] / "config.yaml") if found else parse_config({})
+    name = config.name if found else re.sub(r"[^\w.-]+", "-", Path(source).name) or "model"
+    folder = out or (found[0] if found else Path("runs") / f"evaluate-{name}")
+    prompt_set = prompts or config.evaluation.prompts
+    count = config.evaluation.images if images is None else images
+    if count < 2:
+        raise InputError(
+            f"images: expected at least 2 per prompt, for variety is between images; got {count}"
+        )
+    paths = _checkpoints(source, found, checkpoints)
+    clip_folder = clip or TINY_ANIMALS / "scorer"
+    has_clip = (clip_folder / "config.json").is_file()
+    if clip is not None and not has_clip:
+        raise InputError(f"{clip}: no CLIP model folder, for it has no config.json")
+    texts = load_prompts(prompt_set)
+    named = list(dict.fromkeys([config.reward, *rewards]))
+
+    policy, noise = open_policy(source, steps, guidance_scale)
+    settings = Settings(
+        model=config.model.path if found else str(source),
+        prompt_set=prompt_set,
+        prompts=list(texts),
+        images=count,
+        seed=seed,
+        steps=len(policy.timesteps),
+        guidance_scale=config.sampling.guidance_scale if guidance_scale is None else guidance_scale,
+        eta=config.sampling.eta,
+        rewards=named,
+        encoder=encoder or config.shaping.encoder,
+        clip=("tiny-animals" if clip is None else str(clip)) if has_clip else None,
+        neighbours=min(NEIGHBOURS, count - 1),
+        prompt_noise=noise.eta,
+        noise_schedule=noise.schedule,
+    )
+    known = {point.label: point for point in _previous(folder, settings)}
+    identities = {path.name: sha256(path / "manifest.json") for path in paths}
+    known = {k: p for k, p in known.items() if k not in identities or p.identity == identities[k]}
+    wanted: dict[str, Path | None] = {"base": None, **{path.name: path for path in paths}}
+    todo = {label: path for label, path in wanted.items() if label not in known}
+    if not todo:
+        return folder
+
+    bench = _instruments(settings, clip_folder if has_clip else None, policy.device)
+    total = (len(todo) + 1) * count * len(texts)
+    studio = _Studio(policy, bench, settings, batch=batch_size, progress=progress, total=total)
+    with policy.reference():
+        reference = studio.shoot("reference", seed + REFERENCE).features
+    for label, path in todo.items():
+        if path is not None:
+            checkpoint.load(path, policy)
+        with policy.reference() if path is None else nullcontext():
+            readings = studio.shoot(label, seed, NO_NOISE if path is None else noise, folder, keep_images)
+        values = measure(readings, reference, settings.neighbours)
+        base = known.get("base")
+        identity, iteration = identities.get(label, ""), 0 if path is None else int(path.name)
+        known[label] = Point(
+            label=label, iteration=iteration, identity=identity, figures=_figures(values, base)
+        )
+        order = sorted(known.values(), key=lambda point: (point.label != "base", point.iteration))
+        training_seed = config.seed if found else None
+        evaluation = Evaluation(name=name, training_seed=training_seed, settings=settings, points=order)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FILE, evaluation.model_dump(mode="json"))
+    return folder
+
+
+def load_evaluation(path: Path) -> Evaluation:
+    """Read ``evaluation.json``, given the file or the folder that it is in.
+
+    Raises:
+        InputError: if it is missing, damaged, or of another format.
+    """
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{file}: not there; measure the run first: driftrl evaluate {path}")
+    data = read_json(file)
+    given = data.get("format") if isinstance(data, dict) else None
+    if given != FORMAT:
+        raise InputError(
+            f"{file}: expected an evaluation of format {FORMAT}; got {given!r}; delete it and evaluate again"
+        )
+    try:
+        evaluation = Evaluation.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"{file} is damaged at {place}: {first['msg']}; delete it and evaluate again"
+        ) from None
+    if not evaluation.points or evaluation.points[0].label != "base":
+        raise InputError(f"{file} is damaged: it has no base model; delete it and evaluate again")
+    prompts = len(evaluation.settings.prompts)
+    for point in evaluation.points:
+        for name, figure in point.figures.items():
+            if len(figure.per_prompt) != prompts or (point.label != "base" and figure.change is None):
+                raise InputError(f"{file} is damaged at {point.label}, {name}; delete it and evaluate again")
+        if point.figures.keys() != evaluation.base.figures.keys() or "reward" not in point.figures:
+            raise InputError(
+                f"{file} is damaged at {point.label}: figures are missing; delete it and evaluate again"
+            )
+    return evaluation
+
+
+class _Studio:
+    """Draws and reads all prompts with one model after the other, a batch of images at a time."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        bench: Instruments,
+        settings: Settings,
+        *,
+        batch: int,
+        progress: Progress | None,
+        total: int,
+    ) -> None:
+        self.policy, self.bench, self.settings = policy, bench, settings
+        self.batch, self.progress, self.total, self.done = batch, progress, total, 0
+        with torch.no_grad():
+            self.conditioning = policy.encode(settings.prompts)
+
+    def shoot(
+        self,
+        label: str,
+        seed: int,
+        noise: PromptNoise = NO_NOISE,
+        folder: Path | None = None,
+        keep_images: bool = False,
+    ) -> Readings:
+        """Readings of all prompts; with a folder, sheets for reports go there, and images if asked."""
+        prompts, count = self.settings.prompts, self.settings.images
+        together = max(1, self.batch // count)
+        parts = []
+        for start in range(0, len(prompts), together):
+            places = list(range(start, min(start + together, len(prompts))))
+            rows = self.conditioning.rows(torch.tensor(places, device=self.policy.device))
+            # The keys of `generate`, which gives the same images: a prompt's place, not that in its batch.
+            keys = [(seed, EVALUATION, place) for place in places]
+            drawn = rollout(
+                self.policy, rows, keys, count, self.batch, noise, lambda n: self._tell(label, n)
+            ).images
+            parts.append(self.bench.read(drawn, [prompts[place] for place in places]))
+            if folder is not None:
+                root = _pictures(folder, self.settings) / label
+                for place, images in zip(places, drawn, strict=True):
+                    _save_sheet(images, root / f"{place:03d}.webp")
+                    if keep_images:
+                        slug = re.sub(r"[^\w]+", "-", prompts[place].lower()).strip("-")[:60]
+                        for k, image in enumerate(images):
+                            save_png(to_pil(image), root / f"{place:03d}-{slug}" / f"{k:03d}.png")
+        clip = [part.clip for part in parts if part.clip is not None]
+        return Readings(
+            {name: torch.cat([part.rewards[name] for part in parts]) for name in self.bench.rewards},
+            torch.cat([part.features for part in parts]),
+            torch.cat(clip) if clip else None,
+        )
+
+    def _tell(self, label: str, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(label, self.done, self.total)
+
+
+def _instruments(settings: Settings, clip_folder: Path | None, device: torch.device) -> Instruments:
+    first, *others = settings.rewards
+    rewards = {"reward": build_reward(first, device)}
+    rewards |= {f"reward/{name}": build_reward(name, device) for name in others}
+    encoder, clip = build_encoder(settings.encoder, device), None
+    if clip_folder is not None:
+        from driftrl.rewards.clip import CLIPReward
+
+        try:
+            model = CLIPReward(clip_folder, device)
+        except (OSError, ValueError, KeyError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"{clip_folder}: expected a CLIP model: {reason}") from error
+        clip = model.embed_images
+        if "tiny-animals" not in settings.rewards:
+            rewards["similarity"] = model
+    return Instruments(rewards, encoder, clip)
+
+
+def _features(name: str, encoder: Encoder, images: Tensor) -> Tensor:
+    features = encoder(images).detach().float().cpu()
+    if features.dim() != 2 or len(features) != len(images):
+        raise InputError(f"{name}: expected shape [{len(images)}, D]; got {list(features.shape)}")
+    return is_finite(name, features)
+
+
+def _figures(values: dict[str, list[float]], base: Point | None) -> dict[str, Figure]:
+    """Means, intervals and, where a base model is given, changes from it."""
+    figures = {}
+    for name, numbers in values.items():
+        interval, change = bootstrap_interval(numbers, LEVEL), None
+        if base is not None:
+            before = base.figures[name].per_prompt
+            moved = bootstrap_interval([now - then for now, then in zip(numbers, before, strict=True)], LEVEL)
+            change = Change(mean=moved.mean, low=moved.low, high=moved.high)
+        figures[name] = Figure(
+            mean=interval.mean, low=interval.low, high=interval.high, per_prompt=numbers, change=change
+        )
+    return figures
+
+
+def _checkpoints(source: str | Path, found: tuple[Path, Path | None] | None, which: str) -> list[Path]:
+    """The checkpoints that are asked for, oldest first; none for a model that is no run."""
+    if found is None:
+        if which not in ("last", "all"):
+            raise InputError(f"--checkpoint: {source} is no run folder, so it has no checkpoint {which}")
+        return []
+    run, newest = found
+    if newest is None:
+        raise InputError(f"{run}: this run has no checkpoint to evaluate")
+    if newest.resolve() == Path(source).resolve():  # a checkpoint itself was named
+        _whole(newest)
+        return [newest]
+    if which == "last":
+        return [newest]
+    every = checkpoint.listing(run / "checkpoints")
+    if which == "all":
+        whole = []
+        for path in every:
+            problem = checkpoint.damage(path)
+            if problem is None:
+                whole.append(path)
+            else:
+                warnings.warn(f"{path} is passed over: {problem}", CheckpointWarning, stacklevel=3)
+        # The checkpoint before any training is the base model.
+        return [path for path in whole if int(path.name) > 0] or whole
+    if not which.isdigit():
+        raise InputError(f"--checkpoint: expected 'last', 'all' or an iteration; got {which!r}")
+    for path in every:
+        if int(path.name) == int(which):
+            _whole(path)
+            return [path]
+    there = ", ".join(str(int(path.name)) for path in every)
+    raise InputError(f"--checkpoint: {run} has none of iteration {int(which)}; there are {there}")
+
+
+def _whole(path: Path) -> None:
+    problem = checkpoint.damage(path)
+    if problem:
+        raise InputError(f"{path}: {problem}")
+
+
+def _previous(folder: Path, settings: Settings) -> list[Point]:
+    """What was measured under these settings before. An evaluation under others is put aside."""
+    file, aside = folder / FILE, folder / f"evaluation-{settings.fingerprint()}.json"
+    if file.is_file():
+        evaluation = load_evaluation(file)
+        if evaluation.settings == settings:
+            return evaluation.points
+        other = folder / f"evaluation-{evaluation.settings.fingerprint()}.json"
+        write_text(other, file.read_text("utf-8"))
+    if aside.is_file():
+        evaluation = load_evaluation(aside)
+        if evaluation.settings == settings:
+            write_text(file, aside.read_text("utf-8"))
+            return evaluation.points
+    return []
+
+
+def _pictures(folder: Path, settings: Settings) -> Path:
+    return folder / "images" / f"evaluation-{settings.fingerprint()}"
+
+
+def _save_sheet(images: Tensor, path: Path) -> None:
+    """The first images [n, 3, H, W] in rows of four without gaps, as a small WebP."""
+    pictures = [to_pil(image) for image in images[:SHOWN]]
+    scale = min(1.0, CELL / max(pictures[0].size))
+    width, height = (max(1, round(side * scale)) for side in pictures[0].size)
+    columns = sheet_columns(len(pictures))
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    for k, picture in enumerate(pictures):
+        small = picture if scale == 1.0 else picture.resize((width, height), Image.Resampling.LANCZOS)
+        sheet.paste(small, ((k % columns) * width, (k // columns) * height))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, "WEBP", quality=88, method=4)
+
+
+def sheet_columns(count: int) -> int:
+    """Columns of a sheet of ``count`` images."""
+    return min(4, count)
