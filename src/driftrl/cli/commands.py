@@ -9,7 +9,9 @@ import typer
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as [cyan]optimizer.learning_rate=2e-3[/]."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting, such as [cyan]optimizer.learning_rate=2e-3[/]."
+    ),
 ]
 
 
@@ -18,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def train(
-        config: Annotated[Path | None, typer.Argument(help="A YAML file; without one, DRIFT on the embedded model.")] = None,
+        config: Annotated[
+            Path | None, typer.Argument(help="A YAML file; without one, DRIFT on the embedded model.")
+        ] = None,
         settings: Set = None,
         out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
         resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
@@ -42,14 +46,27 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def sample(
-        source: Annotated[str, typer.Argument(help="A run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'.")],
-        prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
+        source: Annotated[
+            str,
+            typer.Argument(
+                help="A run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'."
+            ),
+        ],
+        prompt: Annotated[
+            list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")
+        ],
         count: Annotated[int, typer.Option("-n", help="Images per prompt.", min=1)] = 16,
         seed: Annotated[int, typer.Option(help="The same seed gives the same images.", min=0)] = 0,
         out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
-        base: Annotated[bool, typer.Option("--base", help="Show the base model beside it, on the same seeds.")] = False,
-        steps: Annotated[int | None, typer.Option(help="Denoising steps; by default those of the run.", min=1)] = None,
-        guidance_scale: Annotated[float | None, typer.Option(help="By default that of the run.", min=0)] = None,
+        base: Annotated[
+            bool, typer.Option("--base", help="Show the base model beside it, on the same seeds.")
+        ] = False,
+        steps: Annotated[
+            int | None, typer.Option(help="Denoising steps; by default those of the run.", min=1)
+        ] = None,
+        guidance_scale: Annotated[
+            float | None, typer.Option(help="By default that of the run.", min=0)
+        ] = None,
     ) -> None:
         """Draw images with a fine-tuned model, or any model.
 
@@ -62,6 +79,108 @@ def register(app: typer.Typer) -> None:
         from driftrl.cli.sample import sample as work
 
         work(source, prompt, count, seed, out, base, steps, guidance_scale)
+
+    @app.command()
+    def evaluate(
+        source: Annotated[
+            str,
+            typer.Argument(
+                help="A run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'."
+            ),
+        ],
+        prompts: Annotated[
+            str | None,
+            typer.Option(
+                help="A prompt set of the package, or a TXT or JSONL file; by default that of the run."
+            ),
+        ] = None,
+        images: Annotated[
+            int | None, typer.Option(help="Images per prompt; by default as the run says. The paper has 40.")
+        ] = None,
+        which: Annotated[
+            str, typer.Option("--checkpoint", metavar="K|all|last", help="Which checkpoints.")
+        ] = "last",
+        reward: Annotated[
+            list[str] | None,
+            typer.Option(help="One more reward, scored beside the trained one; may be given several times."),
+        ] = None,
+        seed: Annotated[int, typer.Option(help="Of the images; the same for base and tuned.", min=0)] = 0,
+        encoder: Annotated[
+            str | None, typer.Option(help="Image encoder for variety; by default that of the run.")
+        ] = None,
+        clip: Annotated[
+            Path | None,
+            typer.Option(help="Folder of a CLIP model for CLIP diversity; by default the embedded one."),
+        ] = None,
+        keep_images: Annotated[
+            bool, typer.Option("--keep-images", help="Write every image as a PNG too.")
+        ] = False,
+        out: Annotated[
+            Path | None, typer.Option(help="Folder to write to; by default the run folder.")
+        ] = None,
+        steps: Annotated[
+            int | None, typer.Option(help="Denoising steps; by default those of the run.", min=1)
+        ] = None,
+        guidance_scale: Annotated[
+            float | None, typer.Option(help="By default that of the run.", min=0)
+        ] = None,
+        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")] = False,
+    ) -> None:
+        """Measure reward and variety beside the base model, and write report.html.
+
+        What was measured under the same settings before is not measured again.
+
+        Examples:
+
+          driftrl evaluate runs/mine
+
+          driftrl evaluate runs/mine --checkpoint all --images 40
+
+          driftrl evaluate runs/mine --prompts compositions --reward compressibility
+
+          driftrl evaluate tiny-animals --images 40
+        """
+        from driftrl.cli.evaluate import evaluate as work
+
+        work(
+            source,
+            quiet=quiet,
+            prompts=prompts,
+            images=images,
+            checkpoints=which,
+            rewards=reward or [],
+            seed=seed,
+            encoder=encoder,
+            clip=clip,
+            keep_images=keep_images,
+            out=out,
+            steps=steps,
+            guidance_scale=guidance_scale,
+        )
+
+    @app.command()
+    def compare(
+        runs: Annotated[
+            list[Path], typer.Argument(help="Evaluated run folders; runs of one name are its seeds.")
+        ],
+        out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+        against: Annotated[
+            str | None, typer.Option(metavar="NAME", help="The method to compare with; by default the first.")
+        ] = None,
+    ) -> None:
+        """Compare methods: curves, fronts, gains at equal level.
+
+        Measure all runs alike first, with driftrl evaluate RUN --checkpoint all.
+
+        Examples:
+
+          driftrl compare runs/grpo-seed0 runs/drift-seed0
+
+          driftrl compare runs/grpo-seed* runs/drift-seed* --against grpo --out comparison.html
+        """
+        from driftrl.cli.compare import compare as work
+
+        work(runs, out, against)
 
     @app.command()
     def doctor() -> None:

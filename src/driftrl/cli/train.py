@@ -7,13 +7,22 @@ import warnings
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from driftrl.checks import InputError
 from driftrl.config import load_config
 
 
-def train(config: Path | None, settings: list[str], out: Path | None, resume: Path | None, quiet: bool) -> None:
+def train(
+    config: Path | None, settings: list[str], out: Path | None, resume: Path | None, quiet: bool
+) -> None:
     """Train, showing progress; exit 130 or 143 after Ctrl-C or SIGTERM."""
     if resume is not None:
         if out is not None or config is not None:
@@ -23,6 +32,10 @@ def train(config: Path | None, settings: list[str], out: Path | None, resume: Pa
         config = resume / "config.yaml"
     parsed = load_config(config, settings)
     console = Console(stderr=True)
+    if parsed.evaluation.at_end:
+        from driftrl.prompts import load_prompts
+
+        load_prompts(parsed.evaluation.prompts)  # a prompt set that is not there should not wait for the end
     with console.status("loading model, reward and encoder", spinner="dots"):
         from driftrl.run import Trainer
         from driftrl.trainer import Iteration
@@ -30,7 +43,9 @@ def train(config: Path | None, settings: list[str], out: Path | None, resume: Pa
         trainer = Trainer(parsed, resume if resume is not None else out, resume is not None)
     start = trainer.loop.position.iteration
     place = f" from iteration {start}" if start else ""
-    console.print(f"[bold]{parsed.name}[/] on {parsed.model.path}, {parsed.iterations} iterations{place}: {trainer.folder}")
+    console.print(
+        f"[bold]{parsed.name}[/] on {parsed.model.path}, {parsed.iterations} iterations{place}: {trainer.folder}"
+    )
     progress = Progress(
         TextColumn("[bold]iteration"), MofNCompleteColumn(), BarColumn(None), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False), TextColumn("{task.fields[figures]}"),
@@ -57,7 +72,16 @@ def train(config: Path | None, settings: list[str], out: Path | None, resume: Pa
         with progress:
             trainer.run(watch)
     if trainer.stopped_by is not None:
-        console.print(f"stopped at iteration {trainer.loop.position.iteration}; go on with: driftrl train --resume {trainer.folder}")
+        console.print(
+            f"stopped at iteration {trainer.loop.position.iteration}; go on with: driftrl train --resume {trainer.folder}"
+        )
         sys.exit(128 + trainer.stopped_by)
     last = trainer.folder / "checkpoints" / f"{trainer.loop.position.iteration:06d}"
-    console.print(f"done: {trainer.folder}\nadapter for diffusers: pipe.load_lora_weights({str(last)!r})", highlight=False)
+    console.print(
+        f"done: {trainer.folder}\nadapter for diffusers: pipe.load_lora_weights({str(last)!r})",
+        highlight=False,
+    )
+    if parsed.evaluation.at_end:
+        from driftrl.cli.evaluate import evaluate
+
+        evaluate(trainer.folder, quiet=quiet)

@@ -1,0 +1,83 @@
+"""`driftrl evaluate`."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+
+def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Path:
+    """Measure ``source`` as `driftrl.evaluation.evaluate.evaluate` does, write the report, show the figures.
+
+    Returns:
+        The folder with ``evaluation.json``, ``report.html`` and ``report.png``.
+    """
+    console = Console(stderr=True)
+    with console.status("loading the model", spinner="dots"):
+        from driftrl.evaluation.evaluate import evaluate as work
+        from driftrl.evaluation.evaluate import load_evaluation
+        from driftrl.evaluation.report import METRICS, describe, write_picture, write_report
+
+    progress = Progress(
+        TextColumn("[bold]evaluating[/] {task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("images"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        console=console, disable=quiet or not console.is_terminal,
+    )  # fmt: skip
+    task = progress.add_task("", total=None)
+
+    def watch(label: str, done: int, total: int) -> None:
+        progress.update(task, description=label, completed=done, total=total)
+
+    def show(message: Warning | str, category: type[Warning], *_: object) -> None:
+        console.print(f"[yellow]{category.__name__}:[/] {message}", highlight=False)
+
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        with progress:
+            folder = work(source, progress=watch, **settings)
+    with console.status("writing the report", spinner="dots"):
+        page = write_report(folder)
+        write_picture(folder)
+    if quiet:
+        return folder
+
+    evaluation = load_evaluation(folder)
+    last = evaluation.tuned[-1] if evaluation.tuned else None
+    each = f"{len(evaluation.settings.prompts)} prompts x {evaluation.settings.images} images"
+    table = Table(
+        title=f"{evaluation.name}, {each}, mean over prompts", title_justify="left", header_style="bold"
+    )
+    table.add_column("measure")
+    table.add_column("base", justify="right")
+    if last is not None:
+        table.add_column(f"iteration {last.iteration}", justify="right")
+        table.add_column(f"change ({evaluation.level:.0%} interval)", justify="right")
+    for name, figure in evaluation.base.figures.items():
+        row = [describe(name, evaluation.settings).title, f"{figure.mean:.3f}"]
+        if last is not None:
+            now = last.figures[name]
+            row.append(f"{now.mean:.3f}")
+            row.append(
+                ""
+                if now.change is None
+                else f"{now.change.mean:+.3f} ({now.change.low:+.3f} to {now.change.high:+.3f})"
+            )
+        style = "bold" if name in METRICS and METRICS[name].headline else None
+        table.add_row(*row, style=style)
+    console.print(table)
+    console.print(f"measured in {time.perf_counter() - start:.0f} s; open {page}", highlight=False)
+    return folder

@@ -1,0 +1,267 @@
+"""Compare methods in the reward-diversity plane: runs grouped by name, each seed a curve over checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from driftrl.checks import InputError, nearest
+from driftrl.config import TrainConfig, load_config
+from driftrl.evaluation.evaluate import Evaluation, load_evaluation
+from driftrl.evaluation.pareto import Array, Interval, bootstrap_interval, gain_at_equal, hypervolume
+
+LEVEL = 0.95
+ALIKE = (
+    "model",
+    "prompts",
+    "images",
+    "seed",
+    "steps",
+    "guidance_scale",
+    "eta",
+    "encoder",
+    "clip",
+    "neighbours",
+)
+"""Settings of an evaluation that must agree; noise on the prompt at test time is part of a method."""
+OWN = {"seed", "iterations", "logging", "evaluation"}
+"""Settings of training that may differ between runs of one method."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluated run."""
+
+    folder: Path
+    evaluation: Evaluation
+    config: TrainConfig | None
+
+    @property
+    def seed(self) -> int:
+        """Seed of training."""
+        return self.evaluation.training_seed or 0
+
+    def curve(self, metric: str) -> list[tuple[float, float]]:
+        """(reward, metric) of the base model and of each checkpoint, in order."""
+        points = self.evaluation.points
+        return [(point.figures["reward"].mean, point.figures[metric].mean) for point in points]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Runs of one name."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    def shared(self) -> list[int]:
+        """Iterations at which every run was measured; 0 is the base model."""
+        each = [{point.iteration for point in run.evaluation.points} for run in self.runs]
+        return sorted(set.intersection(*each))
+
+    def over_time(self, metric: str) -> list[Interval]:
+        """Mean and interval over seeds at each shared iteration."""
+        return [
+            bootstrap_interval(
+                [
+                    next(p for p in run.evaluation.points if p.iteration == at).figures[metric].mean
+                    for run in self.runs
+                ],
+                LEVEL,
+            )
+            for at in self.shared()
+        ]
+
+    def mean_curve(self, metric: str) -> list[tuple[float, float]]:
+        """(reward, metric), means over seeds, at each shared iteration."""
+        rewards, values = self.over_time("reward"), self.over_time(metric)
+        return [(r.mean, v.mean) for r, v in zip(rewards, values, strict=True)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method against another on one diversity metric."""
+
+    metric: str
+    method: str
+    against: str
+    diversity_gain: Interval | None
+    """At equal reward; None where no pair of seeds shares a reward."""
+    reward_gain: Interval | None
+    """At equal diversity; None where no pair of seeds shares a diversity."""
+
+
+def load_methods(folders: Sequence[Path]) -> list[Method]:
+    """Read evaluated runs and group them by name, in the order of the names' first runs.
+
+    Raises:
+        InputError: for fewer than two runs, runs that were not measured alike, that have no checkpoint
+            measured, or that share a name but neither a seed's difference nor a configuration.
+    """
+    if len(folders) < 2:
+        raise InputError(f"compare: expected at least two run folders; got {len(folders)}")
+    runs = []
+    for folder in folders:
+        path = folder / "config.yaml"
+        run = Run(folder, load_evaluation(folder), load_config(path) if path.is_file() else None)
+        if not run.evaluation.tuned:
+            raise InputError(
+                f"{folder}: no checkpoint was measured; run: driftrl evaluate {folder} --checkpoint all"
+            )
+        runs.append(run)
+    for other in runs[1:]:
+        _check_alike(runs[0], other)
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.evaluation.name, []).append(run)
+    for name, group in groups.items():
+        _check_group(name, group)
+    return [Method(name, tuple(sorted(group, key=lambda run: run.seed))) for name, group in groups.items()]
+
+
+def diversity_metrics(methods: Sequence[Method], wanted: Sequence[str]) -> list[str]:
+    """Those of ``wanted`` that every run has."""
+    figures = [run.evaluation.base.figures.keys() for method in methods for run in method.runs]
+    return [name for name in wanted if all(name in each for each in figures)]
+
+
+def compare(
+    methods: Sequence[Method], metrics: Sequence[str], against: str | None = None
+) -> list[Comparison]:
+    """Each method against one of them, on each metric.
+
+    Every seed of the one is compared with every seed of the other; the interval resamples the seeds of both.
+
+    Args:
+        methods: two or more; with one there is nothing to compare, and the result is empty.
+        metrics: diversity metrics.
+        against: name of the method to compare with; by default the first.
+
+    Raises:
+        InputError: if there is no method of that name.
+    """
+    names = [method.name for method in methods]
+    if against is not None and against not in names:
+        raise InputError(
+            f"--against: expected one of {', '.join(names)}; got {against!r}{nearest(against, names)}"
+        )
+    rival = methods[names.index(against)] if against is not None else methods[0]
+    return [
+        Comparison(
+            metric,
+            method.name,
+            rival.name,
+            _gain(method, rival, metric, "reward"),
+            _gain(method, rival, metric, "diversity"),
+        )
+        for metric in metrics
+        for method in methods
+        if method is not rival
+    ]
+
+
+def hypervolumes(methods: Sequence[Method], metric: str) -> dict[str, Interval]:
+    """Area under each method's front above (the base model's reward, no diversity), over seeds, by name.
+
+    Its unit is that of reward times that of the metric; the base model alone has none.
+    """
+    bases = [run.evaluation.base.figures["reward"].mean for method in methods for run in method.runs]
+    corner = (min(bases), 0.0)
+    return {
+        method.name: bootstrap_interval(
+            [hypervolume(run.curve(metric), corner) for run in method.runs], LEVEL
+        )
+        for method in methods
+    }
+
+
+def differing_settings(methods: Sequence[Method]) -> dict[str, list[Any]]:
+    """Training settings in which the methods differ: key to one value for each method."""
+    configs = [method.runs[0].config for method in methods]
+    tables = [{} if c is None else dict(_flat(c.model_dump(mode="json"))) for c in configs]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    rows = {
+        key: [table.get(key) for table in tables] for key in keys if key.split(".")[0] not in OWN | {"name"}
+    }
+    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def _gain(method: Method, rival: Method, metric: str, axis: str, resamples: int = 10_000) -> Interval | None:
+    """Mean over all pairs of seeds, with an interval that resamples the seeds of both methods."""
+    gains: Array = np.full((len(method.runs), len(rival.runs)), np.nan)
+    for i, a in enumerate(method.runs):
+        for j, b in enumerate(rival.runs):
+            try:
+                gains[i, j] = gain_at_equal(a.curve(metric), b.curve(metric), axis).absolute
+            except InputError:
+                continue  # these two share no level
+    if np.isnan(gains).all():
+        return None
+    draw = np.random.default_rng(0)
+    rows = draw.integers(gains.shape[0], size=(resamples, gains.shape[0], 1))
+    columns = draw.integers(gains.shape[1], size=(resamples, 1, gains.shape[1]))
+    drawn = gains[rows, columns].reshape(resamples, -1)
+    drawn = drawn[~np.isnan(drawn).all(axis=1)]
+    low, high = np.quantile(np.nanmean(drawn, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(np.nanmean(gains)), float(low), float(high), LEVEL, min(gains.shape))
+
+
+def _check_alike(a: Run, b: Run) -> None:
+    one, two = a.evaluation.settings, b.evaluation.settings
+    differing = []
+    for key in ALIKE:
+        x, y = getattr(one, key), getattr(two, key)
+        if x != y:
+            shown = (one.prompt_set, two.prompt_set) if key == "prompts" else (x, y)
+            differing.append(f"{key} ({shown[0]!r} and {shown[1]!r})")
+    if one.rewards[0] != two.rewards[0]:
+        differing.append(f"reward ({one.rewards[0]!r} and {two.rewards[0]!r})")
+    if differing:
+        raise InputError(
+            f"{a.folder} and {b.folder} were not measured alike, so their figures cannot be compared; they differ in "
+            f"{', '.join(differing)}; evaluate them again under the same settings"
+        )
+    for name in ("reward", "diversity"):
+        first, second = a.evaluation.base.figures[name], b.evaluation.base.figures[name]
+        # Rounding on another machine moves a figure a little; another model under the same name, a lot.
+        if abs(first.mean - second.mean) > 0.5 * max(first.high - first.low, second.high - second.low) + 1e-9:
+            raise InputError(
+                f"{a.folder} and {b.folder}: their base models differ, {name} {first.mean:.4g} and {second.mean:.4g}, "
+                f"though both are called {one.model!r}; evaluate both with the same model"
+            )
+
+
+def _check_group(name: str, group: Sequence[Run]) -> None:
+    seeds: dict[int, Run] = {}
+    first = group[0]
+    for run in group:
+        if run.seed in seeds:
+            raise InputError(
+                f"{seeds[run.seed].folder} and {run.folder} are both '{name}' with seed {run.seed}; "
+                "leave one out, or give methods different names (name: in the configuration)"
+            )
+        seeds[run.seed] = run
+        if run.config is None or first.config is None:
+            continue
+        a, b = (
+            dict(_flat(first.config.model_dump(mode="json"))),
+            dict(_flat(run.config.model_dump(mode="json"))),
+        )
+        keys = [key for key in a if a[key] != b.get(key) and key.split(".")[0] not in OWN]
+        if keys:
+            raise InputError(
+                f"{first.folder} and {run.folder} are both called '{name}' but differ in {', '.join(keys)}; "
+                "give methods different names (name: in config.yaml and evaluation.json)"
+            )
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,678 @@
+"""The report: one self-contained page for a run or a comparison, and one picture for a README.
+
+Nothing is drawn or measured here: it shows what ``evaluation.json``, ``metrics.jsonl`` and the sheets of images
+hold, and leaves out what is not there.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from PIL import Image
+
+from driftrl import __version__
+from driftrl.checks import InputError
+from driftrl.config import dump_config
+from driftrl.evaluation import compare as comparing
+from driftrl.evaluation.compare import Method
+from driftrl.evaluation.evaluate import (
+    SHOWN,
+    Evaluation,
+    Figure,
+    Point,
+    Settings,
+    load_evaluation,
+    sheet_columns,
+)
+from driftrl.evaluation.pareto import upper_envelope
+from driftrl.evaluation.plots import Line, plot
+from driftrl.files import write_text
+from driftrl.prompts import prompt_sets
+
+COLOURS = 6
+FIRST = 8
+"""Prompts whose pictures are open; the others are one click away."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a figure is called and what it means."""
+
+    title: str
+    meaning: str
+    headline: bool = False
+    variety: bool = False
+    """Whether it measures variety: plotted against the reward."""
+    digits: int = 3
+
+
+METRICS = {
+    "reward": Metric("reward", "What training raised.", headline=True),
+    "similarity": Metric("prompt-image similarity", "How well images match their prompts, by a CLIP model."),
+    "diversity": Metric(
+        "diversity",
+        "Mean distance between two images of a prompt, by the image encoder.",
+        headline=True,
+        variety=True,
+    ),
+    "diversity/clip": Metric(
+        "CLIP diversity",
+        "1 minus the mean cosine between two images of a prompt, by a CLIP model: not the encoder of shaping.",
+        headline=True,
+        variety=True,
+    ),
+    "recall": Metric(
+        "recall",
+        "Share of the base model's images that lie within what the tuned model draws. The base model's own "
+        "figure is that of a second draw: what a perfect copy would reach.",
+        headline=True,
+        variety=True,
+    ),
+    "vendi": Metric(
+        "Vendi score",
+        "Effective number of different images per prompt.",
+        headline=True,
+        variety=True,
+        digits=2,
+    ),
+    "vendi/2": Metric("Vendi score, order 2", "The same, counting common kinds for more.", digits=2),
+    "precision": Metric("precision", "Share of the images that lie within what the base model draws."),
+    "density": Metric("density", "How densely the base model's images surround them; may exceed 1."),
+    "coverage": Metric("coverage", "Share of the base model's images with one of them nearby.", variety=True),
+}
+VARIETY = tuple(name for name, metric in METRICS.items() if metric.variety)
+FIRED = {
+    "warning/constant_reward_groups": (
+        "Groups whose rewards were all equal",
+        "They taught nothing. Draw more candidates, or choose a reward that tells them apart.",
+    ),
+    "warning/constant_diversity_groups": (
+        "Groups whose diversity was constant",
+        "Shaping had nothing to tell apart there: the encoder may not see the differences, or the images are "
+        "all the same.",
+    ),
+}
+
+
+def describe(name: str, settings: Settings) -> Metric:
+    """What the figure ``name`` is called and means under these settings."""
+    if name == "reward":
+        known = METRICS[name]
+        return Metric(f"reward: {settings.rewards[0]}", known.meaning, known.headline)
+    if name.startswith("reward/"):
+        return Metric(
+            f"reward: {name.removeprefix('reward/')}", "Not trained on; scored beside the one that was."
+        )
+    return METRICS.get(name) or Metric(name, "")
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` of an evaluated run or model into its folder, and return its path.
+
+    Raises:
+        InputError: if there is no evaluation, or it is damaged.
+    """
+    evaluation = load_evaluation(folder)
+    tuned = evaluation.tuned[-1] if evaluation.tuned else None
+    log = read_metrics(folder / "metrics.jsonl")
+    config = folder / "config.yaml"
+    page = _page(
+        kind="run",
+        title=evaluation.name,
+        evaluation=evaluation,
+        settings=evaluation.settings,
+        asked=_asked(evaluation.settings),
+        tuned=tuned,
+        verdict=_verdict(evaluation, tuned),
+        cards=_cards(evaluation, tuned),
+        notices=_notices(evaluation, tuned, log),
+        fronts=_run_fronts(evaluation) if tuned else [],
+        curves=_training_curves(log),
+        rows=_prompt_rows(evaluation, tuned),
+        gallery=_gallery(evaluation, [("base model", folder, evaluation.base)], tuned, folder),
+        all_figures=_all_figures(evaluation, tuned),
+        config=config.read_text("utf-8") if config.is_file() else None,
+    )
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def write_comparison(folders: Sequence[Path], out: Path, against: str | None = None) -> Path:
+    """Write one page that compares evaluated runs, and return its path.
+
+    Args:
+        folders: two or more run folders with ``evaluation.json``; runs of one name are seeds of one method.
+        out: the HTML file.
+        against: the method that others are compared with; by default that of the first folder.
+
+    Raises:
+        InputError: for runs that were not measured alike, or anything as in `compare.load_methods`.
+    """
+    methods = comparing.load_methods(folders)
+    metrics = comparing.diversity_metrics(methods, VARIETY)
+    pairs = comparing.compare(methods, metrics, against)
+    evaluation = methods[0].runs[0].evaluation
+    settings = evaluation.settings
+    rival = against or methods[0].name
+    tables = []
+    for name in metrics:
+        volumes = comparing.hypervolumes(methods, name)
+        gains = {pair.method: pair for pair in pairs if pair.metric == name}
+        tables.append(
+            (describe(name, settings), [(m.name, gains.get(m.name), volumes[m.name]) for m in methods])
+        )
+    page = _page(
+        kind="comparison",
+        title=" and ".join(m.name for m in methods) if len(methods) < 4 else f"{len(methods)} methods",
+        evaluation=evaluation,
+        settings=settings,
+        asked=_asked(settings),
+        methods=methods,
+        rival=rival,
+        single=min(len(m.runs) for m in methods) == 1,
+        verdict=_comparison_verdict(methods, pairs, rival),
+        summary=_summary(methods, metrics),
+        tables=tables,
+        fronts=_comparison_fronts(methods, metrics),
+        curves=_checkpoint_curves(methods, metrics),
+        gallery=_comparison_gallery(methods),
+        differing=comparing.differing_settings(methods),
+        configs=[(run.folder.name, dump_config(run.config)) for m in methods for run in m.runs if run.config],
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, page)
+    return out
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of ``metrics.jsonl``; a line torn by a crash is passed over, a missing file has none."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except (json.JSONDecodeError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("iteration"), int):
+            lines.append(line)
+    return lines
+
+
+def minus(value: float, digits: int = 3, sign: bool = False) -> str:
+    """A number with a true minus sign."""
+    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = f"{0:.{digits}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _page(**values: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = str(resources.files("driftrl") / "assets")
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["n"] = minus
+    environment.globals.update(version=__version__, describe=describe, first=FIRST)
+    return environment.get_template("report.html.j2").render(**values)
+
+
+def _asked(settings: Settings) -> str:
+    """The prompt set in words; a user's file by its name only, for a report travels."""
+    return settings.prompt_set if settings.prompt_set in prompt_sets() else Path(settings.prompt_set).name
+
+
+def _direction(figure: Figure) -> int:
+    """1 where a figure rose beyond its interval, -1 where it fell, 0 where the interval holds 0."""
+    if figure.change is None:
+        return 0
+    return 1 if figure.change.low > 0 else -1 if figure.change.high < 0 else 0
+
+
+def _verdict(evaluation: Evaluation, tuned: Point | None) -> str:
+    if tuned is None:
+        return "Only the base model was measured: there is nothing to compare it with yet."
+    reward = tuned.figures["reward"]
+    assert reward.change is not None
+    how = {1: "rose", -1: "fell", 0: "did not change measurably"}[_direction(reward)]
+    before = evaluation.base.figures["reward"].mean
+    text = f"The reward {how}, from {minus(before)} to {minus(reward.mean)}"
+    kept = []
+    for name in ("diversity", "diversity/clip", "vendi"):
+        if name in tuned.figures and evaluation.base.figures[name].mean > 0:
+            share = tuned.figures[name].mean / evaluation.base.figures[name].mean
+            kept.append(f"{share:.0%} of its {METRICS[name].title}")
+    if kept:
+        listing = ", ".join(kept[:-1]) + (f" and {kept[-1]}" if len(kept) > 1 else kept[-1])
+        text += f"; against the base model it has {listing}"
+    return f"{text}."
+
+
+def _cards(evaluation: Evaluation, tuned: Point | None) -> list[dict[str, Any]]:
+    cards = []
+    for name, metric in METRICS.items():
+        if not metric.headline or name not in evaluation.base.figures:
+            continue
+        base, now = evaluation.base.figures[name], tuned.figures[name] if tuned else None
+        relative = None
+        if now is not None and now.change is not None and base.mean > 0:
+            relative = now.change.mean / base.mean
+        cards.append(
+            {
+                "metric": describe(name, evaluation.settings),
+                "base": base,
+                "now": now,
+                "relative": None if relative is None else f"{relative:+.0%}".replace("-", "\N{MINUS SIGN}"),
+                "direction": 0 if now is None else _direction(now),
+                "digits": metric.digits,
+            }
+        )
+    return cards
+
+
+def _notices(
+    evaluation: Evaluation, tuned: Point | None, log: list[dict[str, float]]
+) -> list[tuple[str, str]]:
+    """The warnings of design 2.6 that fired, as (what, what it means)."""
+    notices = []
+    if tuned is not None and _direction(tuned.figures["reward"]) > 0:
+        others = [name for name in tuned.figures if name.startswith("reward/") or name == "similarity"]
+        stuck = [
+            describe(name, evaluation.settings).title
+            for name in others
+            if _direction(tuned.figures[name]) <= 0
+        ]
+        if stuck:
+            notices.append(
+                (
+                    f"The reward that was trained on rose; {', '.join(stuck)} did not",
+                    "A gain on one reward that others do not share can be a sign of reward hacking: look at the images.",
+                )
+            )
+    if tuned is not None and "similarity" in tuned.figures and _direction(tuned.figures["similarity"]) < 0:
+        notices.append(
+            (
+                "Images match their prompts less than the base model's do",
+                "Prompt-image similarity fell. Noise on the prompt may be too strong, or training went too far.",
+            )
+        )
+    for key in dict.fromkeys(k for line in log for k in line if k.startswith("warning/")):
+        counts = [line.get(key, 0) for line in log]
+        fired = sum(1 for c in counts if isinstance(c, int | float) and c > 0)
+        if fired:
+            what, meaning = FIRED.get(key, (key.removeprefix("warning/").replace("_", " "), ""))
+            total = int(sum(c for c in counts if isinstance(c, int | float) and math.isfinite(c)))
+            notices.append((f"{what}: {total}, in {fired} of {len(log)} iterations", meaning))
+    return notices
+
+
+def _run_fronts(evaluation: Evaluation) -> list[tuple[str, Markup]]:
+    settings, fronts = evaluation.settings, []
+    for name in VARIETY:
+        if name not in evaluation.base.figures:
+            continue
+        points = evaluation.points
+        path = [(p.figures["reward"].mean, p.figures[name].mean) for p in points]
+        tips = [_tip(p, name) for p in points]
+        ends = {k: _whiskers(points[k], name) for k in (0, len(points) - 1)}
+        title = METRICS[name].title
+        described = f"{title} against reward: " + "; ".join(tips)
+        lines = [
+            Line(
+                path,
+                0,
+                tips=tips,
+                names={len(points) - 1: _named(points[-1])},
+                spread={len(points) - 1: ends[len(points) - 1]},
+            ),
+            Line(path[:1], -1, "none", tips[:1], {0: "base"}, {0: ends[0]}),
+        ]
+        fronts.append(
+            (
+                title,
+                plot(
+                    lines, f"reward ({settings.rewards[0]})", title, described, "better \N{NORTH EAST ARROW}"
+                ),
+            )
+        )
+    return fronts
+
+
+def _named(point: Point) -> str:
+    return "base" if point.label == "base" else f"iteration {point.iteration}"
+
+
+def _tip(point: Point, name: str) -> str:
+    digits = METRICS[name].digits if name in METRICS else 3
+    return f"{_named(point)}: reward {minus(point.figures['reward'].mean)}, {minus(point.figures[name].mean, digits)}"
+
+
+def _whiskers(point: Point, name: str) -> tuple[float, float, float, float]:
+    reward, value = point.figures["reward"], point.figures[name]
+    return reward.low, reward.high, value.low, value.high
+
+
+def _training_curves(log: list[dict[str, float]]) -> list[tuple[str, Markup]]:
+    curves = []
+    for key, title in (("reward/mean", "reward"), ("diversity/kept_mean", "diversity")):
+        points = [(float(line["iteration"]), float(line[key])) for line in log if _number(line.get(key))]
+        if len(points) < 2:
+            continue
+        smooth = _smoothed(points)
+        described = f"{title} over {len(points)} iterations of training, from {smooth[0][1]:.3f} to {smooth[-1][1]:.3f}"
+        lines = [Line(points, 0, "faint"), Line(smooth, 0, "bold")]
+        curves.append((f"{title}, over training", plot(lines, "iteration", title, described, integer_x=True)))
+    return curves
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A centred moving average over a tenth of the run, for prompts differ from iteration to iteration."""
+    half = max(1, len(points) // 20)
+    windows = [points[max(0, k - half) : k + half + 1] for k in range(len(points))]
+    return [(point[0], sum(y for _, y in w) / len(w)) for point, w in zip(points, windows, strict=True)]
+
+
+def _prompt_rows(evaluation: Evaluation, tuned: Point | None) -> list[dict[str, Any]]:
+    """Base, tuned and change of each prompt, the greatest loss of diversity first."""
+    base, rows = evaluation.base.figures, []
+    for place, prompt in enumerate(evaluation.settings.prompts):
+        row: dict[str, Any] = {"prompt": prompt, "place": place, "cells": []}
+        for name in _columns(evaluation):
+            before = base[name].per_prompt[place]
+            now = tuned.figures[name].per_prompt[place] if tuned else before
+            row["cells"].append({"base": before, "now": now, "change": now - before})
+        row["loss"] = row["cells"][1]["change"] if tuned else base["diversity"].per_prompt[place]
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["loss"])
+
+
+def _columns(evaluation: Evaluation) -> list[str]:
+    return [
+        name
+        for name in ("reward", "diversity", "diversity/clip", "recall", "vendi")
+        if name in evaluation.base.figures
+    ]
+
+
+def _all_figures(evaluation: Evaluation, tuned: Point | None) -> list[tuple[Metric, Figure, Figure | None]]:
+    base = evaluation.base.figures
+    return [(describe(k, evaluation.settings), base[k], tuned.figures[k] if tuned else None) for k in base]
+
+
+def _data_uri(path: Path) -> str | None:
+    try:
+        return "data:image/webp;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+    except OSError:
+        return None
+
+
+def _gallery(
+    evaluation: Evaluation, sides: list[tuple[str, Path, Point]], tuned: Point | None, folder: Path
+) -> list[dict[str, Any]]:
+    """Sheets of each prompt, side by side; the order is that of the table, greatest loss first."""
+    sides = [*sides, (f"tuned, {_named(tuned)}", folder, tuned)] if tuned else sides
+    rows, cards = _prompt_rows(evaluation, tuned), []
+    shown = min(SHOWN, evaluation.settings.images)
+    for row in rows:
+        pictures = []
+        for name, where, point in sides:
+            uri = _data_uri(evaluation.sheet(where, point, row["place"]))
+            if uri is not None:
+                prompt = row["prompt"]
+                pictures.append(
+                    {"name": name, "uri": uri, "alt": f"{shown} images of \u201c{prompt}\u201d by {name}"}
+                )
+        if len(pictures) == len(sides):
+            note = ""
+            if tuned:
+                reward, diversity = row["cells"][0], row["cells"][1]
+                note = (
+                    f"reward {minus(reward['base'])} \u2192 {minus(reward['now'])}, "
+                    f"diversity {minus(diversity['base'])} \u2192 {minus(diversity['now'])}"
+                )
+            cards.append({"prompt": row["prompt"], "pictures": pictures, "note": note})
+    return _spread(cards)
+
+
+def _spread(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Evenly spaced cards first, from the greatest loss to the least, so that no side is picked; then the rest."""
+    if len(cards) <= FIRST:
+        return cards
+    chosen = sorted({round(k * (len(cards) - 1) / (FIRST - 1)) for k in range(FIRST)})
+    return [cards[k] for k in chosen] + [card for k, card in enumerate(cards) if k not in chosen]
+
+
+def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison], rival: str) -> str:
+    parts = []
+    for method in methods:
+        if method.name == rival:
+            continue
+        ahead, behind = [], []
+        for pair in pairs:
+            gain = pair.diversity_gain
+            if pair.method != method.name or gain is None:
+                continue
+            title = METRICS[pair.metric].title
+            if gain.low > 0:
+                ahead.append(title)
+            elif gain.high < 0:
+                behind.append(title)
+        if ahead:
+            parts.append(f"At equal reward {method.name} has more than {rival} of: {', '.join(ahead)}.")
+        if behind:
+            parts.append(f"At equal reward {method.name} has less than {rival} of: {', '.join(behind)}.")
+        if not ahead and not behind:
+            parts.append(f"At equal reward {method.name} and {rival} cannot be told apart in variety.")
+    return " ".join(parts) or f"Only one method, {rival}, with {len(methods[0].runs)} seeds."
+
+
+def _summary(methods: list[Method], metrics: list[str]) -> list[dict[str, Any]]:
+    """Base model, then each method's last shared checkpoint: mean and interval over seeds."""
+    names = ["reward", *metrics]
+    base = methods[0].runs[0].evaluation.base
+    rows: list[dict[str, Any]] = [
+        {
+            "name": "base model",
+            "colour": -1,
+            "seeds": "",
+            "at": "",
+            "cells": [(base.figures[n].mean, None) for n in names],
+        }
+    ]
+    for number, method in enumerate(methods):
+        last = [method.over_time(name)[-1] for name in names]
+        cells = [(i.mean, i if len(method.runs) > 1 else None) for i in last]
+        rows.append(
+            {
+                "name": method.name,
+                "colour": number % COLOURS,
+                "seeds": len(method.runs),
+                "at": method.shared()[-1],
+                "cells": cells,
+            }
+        )
+    return rows
+
+
+def _comparison_fronts(methods: list[Method], metrics: list[str]) -> list[tuple[str, Markup]]:
+    fronts = []
+    for name in metrics:
+        title, lines, told = METRICS[name].title, [], []
+        for number, method in enumerate(methods):
+            colour = number % COLOURS
+            if len(method.runs) > 1:
+                lines += [Line(run.curve(name), colour, "faint") for run in method.runs]
+            mean, at = method.mean_curve(name), method.shared()
+            envelope = upper_envelope(mean).tolist()
+            lines.append(Line([(p[0], p[1]) for p in envelope], colour, "bold"))
+            tips = [
+                f"{method.name}, iteration {i}: reward {minus(r)}, {minus(v)}"
+                for i, (r, v) in zip(at, mean, strict=True)
+            ]
+            lines.append(Line(mean[1:], colour, "none", tips[1:]))
+            told.append(tips[-1])
+        base = methods[0].runs[0].curve(name)[:1]
+        lines.append(Line(base, -1, "none", ["base model"], {0: "base"}))
+        described = f"{title} against reward, upper envelopes of {len(methods)} methods: {'; '.join(told)}"
+        fronts.append((title, plot(lines, "reward", title, described, "better \N{NORTH EAST ARROW}")))
+    return fronts
+
+
+def _checkpoint_curves(methods: list[Method], metrics: list[str]) -> list[tuple[str, Markup]]:
+    curves = []
+    for name in ["reward", *metrics]:
+        title, lines = METRICS[name].title, []
+        for number, method in enumerate(methods):
+            at, over = method.shared(), method.over_time(name)
+            points = [(float(i), o.mean) for i, o in zip(at, over, strict=True)]
+            tips = [f"{method.name}, iteration {i}: {minus(o.mean)}" for i, o in zip(at, over, strict=True)]
+            band = [(o.low, o.high) for o in over] if len(method.runs) > 1 else ()
+            lines.append(Line(points, number % COLOURS, "bold", tips, band=band))
+        described = f"{title} over checkpoints of {', '.join(m.name for m in methods)}"
+        curves.append((title, plot(lines, "iteration", title, described, integer_x=True)))
+    return curves
+
+
+def _comparison_gallery(methods: list[Method]) -> list[dict[str, Any]]:
+    """Base model and the last checkpoint of each method's first seed, on the same seeds of noise."""
+    first = methods[0].runs[0]
+    sides = [("base model", first.folder, first.evaluation, first.evaluation.base)]
+    for method in methods:
+        run = method.runs[0]
+        at = method.shared()[-1]
+        point = next(p for p in run.evaluation.points if p.iteration == at)
+        sides.append((method.name, run.folder, run.evaluation, point))
+    cards = []
+    shown = min(SHOWN, first.evaluation.settings.images)
+    for place, prompt in enumerate(first.evaluation.settings.prompts):
+        pictures = []
+        for name, folder, evaluation, point in sides:
+            uri = _data_uri(evaluation.sheet(folder, point, place))
+            if uri is not None:
+                pictures.append(
+                    {"name": name, "uri": uri, "alt": f"{shown} images of \u201c{prompt}\u201d by {name}"}
+                )
+        if len(pictures) == len(sides):
+            cards.append({"prompt": prompt, "pictures": pictures, "note": ""})
+    return _spread(cards)
+
+
+def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
+    """Write ``report.png``: base beside tuned on the same seeds, reward and diversity curves.
+
+    Args:
+        folder: of an evaluated run.
+        prompts: rows, evenly spaced from the prompt that lost most variety to the one that lost least.
+        images: per prompt and side.
+
+    Raises:
+        InputError: if there is no evaluation, or it is damaged.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    evaluation = load_evaluation(folder)
+    tuned = evaluation.tuned[-1] if evaluation.tuned else None
+    rows = _prompt_rows(evaluation, tuned)
+    count = min(prompts, len(rows))
+    picked = [rows[round(k * (len(rows) - 1) / max(1, count - 1))] for k in range(count)]
+    sides = [
+        ("base model", evaluation.base),
+        *([(f"after {tuned.iteration} iterations", tuned)] if tuned else []),
+    ]
+    log = read_metrics(folder / "metrics.jsonl")
+    series = [
+        (title, [(float(line["iteration"]), float(line[key])) for line in log if _number(line.get(key))])
+        for key, title in (("reward/mean", "reward"), ("diversity/kept_mean", "diversity"))
+    ]
+    series = [(title, points) for title, points in series if len(points) > 1]
+
+    ink, muted, accent = "#23211d", "#6b665d", "#0f766e"
+    columns = min(images, evaluation.settings.images, SHOWN)
+    cell, side_gap, left, top = 0.62, 0.28, 1.15, 0.42
+    grid_width, grid_height = columns * cell, count * cell
+    chart = 2.75 if series else 0.0
+    width = left + len(sides) * (grid_width + side_gap) + chart + 0.1
+    height = top + grid_height + 0.12
+    figure = Canvas(figsize=(width, height), dpi=150, facecolor="#ffffff")
+    FigureCanvasAgg(figure)
+    for s, (name, point) in enumerate(sides):
+        x0 = left + s * (grid_width + side_gap)
+        colour = muted if s == 0 else accent
+        figure.text(x0 / width, 1 - 0.27 / height, name, color=colour, fontsize=11, weight="bold")
+        for r, row in enumerate(picked):
+            cells = _cells(evaluation.sheet(folder, point, row["place"]), evaluation.settings.images)[
+                :columns
+            ]
+            for c, picture in enumerate(cells):
+                box = ((x0 + c * cell) / width, 1 - (top + (r + 1) * cell) / height)
+                axes = figure.add_axes((*box, (cell - 0.04) / width, (cell - 0.04) / height))
+                axes.imshow(picture, interpolation="lanczos")
+                axes.set_axis_off()
+    for r, row in enumerate(picked):
+        y = 1 - (top + (r + 0.5) * cell) / height
+        prompt = row["prompt"] if len(row["prompt"]) < 17 else row["prompt"][:15] + "\u2026"
+        figure.text((left - 0.12) / width, y, prompt, ha="right", va="center", fontsize=9, color=ink)
+    for k, (title, points) in enumerate(series):
+        x0 = left + len(sides) * (grid_width + side_gap) + 0.55
+        tall = (grid_height - 0.75 * len(series)) / len(series)
+        y0 = height - top - (k + 1) * tall - k * 0.75 - 0.08
+        axes = figure.add_axes((x0 / width, y0 / height, (chart - 0.65) / width, max(0.1, tall) / height))
+        axes.plot(*zip(*points, strict=True), color=accent, alpha=0.3, linewidth=0.9)
+        axes.plot(*zip(*_smoothed(points), strict=True), color=accent, linewidth=1.8)
+        axes.set_title(title, fontsize=10, color=ink, loc="left")
+        axes.set_xlabel("iteration", fontsize=8, color=muted, labelpad=2)
+        axes.tick_params(labelsize=7.5, colors=muted, length=2)
+        axes.grid(axis="y", color="#e2dcd0", linewidth=0.6)
+        for edge, spine in axes.spines.items():
+            spine.set_visible(edge == "bottom")
+            spine.set_color("#bdb6a8")
+    path = folder / "report.png"
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", facecolor="#ffffff")
+    temporary.replace(path)
+    return path
+
+
+def _cells(sheet: Path, images: int) -> list[Image.Image]:
+    """The single images of a sheet; none if it is not there."""
+    try:
+        with Image.open(sheet) as file:
+            whole = file.convert("RGB")
+    except OSError:
+        return []
+    count = min(SHOWN, images)
+    columns = sheet_columns(count)
+    width, height = whole.width // columns, whole.height // -(-count // columns)
+    corners = [((k % columns) * width, (k // columns) * height) for k in range(count)]
+    return [whole.crop((x, y, x + width, y + height)) for x, y in corners]
+
+
+def check_out(out: Path) -> Path:
+    """Return ``out`` if a page can be written there.
+
+    Raises:
+        InputError: if it is a folder, or is not named like a page.
+    """
+    if out.is_dir() or out.suffix not in (".html", ".htm"):
+        raise InputError(f"--out: expected an HTML file, such as report.html; got {out}")
+    return out
