@@ -89,7 +89,9 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None = N
         for name, parameter in named.items():
             value = tensors.pop(f"{name}/value", None)
             if value is None or value.shape != parameter.shape:
-                raise InputError(f"{path}: the checkpoint does not fit this model, rank or targets (at {name})")
+                raise InputError(
+                    f"{path}: the checkpoint does not fit this model, rank or targets (at {name})"
+                )
             parameter.copy_(value)
     if optimizer is not None:
         for name, parameter in named.items():
@@ -122,7 +124,9 @@ def damage(path: Path) -> str | None:
 
 def listing(folder: Path) -> list[Path]:
     """The checkpoints in a run's ``checkpoints`` folder, oldest first, damaged ones included."""
-    return sorted(p for p in folder.glob("[0-9]*") if p.is_dir() and p.name.isdigit()) if folder.is_dir() else []
+    return (
+        sorted(p for p in folder.glob("[0-9]*") if p.is_dir() and p.name.isdigit()) if folder.is_dir() else []
+    )
 
 
 def newest(folder: Path) -> Path | None:

@@ -55,7 +55,9 @@ def is_finite(name: str, tensor: Tensor) -> Tensor:
     bad = ~torch.isfinite(tensor)
     if bool(bad.any()):
         first = tuple(int(i) for i in bad.nonzero()[0])
-        raise InputError(f"{name}: {int(bad.sum())} of {tensor.numel()} values are not finite, first at {first}")
+        raise InputError(
+            f"{name}: {int(bad.sum())} of {tensor.numel()} values are not finite, first at {first}"
+        )
     return tensor
 
 

@@ -32,7 +32,9 @@ def preprocess(images: Tensor, size: int, mean: tuple[float, ...], std: tuple[fl
         x = F.interpolate(x, target, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
     x = x[..., top : top + size, left : left + size]
-    return (x - torch.tensor(mean, device=x.device).view(3, 1, 1)) / torch.tensor(std, device=x.device).view(3, 1, 1)
+    return (x - torch.tensor(mean, device=x.device).view(3, 1, 1)) / torch.tensor(std, device=x.device).view(
+        3, 1, 1
+    )
 
 
 def statistics(folder: Path | str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,4 +1,4 @@
-"""Train the autoencoder: 3 x 64 x 64 pixels to 16 x 8 x 8 latents."""
+"""Train the autoencoder: 3 x 64 x 64 pixels to 4 x 16 x 16 latents."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TRAIN_POSES, TEST_POSES = slice(0, 28), slice(28, 32)
 def new_autoencoder() -> AutoencoderKL:
     """Return an untrained autoencoder."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 48, 96, 128),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 96),
         layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=16,
+        latent_channels=4,
+        norm_num_groups=8,
         sample_size=64,
         mid_block_add_attention=False,
     )
@@ -43,7 +43,7 @@ def _terms(
     square, absolute = error.pow(2).mean(), error.abs().mean()
     kl = 0.5 * (mean.pow(2) + std.pow(2) - 1 - 2 * std.log()).mean()
     # |error| keeps lines crisp, its square is what PSNR counts; the pull to N(0, 1) keeps latents smooth.
-    loss = square + 0.1 * absolute + (0.0 if decoder_only else 1e-4) * kl
+    loss = square + 0.1 * absolute + (0.0 if decoder_only else 3e-4) * kl
     return {"loss": loss, "psnr": -10 * torch.log10(square.detach() / 4), "kl": kl.detach()}
 
 
@@ -55,7 +55,7 @@ def train(bank: Bank, folder: Path, images: int, decoder_from: Path | None = Non
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
     training = Training(
-        model, folder / "training", images, batch=32, lr=1e-3 if decoder_from is None else 6e-4
+        model, folder / "training", images, batch=16, lr=1e-3 if decoder_from is None else 6e-4
     )
 
     def loss(n: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -76,9 +76,7 @@ def build(
                 flip = bool(rng.random() < 0.5) if spread else k % 2 == 1
                 room = spread * ((1 - scale) / 2 + 0.01)
                 shift = (rng.uniform(-room, room), rng.uniform(-room, room))
-                image = rasterise(
-                    drawing, SIZE, scale, spread * rng.uniform(-8, 8), shift, flip
-                )
+                image = rasterise(drawing, SIZE, scale, spread * rng.uniform(-8, 8), shift, flip)
                 pixels[i, k] = image.transpose(2, 0, 1)
         np.save(path, pixels)
     if len(pixels) != len(drawings):

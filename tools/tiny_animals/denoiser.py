@@ -32,14 +32,14 @@ class Denoiser(nn.Module):
             )
         )  # fmt: skip
         self.unet = UNet2DConditionModel(
-            sample_size=8, in_channels=16, out_channels=16, block_out_channels=(128, 192), layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 128, 192), layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=16,
         )  # fmt: skip
 
     def forward(self, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
-        """Predict v, [n, 16, 8, 8], from noisy latents, timesteps [n] and tokens [n, 16]."""
+        """Predict v, [n, 4, 16, 16], from noisy latents, timesteps [n] and tokens [n, 16]."""
         return self.unet(latents, timesteps, self.text_encoder(tokens).last_hidden_state).sample
 
 
@@ -55,7 +55,7 @@ def scheduler() -> DDIMScheduler:
 def encode_bank(
     bank: Bank, vae: AutoencoderKL, cache: Path, copies: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode every drawing and pose on `copies` backgrounds: latents float16 [m, 16, 8, 8], drawing and background [m].
+    """Encode every drawing and pose on `copies` backgrounds: latents float16 [m, 4, 16, 16], drawing and background [m].
 
     The processes share the work; the result is cached.
     """
@@ -91,7 +91,7 @@ def train(bank: Bank, cache: Path, images: int, batch: int = 32) -> None:
     start = folder / "start.safetensors"  # weights to begin with, where there are any
     if start.is_file():
         model.load_state_dict(load_file(start))
-    training = Training(model, folder / "training", images, batch, lr=6e-4, ema_decay=0.9995)
+    training = Training(model, folder / "training", images, batch, lr=4e-4, ema_decay=0.999)
     if rank() == 0:
         print(
             {k: sum(p.numel() for p in m.parameters()) for k, m in model.named_children()}, len(z), flush=True
