@@ -45,7 +45,7 @@ def main() -> None:
     elif args.stage == "scorer":
         scorer.train(bank, args.cache, ASSETS / "scorer", args.images or 540_000)
     elif args.stage == "encoder":
-        encoder.train(bank, args.cache, ASSETS / "encoder", args.images or 160_000)
+        encoder.train(bank, args.cache, ASSETS / "encoder", args.images or 60_000)
     elif args.stage == "checker":
         checker.train(bank, args.cache, args.images or 160_000)
     elif args.stage == "check":
