@@ -1,0 +1,207 @@
+"""Evaluation on the random tiny pipeline: what is measured, that it is not measured twice, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from driftrl.checks import InputError
+from driftrl.evaluation.evaluate import FILE, Instruments, Readings, evaluate, load_evaluation, measure
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "three.txt"
+    file.write_text("a cat\na dog\na <b>bold</b> fox\n")
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A CLIP model with random weights."""
+    from transformers import CLIPConfig, CLIPModel
+
+    from ..conftest import save_tokenizer, text_settings
+
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    text = text_settings(save_tokenizer(folder))
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+        "projection_dim": 16,
+    }
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    from driftrl import Trainer
+
+    return Trainer(config(optimizer__learning_rate=0.02), tmp_path / "run").run()
+
+
+def settings(prompts_file, clip_folder, **changes):
+    return {"prompts": prompts_file, "images": 4, "clip": clip_folder} | changes
+
+
+def test_measures_base_and_every_checkpoint_once(run, prompts_file, clip_folder):
+    told = []
+    chosen = settings(prompts_file, clip_folder, checkpoints="all", rewards=["compressibility"])
+    evaluate(run, **chosen, progress=lambda label, done, total: told.append((label, done, total)))
+    evaluation = load_evaluation(run)
+    assert [point.label for point in evaluation.points] == ["base", "000001", "000002"]
+    names = {"reward", "reward/compressibility", "similarity", "diversity", "diversity/clip", "vendi", "vendi/2"}
+    assert set(evaluation.base.figures) == names | {"recall", "precision", "density", "coverage"}
+    for point in evaluation.tuned:
+        for name, figure in point.figures.items():
+            before = evaluation.base.figures[name]
+            assert figure.mean == pytest.approx(sum(figure.per_prompt) / 3)
+            assert figure.low <= figure.mean + 1e-12 and figure.mean <= figure.high + 1e-12
+            assert figure.change.mean == pytest.approx(figure.mean - before.mean)
+    rewards = evaluation.base.figures
+    assert rewards["reward"].mean == pytest.approx(-rewards["reward/compressibility"].mean)
+    assert told[-1][1] == told[-1][2] == 4 * 3 * 4  # three models and the reference draw
+
+    told.clear()
+    before = (run / FILE).read_text()
+    evaluate(run, **chosen, progress=lambda *_: told.append(1))
+    assert not told and (run / FILE).read_text() == before
+
+
+def test_goes_on_where_it_stopped_and_puts_other_settings_aside(run, prompts_file, clip_folder):
+    chosen = settings(prompts_file, clip_folder)
+    labels: list[str] = []
+    evaluate(run, **chosen)
+    first = load_evaluation(run)
+    evaluate(run, **chosen, checkpoints="1", progress=lambda label, *_: labels.append(label))
+    assert set(labels) == {"reference", "000001"}
+    both = load_evaluation(run)
+    assert [p.label for p in both.points] == ["base", "000001", "000002"]
+    assert both.points[2] == first.points[1]
+
+    evaluate(run, **(chosen | {"images": 3}))
+    assert load_evaluation(run).settings.images == 3
+    labels.clear()
+    evaluate(run, **chosen, checkpoints="all", progress=lambda label, *_: labels.append(label))
+    assert not labels and load_evaluation(run) == both
+
+
+def test_a_checkpoint_trained_anew_is_measured_anew(run, prompts_file, clip_folder):
+    chosen, labels = settings(prompts_file, clip_folder), []
+    evaluate(run, **chosen)
+    shutil.rmtree(run / "checkpoints" / "000002")
+    shutil.copytree(run / "checkpoints" / "000001", run / "checkpoints" / "000002")
+    evaluate(run, **chosen, progress=lambda label, *_: labels.append(label))
+    assert "000002" in labels and "base" not in labels
+
+
+def test_base_figures_are_those_of_the_model_alone_whatever_the_batch(run, pipeline_folder, prompts_file, clip_folder, tmp_path):
+    evaluate(run, **settings(prompts_file, clip_folder))
+    evaluate(run, **settings(prompts_file, clip_folder), out=tmp_path / "again", batch_size=3)
+    a, b = load_evaluation(run), load_evaluation(tmp_path / "again")
+    for name, figure in a.tuned[0].figures.items():
+        assert b.tuned[0].figures[name].per_prompt == pytest.approx(figure.per_prompt, abs=1e-3)
+
+
+def test_the_untrained_checkpoint_is_the_base_model(config, prompts_file, clip_folder, tmp_path):
+    from driftrl import Trainer
+
+    run = Trainer(config(iterations=0), tmp_path / "run").run()
+    evaluate(run, **settings(prompts_file, clip_folder))
+    for figure in load_evaluation(run).tuned[0].figures.values():
+        assert figure.change.mean == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_model_alone(pipeline_folder, encoder_folder, prompts_file, clip_folder, tmp_path, monkeypatch):
+    from driftrl.evaluation import evaluate as module
+
+    monkeypatch.setattr(module, "build_reward", lambda name, device: lambda images, prompts: images.mean((1, 2, 3)))
+    folder = evaluate(
+        pipeline_folder,
+        **settings(prompts_file, clip_folder),
+        encoder=str(encoder_folder),
+        steps=3,
+        out=tmp_path / "out",
+        keep_images=True,
+    )
+    evaluation = load_evaluation(folder)
+    assert not evaluation.tuned and evaluation.settings.steps == 3
+    assert len(list((folder / "images").rglob("*.png"))) == 12
+    with pytest.raises(InputError, match="no run folder"):
+        evaluate(pipeline_folder, **settings(prompts_file, clip_folder), checkpoints="3")
+
+
+def test_order_of_images_does_not_matter():
+    torch.manual_seed(0)
+    features, reference = torch.randn(2, 8, 5), torch.randn(2, 8, 5)
+    order = torch.randperm(8)
+    a = measure(Readings({"reward": torch.ones(2, 8)}, features, features), reference)
+    b = measure(Readings({"reward": torch.ones(2, 8)}, features[:, order], features[:, order]), reference)
+    for name in a:
+        assert a[name] == pytest.approx(b[name], abs=1e-9)
+
+
+def test_a_collapsed_model_is_seen():
+    torch.manual_seed(0)
+    reference = torch.randn(1, 16, 8)
+    spread = Readings({}, torch.randn(1, 16, 8), None)
+    collapsed = Readings({}, reference[:, :1] + 1e-3 * torch.randn(1, 16, 8), None)
+    wide, narrow = measure(spread, reference), measure(collapsed, reference)
+    assert narrow["recall"][0] < 0.1 < wide["recall"][0]
+    assert narrow["diversity"][0] < 1e-3 < wide["diversity"][0]
+    assert narrow["vendi"][0] < 1.1 < wide["vendi"][0]
+
+
+def test_refuses_features_and_rewards_that_are_no_numbers():
+    images = torch.rand(1, 2, 3, 4, 4)
+
+    def good(x):
+        return x.flatten(1)
+
+    with pytest.raises(InputError, match="encoder's features: .* not finite"):
+        Instruments({}, lambda x: good(x) * float("nan"), None).read(images, ["a"])
+    with pytest.raises(InputError, match="reward: 1 of 2 values are not finite"):
+        Instruments({"reward": lambda x, p: torch.tensor([0.0, float("inf")])}, good, None).read(images, ["a"])
+    with pytest.raises(InputError, match="expected 2 values"):
+        Instruments({"reward": lambda x, p: torch.zeros(3)}, good, None).read(images, ["a"])
+    with pytest.raises(InputError, match="at least 2"):
+        measure(Readings({}, torch.randn(1, 1, 4), None), torch.randn(1, 1, 4))
+
+
+def test_refuses_what_cannot_be_measured(run, prompts_file, clip_folder, tmp_path):
+    chosen = settings(prompts_file, clip_folder)
+    with pytest.raises(InputError, match="at least 2"):
+        evaluate(run, **(chosen | {"images": 1}))
+    with pytest.raises(InputError, match="none of iteration 7; there are 0, 1, 2"):
+        evaluate(run, **chosen, checkpoints="7")
+    with pytest.raises(InputError, match="expected 'last', 'all' or an iteration"):
+        evaluate(run, **chosen, checkpoints="best")
+    with pytest.raises(InputError, match="no CLIP model"):
+        evaluate(run, **(chosen | {"clip": tmp_path}))
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(InputError, match="has no checkpoint"):
+        evaluate(run, **chosen)
+    assert not (run / FILE).exists()
+
+
+@pytest.mark.parametrize("damage", ["nothing like JSON", "[]", '{"format": 99}', '{"format": 1}', "short"])
+def test_refuses_a_damaged_evaluation(run, prompts_file, clip_folder, damage):
+    evaluate(run, **settings(prompts_file, clip_folder))
+    if damage == "short":
+        data = json.loads((run / FILE).read_text())
+        data["points"][1]["figures"]["reward"]["per_prompt"].pop()
+        damage = json.dumps(data)
+    (run / FILE).write_text(damage)
+    with pytest.raises(InputError, match=r"evaluation\.json"):
+        load_evaluation(run)
+    with pytest.raises(InputError, match=r"evaluation\.json"):
+        evaluate(run, **settings(prompts_file, clip_folder))

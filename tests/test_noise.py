@@ -1,0 +1,35 @@
+"""Keyed generators."""
+
+import torch
+
+from driftrl.noise import generator, normal, seed_of
+
+
+def test_each_part_of_the_key_matters_and_nothing_else():
+    keys = [
+        (0, 0, 0, 0, "a"),
+        (1, 0, 0, 0, "a"),
+        (0, 1, 0, 0, "a"),
+        (0, 0, 1, 0, "a"),
+        (0, 0, 0, 1, "a"),
+        (0, 0, 0, 0, "b"),
+    ]
+    assert len({seed_of(*key) for key in keys}) == len(keys)
+    assert seed_of(1, 23) != seed_of(12, 3)
+    assert seed_of(1) != seed_of("1")
+    for key in keys:
+        assert torch.equal(
+            torch.randn(5, generator=generator(*key)), torch.randn(5, generator=generator(*key))
+        )
+
+
+def test_seeds_are_the_same_on_every_machine():
+    assert seed_of(0, 1, 2, 3, "latents") == 0x29F76DA2D5DBCDDF
+
+
+def test_draws_are_standard_normal_and_unrelated():
+    x = normal([generator(0, i, 0, 0, "latents") for i in range(400)], (50,))
+    assert abs(float(x.mean())) < 4 / 20000**0.5
+    assert abs(float(x.std()) - 1) < 0.02
+    correlation = torch.corrcoef(x)
+    assert float((correlation - torch.eye(400)).abs().max()) < 0.75

@@ -1,0 +1,38 @@
+"""Prompt sets and the order in which prompts are drawn."""
+
+import pytest
+
+from driftrl.checks import InputError
+from driftrl.prompts import draw, load_prompts, prompt_sets
+
+
+def test_the_package_has_its_sets():
+    assert set(prompt_sets()) >= {"animals", "eval40", "attributes", "compositions"}
+    assert len(load_prompts("animals")) == 45
+    assert len(load_prompts("eval40")) == 40
+    assert "an ant" in load_prompts("animals")
+
+
+def test_files(tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("# a comment\n\n a cat \na dog\n")
+    assert load_prompts(str(text)) == ("a cat", "a dog")
+    lines = tmp_path / "mine.jsonl"
+    lines.write_text('"a cat"\n{"prompt": "a dog", "weight": 2}\n')
+    assert load_prompts(str(lines)) == ("a cat", "a dog")
+
+
+@pytest.mark.parametrize("line", ["{", '{"text": "a cat"}', "3", '{"prompt": ""}', "[" * 100_000])
+def test_bad_lines_are_named(tmp_path, line):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f'"a cat"\n{line}\n')
+    with pytest.raises(InputError, match="line 2"):
+        load_prompts(str(path))
+
+
+def test_every_prompt_comes_once_per_pass_in_an_order_of_its_own():
+    drawn = [i for iteration in range(6) for i in draw(9, 3, 0, iteration)]
+    assert sorted(drawn[:9]) == sorted(drawn[9:]) == list(range(9))
+    assert drawn[:9] != drawn[9:]
+    assert draw(9, 3, 0, 4) == draw(9, 3, 0, 4)
+    assert [draw(45, 8, 0, i) for i in range(3)] != [draw(45, 8, 1, i) for i in range(3)]

@@ -1,0 +1,75 @@
+"""Rewards and encoders: the real classes at tiny size, against a straight computation."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import save_tokenizer, text_settings
+from driftrl.build import build_encoder, build_reward
+from driftrl.checks import InputError
+from driftrl.preprocess import CLIP_MEAN, CLIP_STD, preprocess
+from driftrl.rewards.clip import CLIPReward
+from driftrl.rewards.compressibility import compressibility
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    from transformers import CLIPConfig, CLIPModel
+
+    folder = tmp_path_factory.mktemp("clip") / "model"
+    tokenizer = save_tokenizer(folder)
+    torch.manual_seed(3)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 8}  # fmt: skip
+    text = text_settings(tokenizer) | {"projection_dim": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    return folder
+
+
+def test_clip_reward_is_scaled_cosine(clip_folder):
+    from transformers import CLIPModel, CLIPTokenizer
+
+    images, prompts = torch.rand(3, 3, 16, 16), ["a cat", "a dog", "a cat"]
+    model, tokenizer = CLIPModel.from_pretrained(clip_folder), CLIPTokenizer.from_pretrained(clip_folder)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    tokens = tokenizer(prompts, padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(pixel_values=(images - mean) / std, **tokens).logits_per_image.diag()
+    reward = CLIPReward(clip_folder, batch_size=2)
+    torch.testing.assert_close(reward(images, prompts), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(reward(images.flip(0), prompts[::-1]).flip(0), expected, atol=1e-4, rtol=0)
+
+
+def test_preprocessing_resizes_as_pil_does():
+    image = torch.rand(1, 3, 48, 64)
+    ours = preprocess(image, 24, (0, 0, 0), (1, 1, 1))
+    channels = [Image.fromarray(c.numpy()).resize((32, 24), Image.Resampling.BICUBIC) for c in image[0]]
+    theirs = torch.from_numpy(np.stack([np.asarray(c) for c in channels]))[:, :, 4:28]
+    torch.testing.assert_close(ours[0], theirs.clamp(0, 1), atol=2e-3, rtol=0)
+
+
+def test_compressibility_is_the_size_of_the_jpeg():
+    flat, noisy = torch.full((3, 32, 32), 0.5), torch.rand(3, 32, 32)
+    scores = compressibility(torch.stack([flat, noisy]), ["", ""])
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((32, 32, 3), 128, np.uint8)).save(buffer, "JPEG", quality=95)
+    assert scores[0] == pytest.approx(-buffer.tell() / 1000)
+    assert scores[0] > scores[1]
+
+
+def test_encoder_does_not_depend_on_the_batch(encoder_folder):
+    images = torch.rand(5, 3, 64, 64)
+    encoder = build_encoder(str(encoder_folder), torch.device("cpu"))
+    whole = encoder(images)
+    assert whole.shape == (5, 16)
+    encoder.batch_size = 2
+    torch.testing.assert_close(encoder(images), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_unknown_names():
+    with pytest.raises(InputError, match="did you mean 'compressibility'"):
+        build_reward("compresibility", torch.device("cpu"))
+    with pytest.raises(InputError, match=r"shaping\.encoder"):
+        build_encoder("./nowhere", torch.device("cpu"))
