@@ -11,6 +11,7 @@ from driftrl.build import build_loop, load_pipeline
 from driftrl.checkpoint import CheckpointWarning, newest
 from driftrl.config import load_config
 from driftrl.evaluation.generate import generate, open_policy
+from driftrl.trainer import RewardWarning
 
 
 def tensors(folder, name="training"):
@@ -115,7 +116,8 @@ def test_constant_rewards_teach_nothing_and_do_not_crash(config, tmp_path):
     loop.reward = lambda images, prompts: torch.ones(len(images))
     before = [p.detach().clone() for p in loop.policy.parameters()]
     seen = []
-    loop.run(1, seen.append)
+    with pytest.warns(RewardWarning, match="3 of 3 prompts"):
+        loop.run(1, seen.append)
     assert seen[0].metrics["warning/constant_reward_groups"] == 3
     for old, new in zip(before, loop.policy.parameters(), strict=True):
         assert torch.equal(old, new)

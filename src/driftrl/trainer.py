@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,10 @@ class Iteration:
     """[P, N]."""
     chosen: Tensor
     """[P, G]: the candidates that were learned from."""
+
+
+class RewardWarning(UserWarning):
+    """All kept candidates of a prompt have the same reward, so they teach nothing (design 2.6)."""
 
 
 class TrainingLoop:
@@ -168,6 +173,14 @@ class TrainingLoop:
             "warning/constant_reward_groups": int((kept_rewards.std(1, correction=0) < 1e-6).sum()),
             "warning/constant_diversity_groups": int((diversity.std(1, correction=0) < 1e-6).sum()),
         }
+        constant = metrics["warning/constant_reward_groups"]
+        if constant:
+            warnings.warn(
+                f"in iteration {number + 1} the kept rewards of {constant} of {len(texts)} prompts are all equal: "
+                "nothing is learned from them; a finer reward or more candidates would help",
+                RewardWarning,
+                stacklevel=2,
+            )
         metrics = {k: v if math.isfinite(v) else float("nan") for k, v in metrics.items()}
         return Iteration(number + 1, metrics, clock.seconds, texts, sampled.images, rewards, chosen)
 

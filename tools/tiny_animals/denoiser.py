@@ -47,7 +47,7 @@ def scheduler() -> DDIMScheduler:
     """v-prediction from pure noise (zero terminal SNR), so that ten steps are enough and any background possible."""
     return DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", steps_offset=1,
     )  # fmt: skip
 
 

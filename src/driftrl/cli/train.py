@@ -64,7 +64,12 @@ def train(
         if not quiet and not console.is_terminal:
             console.print(f"iteration {iteration.number}/{parsed.iterations}  {figures}", highlight=False)
 
+    shown: set[type[Warning]] = set()
+
     def show(message: Warning | str, category: type[Warning], *_: object) -> None:
+        if category in shown:  # once is enough: metrics.jsonl counts them
+            return
+        shown.add(category)
         console.print(f"[yellow]{category.__name__}:[/] {message}", highlight=False)
 
     with warnings.catch_warnings():
