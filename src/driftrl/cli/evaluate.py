@@ -27,10 +27,13 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
     """
     console = Console(stderr=True)
     with console.status("loading the model", spinner="dots"):
+        from transformers.utils import logging
+
         from driftrl.evaluation.evaluate import evaluate as work
         from driftrl.evaluation.evaluate import load_evaluation
         from driftrl.evaluation.report import METRICS, describe, write_picture, write_report
 
+    logging.disable_progress_bar()  # its bars for loading weights would come between ours
     progress = Progress(
         TextColumn("[bold]evaluating[/] {task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("images"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),

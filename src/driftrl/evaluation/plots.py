@@ -9,8 +9,8 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 440, 320
-LEFT, RIGHT, TOP, BOTTOM = 58, 16, 16, 46
+WIDTH, HEIGHT = 372, 282
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 14, 44
 MARKS = 4
 """Shapes of points; with colour they tell methods apart."""
 
@@ -37,7 +37,6 @@ class Line:
 def plot(
     lines: Sequence[Line],
     x_label: str,
-    y_label: str,
     description: str,
     corner: str = "",
     integer_x: bool = False,
@@ -47,7 +46,6 @@ def plot(
     Args:
         lines: drawn in order; points that are not finite are left out.
         x_label: under the horizontal axis.
-        y_label: beside the vertical axis.
         description: what the plot shows, for those who do not see it.
         corner: a short hint in the upper right corner.
         integer_x: whether ticks of the horizontal axis are whole numbers.
@@ -79,12 +77,8 @@ def plot(
                 f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{label(tick, x_ticks)}</text>'
             )
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
-    middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
         f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>'
-    )
-    parts.append(
-        f'<text class="label" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
     if corner:
         parts.append(
@@ -131,9 +125,9 @@ def _draw(line: Line, place: Callable[[float, float], tuple[float, float]]) -> l
     for k, name in line.names.items():
         if k in where:
             x, y = where[k]
-            left = x > WIDTH * 0.7
+            left = x > WIDTH * 0.7 or line.colour < 0
             anchor, x = ("end", x - 9) if left else ("start", x + 9)
-            y = y + 17 if y < TOP + 26 else y - 9
+            y = y + 17 if y < TOP + 26 or line.colour < 0 else y - 9
             parts.append(
                 f'<text class="name" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(name)}</text>'
             )

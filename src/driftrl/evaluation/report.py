@@ -228,13 +228,18 @@ def _page(**values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["n"] = minus
-    environment.globals.update(version=__version__, describe=describe, first=FIRST)
+    environment.globals.update(version=__version__, describe=describe, first=FIRST, short=_short)
     return environment.get_template("report.html.j2").render(**values)
 
 
 def _asked(settings: Settings) -> str:
     """The prompt set in words; a user's file by its name only, for a report travels."""
     return settings.prompt_set if settings.prompt_set in prompt_sets() else Path(settings.prompt_set).name
+
+
+def _short(path: str | None) -> str:
+    """A model's name without the folders of this machine, for a report travels."""
+    return Path(path or "").name if Path(path or "").is_absolute() else path or ""
 
 
 def _direction(figure: Figure) -> int:
@@ -256,10 +261,10 @@ def _verdict(evaluation: Evaluation, tuned: Point | None) -> str:
     for name in ("diversity", "diversity/clip", "vendi"):
         if name in tuned.figures and evaluation.base.figures[name].mean > 0:
             share = tuned.figures[name].mean / evaluation.base.figures[name].mean
-            kept.append(f"{share:.0%} of its {METRICS[name].title}")
+            kept.append(f"{share:.0%} of the {METRICS[name].title}")
     if kept:
         listing = ", ".join(kept[:-1]) + (f" and {kept[-1]}" if len(kept) > 1 else kept[-1])
-        text += f"; against the base model it has {listing}"
+        text += f". Compared with the base model, the tuned one has {listing}"
     return f"{text}."
 
 
@@ -329,25 +334,22 @@ def _run_fronts(evaluation: Evaluation) -> list[tuple[str, Markup]]:
         points = evaluation.points
         path = [(p.figures["reward"].mean, p.figures[name].mean) for p in points]
         tips = [_tip(p, name) for p in points]
-        ends = {k: _whiskers(points[k], name) for k in (0, len(points) - 1)}
+        last = len(points) - 1
         title = METRICS[name].title
         described = f"{title} against reward: " + "; ".join(tips)
         lines = [
             Line(
                 path,
-                0,
                 tips=tips,
-                names={len(points) - 1: _named(points[-1])},
-                spread={len(points) - 1: ends[len(points) - 1]},
+                names={last: _named(points[-1])},
+                spread={last: _whiskers(points[0], points[-1], name)},
             ),
-            Line(path[:1], -1, "none", tips[:1], {0: "base"}, {0: ends[0]}),
+            Line(path[:1], -1, "none", tips[:1], {0: "base"}),
         ]
         fronts.append(
             (
                 title,
-                plot(
-                    lines, f"reward ({settings.rewards[0]})", title, described, "better \N{NORTH EAST ARROW}"
-                ),
+                plot(lines, f"reward ({settings.rewards[0]})", described, "better \N{NORTH EAST ARROW}"),
             )
         )
     return fronts
@@ -362,9 +364,13 @@ def _tip(point: Point, name: str) -> str:
     return f"{_named(point)}: reward {minus(point.figures['reward'].mean)}, {minus(point.figures[name].mean, digits)}"
 
 
-def _whiskers(point: Point, name: str) -> tuple[float, float, float, float]:
-    reward, value = point.figures["reward"], point.figures[name]
-    return reward.low, reward.high, value.low, value.high
+def _whiskers(base: Point, point: Point, name: str) -> tuple[float, float, float, float]:
+    """The intervals of the changes from the base model: prompts differ more from each other than models do."""
+    ends: list[float] = []
+    for figure, before in ((point.figures[k], base.figures[k].mean) for k in ("reward", name)):
+        low, high = (figure.change.low, figure.change.high) if figure.change else (0.0, 0.0)
+        ends += [before + low, before + high]
+    return ends[0], ends[1], ends[2], ends[3]
 
 
 def _training_curves(log: list[dict[str, float]]) -> list[tuple[str, Markup]]:
@@ -376,7 +382,7 @@ def _training_curves(log: list[dict[str, float]]) -> list[tuple[str, Markup]]:
         smooth = _smoothed(points)
         described = f"{title} over {len(points)} iterations of training, from {smooth[0][1]:.3f} to {smooth[-1][1]:.3f}"
         lines = [Line(points, 0, "faint"), Line(smooth, 0, "bold")]
-        curves.append((f"{title}, over training", plot(lines, "iteration", title, described, integer_x=True)))
+        curves.append((f"{title}, over training", plot(lines, "iteration", described, integer_x=True)))
     return curves
 
 
@@ -482,6 +488,9 @@ def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison]
             parts.append(f"At equal reward {method.name} has less than {rival} of: {', '.join(behind)}.")
         if not ahead and not behind:
             parts.append(f"At equal reward {method.name} and {rival} cannot be told apart in variety.")
+    if parts and min(len(method.runs) for method in methods) == 1:
+        parts = [part.replace("At equal reward", "At equal reward, on a single seed,") for part in parts]
+        parts.append("More seeds would tell chance from effect.")
     return " ".join(parts) or f"Only one method, {rival}, with {len(methods[0].runs)} seeds."
 
 
@@ -533,7 +542,7 @@ def _comparison_fronts(methods: list[Method], metrics: list[str]) -> list[tuple[
         base = methods[0].runs[0].curve(name)[:1]
         lines.append(Line(base, -1, "none", ["base model"], {0: "base"}))
         described = f"{title} against reward, upper envelopes of {len(methods)} methods: {'; '.join(told)}"
-        fronts.append((title, plot(lines, "reward", title, described, "better \N{NORTH EAST ARROW}")))
+        fronts.append((title, plot(lines, "reward", described, "better \N{NORTH EAST ARROW}")))
     return fronts
 
 
@@ -548,7 +557,7 @@ def _checkpoint_curves(methods: list[Method], metrics: list[str]) -> list[tuple[
             band = [(o.low, o.high) for o in over] if len(method.runs) > 1 else ()
             lines.append(Line(points, number % COLOURS, "bold", tips, band=band))
         described = f"{title} over checkpoints of {', '.join(m.name for m in methods)}"
-        curves.append((title, plot(lines, "iteration", title, described, integer_x=True)))
+        curves.append((title, plot(lines, "iteration", described, integer_x=True)))
     return curves
 
 
