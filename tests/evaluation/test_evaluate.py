@@ -24,7 +24,7 @@ def clip_folder(tmp_path_factory):
     """A CLIP model with random weights."""
     from transformers import CLIPConfig, CLIPModel
 
-    from ..conftest import save_tokenizer, text_settings
+    from conftest import save_tokenizer, text_settings
 
     torch.manual_seed(2)
     folder = tmp_path_factory.mktemp("models") / "clip"
@@ -59,7 +59,15 @@ def test_measures_base_and_every_checkpoint_once(run, prompts_file, clip_folder)
     evaluate(run, **chosen, progress=lambda label, done, total: told.append((label, done, total)))
     evaluation = load_evaluation(run)
     assert [point.label for point in evaluation.points] == ["base", "000001", "000002"]
-    names = {"reward", "reward/compressibility", "similarity", "diversity", "diversity/clip", "vendi", "vendi/2"}
+    names = {
+        "reward",
+        "reward/compressibility",
+        "similarity",
+        "diversity",
+        "diversity/clip",
+        "vendi",
+        "vendi/2",
+    }
     assert set(evaluation.base.figures) == names | {"recall", "precision", "density", "coverage"}
     for point in evaluation.tuned:
         for name, figure in point.figures.items():
@@ -104,7 +112,9 @@ def test_a_checkpoint_trained_anew_is_measured_anew(run, prompts_file, clip_fold
     assert "000002" in labels and "base" not in labels
 
 
-def test_base_figures_are_those_of_the_model_alone_whatever_the_batch(run, pipeline_folder, prompts_file, clip_folder, tmp_path):
+def test_base_figures_are_those_of_the_model_alone_whatever_the_batch(
+    run, pipeline_folder, prompts_file, clip_folder, tmp_path
+):
     evaluate(run, **settings(prompts_file, clip_folder))
     evaluate(run, **settings(prompts_file, clip_folder), out=tmp_path / "again", batch_size=3)
     a, b = load_evaluation(run), load_evaluation(tmp_path / "again")
@@ -124,7 +134,9 @@ def test_the_untrained_checkpoint_is_the_base_model(config, prompts_file, clip_f
 def test_a_model_alone(pipeline_folder, encoder_folder, prompts_file, clip_folder, tmp_path, monkeypatch):
     from driftrl.evaluation import evaluate as module
 
-    monkeypatch.setattr(module, "build_reward", lambda name, device: lambda images, prompts: images.mean((1, 2, 3)))
+    monkeypatch.setattr(
+        module, "build_reward", lambda name, device: lambda images, prompts: images.mean((1, 2, 3))
+    )
     folder = evaluate(
         pipeline_folder,
         **settings(prompts_file, clip_folder),
@@ -167,10 +179,12 @@ def test_refuses_features_and_rewards_that_are_no_numbers():
     def good(x):
         return x.flatten(1)
 
-    with pytest.raises(InputError, match="encoder's features: .* not finite"):
+    with pytest.raises(InputError, match=r"encoder's features: .* not finite"):
         Instruments({}, lambda x: good(x) * float("nan"), None).read(images, ["a"])
     with pytest.raises(InputError, match="reward: 1 of 2 values are not finite"):
-        Instruments({"reward": lambda x, p: torch.tensor([0.0, float("inf")])}, good, None).read(images, ["a"])
+        Instruments({"reward": lambda x, p: torch.tensor([0.0, float("inf")])}, good, None).read(
+            images, ["a"]
+        )
     with pytest.raises(InputError, match="expected 2 values"):
         Instruments({"reward": lambda x, p: torch.zeros(3)}, good, None).read(images, ["a"])
     with pytest.raises(InputError, match="at least 2"):

@@ -1,0 +1,208 @@
+"""The page and the comparison, from evaluations made up here: what they say, and that they stand alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from PIL import Image
+
+from driftrl.checks import InputError
+from driftrl.config import dump_config, parse_config
+from driftrl.evaluation import compare as comparing
+from driftrl.evaluation.evaluate import Evaluation, Point, Settings, _figures, load_evaluation
+from driftrl.evaluation.plots import label, ticks
+from driftrl.evaluation.report import write_comparison, write_picture, write_report
+from driftrl.files import write_json
+
+PROMPTS = ["a cat", "<script>alert(1)</script>", "a fox"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def make_run(folder, name="drift", seed=0, gain=2.0, loss=0.1, changes=None, similarity=0.0, **settings):
+    """A run of two checkpoints whose reward rises by ``gain`` and whose diversity falls by ``loss``."""
+    config = parse_config({"name": name, "seed": seed, **(changes or {})})
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(config))
+    chosen = Settings(**{
+        "model": "tiny-animals", "prompt_set": "animals", "prompts": PROMPTS, "images": 4, "seed": 0, "steps": 10,
+        "guidance_scale": 1.0, "eta": 1.0, "rewards": ["tiny-animals"], "encoder": "tiny-animals", "clip": None,
+        "neighbours": 3, **settings,
+    })  # fmt: skip
+    points = []
+    for step in range(3):
+        share = step / 2
+        values = {
+            "reward": [1.0 + gain * share, 1.2 + gain * share, 1.1 + gain * share],
+            "similarity": [0.5 + similarity * share] * 3,
+            "diversity": [0.5 - loss * share, 0.6 - 2 * loss * share, 0.7],
+            "vendi": [3.0 - loss * share, 3.1, 3.2],
+        }
+        label = "base" if step == 0 else f"{step * 10:06d}"
+        base = points[0] if points else None
+        points.append(Point(label=label, iteration=step * 10, identity="", figures=_figures(values, base)))
+    evaluation = Evaluation(name=name, training_seed=seed, settings=chosen, points=points)
+    write_json(folder / "evaluation.json", evaluation.model_dump(mode="json"))
+    for point in points:
+        for place in range(3):
+            sheet = evaluation.sheet(folder, point, place)
+            sheet.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 8), (80 * place, 120, 200)).save(sheet)
+    lines = [
+        {
+            "iteration": i,
+            "reward/mean": 1 + i / 10,
+            "diversity/kept_mean": 0.5,
+            "warning/constant_reward_groups": i % 2,
+        }
+        for i in range(1, 21)
+    ]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 2'
+    )
+    return folder
+
+
+def test_the_page_of_a_run_stands_alone(tmp_path):
+    page = write_report(make_run(tmp_path / "run")).read_text()
+    assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page)
+    assert "url(" not in page and "@import" not in page and "http-equiv" in page
+    assert page.count("<img ") == 6 and page.count('<img src="data:image/webp;base64,') == 6
+    assert all(alt.strip() for alt in re.findall(r'<img [^>]*alt="([^"]*)"', page))
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+    assert "The reward rose" in page and 'aria-sort="ascending"' in page
+    assert "Groups whose rewards were all equal: 10, in 10 of 20 iterations" in page
+    assert "shaping:" in page
+
+
+def test_prompts_come_by_loss_of_diversity(tmp_path):
+    page = write_report(make_run(tmp_path / "run", loss=0.1)).read_text()
+    table = page[page.index('class="sortable"') :]
+    heads = re.findall(r'<th scope="row">(.*?)</th>', table)[:3]
+    assert heads == ["&lt;script&gt;alert(1)&lt;/script&gt;", "a cat", "a fox"]
+
+
+@pytest.mark.parametrize(
+    ("similarity", "hacked", "worse"), [(0.2, False, False), (0.0, True, False), (-0.2, True, True)]
+)
+def test_a_reward_that_rises_alone_is_pointed_out(tmp_path, similarity, hacked, worse):
+    page = write_report(make_run(tmp_path / "run", similarity=similarity)).read_text()
+    assert ("sign of reward hacking" in page) == hacked
+    assert ("match their prompts less" in page) == worse
+
+
+def test_a_report_without_pictures_log_or_checkpoints(tmp_path):
+    run = make_run(tmp_path / "run")
+    shutil.rmtree(run / "images")
+    for name in ("metrics.jsonl", "config.yaml"):
+        (run / name).unlink()
+    data = json.loads((run / "evaluation.json").read_text())
+    data["points"] = data["points"][:1]
+    (run / "evaluation.json").write_text(json.dumps(data))
+    page = write_report(run).read_text()
+    assert "Only the base model" in page and "<img " not in page
+    assert write_picture(run).is_file()
+
+
+def test_the_picture(tmp_path):
+    with Image.open(write_picture(make_run(tmp_path / "run"))) as picture:
+        assert picture.format == "PNG" and picture.width > picture.height
+
+
+def test_comparison_finds_who_keeps_more(tmp_path):
+    runs = [
+        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss)
+        for n, loss in (("grpo", 0.2), ("drift", 0.05))
+        for s in (0, 1)
+    ]
+    methods = comparing.load_methods(runs)
+    assert [(m.name, len(m.runs)) for m in methods] == [("grpo", 2), ("drift", 2)]
+    (gain,) = comparing.compare(methods, ["diversity"])
+    assert (gain.method, gain.against) == ("drift", "grpo")
+    assert gain.diversity_gain.low > 0 and gain.reward_gain.mean > 0
+    # Straight paths from (1.1, 0.6): loss 0.2 costs a mean of 0.2 at the end, loss 0.05 costs 0.05; half of
+    # the difference is the mean over the range.
+    assert gain.diversity_gain.mean == pytest.approx(0.075, abs=0.005)
+    volumes = comparing.hypervolumes(methods, "diversity")
+    assert volumes["drift"].low > volumes["grpo"].high
+    page = write_comparison(runs, tmp_path / "out.html").read_text()
+    assert "At equal reward drift has more than grpo of: diversity" in page
+    assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page)
+
+
+def test_a_single_seed_is_said_to_be_one(tmp_path):
+    runs = [make_run(tmp_path / n, n, 0, 2.0, loss) for n, loss in (("grpo", 0.2), ("drift", 0.05))]
+    page = write_comparison(runs, tmp_path / "out.html").read_text()
+    assert "on a single seed" in page and "may be chance" in page
+    assert comparing.compare(comparing.load_methods(runs), ["diversity"], "drift")[0].diversity_gain.mean < 0
+
+
+def test_refuses_to_compare_what_was_not_measured_alike(tmp_path):
+    a = make_run(tmp_path / "a", "grpo")
+    with pytest.raises(InputError, match="at least two"):
+        comparing.load_methods([a])
+    with pytest.raises(
+        InputError, match=r"differ in images \(4 and 8\), encoder \('tiny-animals' and 'other'\)"
+    ):
+        comparing.load_methods([a, make_run(tmp_path / "b", images=8, encoder="other")])
+    with pytest.raises(InputError, match=r"differ in shaping\.ratio"):
+        comparing.load_methods([a, make_run(tmp_path / "c", "grpo", 1, changes={"shaping": {"ratio": 0.0}})])
+    with pytest.raises(InputError, match="with seed 0"):
+        comparing.load_methods([a, make_run(tmp_path / "d", "grpo", 0)])
+    b = make_run(tmp_path / "e", "drift")
+    with pytest.raises(InputError, match="did you mean 'drift'"):
+        write_comparison([a, b], tmp_path / "out.html", "drft")
+    data = json.loads((b / "evaluation.json").read_text())
+    for key in ("mean", "low", "high"):
+        data["points"][0]["figures"]["reward"][key] += 5
+    (b / "evaluation.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match="base models differ"):
+        comparing.load_methods([a, b])
+    (b / "evaluation.json").unlink()
+    with pytest.raises(InputError, match="driftrl evaluate"):
+        load_evaluation(b)
+    assert not (tmp_path / "out.html").exists()
+
+
+def test_ticks_are_round():
+    assert ticks(0.13, 0.61) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    assert ticks(0, 3, integer=True) == [0, 1, 2, 3]
+    assert label(-0.5, [-0.5, 0.0, 0.5]) == "\N{MINUS SIGN}0.5" and label(20, [0, 20]) == "20"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_in_a_browser_images_show_sorting_works_and_the_console_is_silent(tmp_path):
+    page = write_report(make_run(tmp_path / "run"))
+    probe = """<script>addEventListener("load", async () => {
+      const images = [...document.images];
+      await Promise.all(images.map((image) => image.decode()));
+      document.querySelectorAll(".sortable th button")[0].click();
+      const first = document.querySelector(".sortable tbody th").textContent;
+      const sort = document.querySelector(".sortable th").getAttribute("aria-sort");
+      document.querySelector(".pair").click();
+      const open = document.getElementById("zoom").open, before = document.getElementById("zoomed").textContent;
+      document.getElementById("zoom").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+      const moved = document.getElementById("zoomed").textContent !== before;
+      const shown = images.every((image) => image.naturalWidth > 0), wide = document.body.scrollWidth > innerWidth;
+      document.title = JSON.stringify({ first, sort, open, moved, shown, wide, errors: window.problems });
+    });</script></body>"""
+    watch = '<head><script>window.problems = []; addEventListener("error", (e) => problems.push(e.message));</script>'
+    text = page.read_text().replace("<head>", watch, 1).replace("</body>", probe)
+    (tmp_path / "probe.html").write_text(text)
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
+        (tmp_path / "probe.html").as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    found = json.loads(
+        re.search(r"<title>(\{.*?\})</title>", done.stdout).group(1).replace("&lt;", "<").replace("&gt;", ">")
+    )
+    expected = {"sort": "ascending", "open": True, "moved": True, "shown": True, "wide": False, "errors": []}
+    assert {k: v for k, v in found.items() if k != "first"} == expected
+    assert found["first"] == "<script>alert(1)</script>"
+    assert "CONSOLE" not in done.stderr
