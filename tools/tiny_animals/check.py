@@ -23,7 +23,7 @@ SHEET = ROOT / "docs" / "images" / "tiny-animals.png"
 
 def load(folder: Path) -> StableDiffusionPipeline:
     """Load a pipeline folder in float32, silent."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -100,7 +100,7 @@ def ddim_tables(
     return DDIMTables(times, alpha, alpha_prev, std, std > 0)
 
 
-def ddim_transition(  # noqa: PLR0917 (one per symbol of the equation)
+def ddim_transition(
     model_output: Tensor,
     x_t: Tensor,
     alpha_t: Tensor,
