@@ -20,9 +20,12 @@ def sample(
     """Draw a grid, a row for each prompt, and write it as a PNG."""
     console = Console(stderr=True)
     with console.status("loading the model", spinner="dots"):
+        from transformers.utils import logging
+
         from driftrl.evaluation.generate import generate, open_policy
         from driftrl.pictures import beside, grid, save_png
 
+        logging.disable_progress_bar()  # its bars for loading weights would come between ours
         policy, noise = open_policy(source, steps, guidance_scale)
     with console.status(f"drawing {count} images for each of {len(prompts)} prompts", spinner="dots"):
         tuned = generate(policy, prompts, count, seed, prompt_noise=noise)

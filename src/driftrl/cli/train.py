@@ -37,9 +37,12 @@ def train(
 
         load_prompts(parsed.evaluation.prompts)  # a prompt set that is not there should not wait for the end
     with console.status("loading model, reward and encoder", spinner="dots"):
+        from transformers.utils import logging
+
         from driftrl.run import Trainer
         from driftrl.trainer import Iteration
 
+        logging.disable_progress_bar()  # its bars for loading weights would come between ours
         trainer = Trainer(parsed, resume if resume is not None else out, resume is not None)
     start = trainer.loop.position.iteration
     place = f" from iteration {start}" if start else ""
