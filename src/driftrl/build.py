@@ -158,6 +158,7 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
     reward = build_reward(config.reward, device_of(config.model.device))
     encoder = build_encoder(config.shaping.encoder, device_of(config.model.device))
     policy = build_policy(config)
+    on_cpu = policy.device.type == "cpu"
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         lr=config.optimizer.learning_rate,
@@ -186,17 +187,22 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
             config.objective.timesteps,
             config.optimizer.updates,
             config.optimizer.epochs,
-            config.optimizer.batch_size,
+            config.optimizer.batch_size or (48 if on_cpu else 96),
             config.optimizer.max_grad_norm,
         ),
         optimizer,
         run / "checkpoints",
         config.seed,
         config.prompts.per_iteration,
-        config.sampling.batch_size,
+        config.sampling.batch_size or default_batch(policy.device),
         config.logging.checkpoint_every,
         config.logging.keep_last,
     )
+
+
+def default_batch(device: torch.device) -> int:
+    """Images denoised at once where nobody said: what stays in a CPU's cache, or keeps a GPU busy."""
+    return 32 if device.type == "cpu" else 128
 
 
 def prompt_noise_of(config: TrainConfig, when: str) -> PromptNoise:

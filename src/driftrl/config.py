@@ -65,8 +65,8 @@ class SamplingConfig(Section):
     """Noise of the DDIM sampler: 1 is ancestral sampling, 0 leaves nothing to score."""
     candidates: Positive = 16
     """Images drawn per prompt, 2G."""
-    batch_size: Positive = 128
-    """Candidates denoised at once; changes speed and memory, no sample."""
+    batch_size: Positive | None = None
+    """Candidates denoised at once; changes speed and memory, no sample. Null: 32 on a CPU, else 128."""
 
 
 class SelectionConfig(Section):
@@ -132,8 +132,9 @@ class OptimizerConfig(Section):
     """Optimiser steps per iteration; the pairs are shared out among them."""
     epochs: Positive = 1
     """Passes over the pairs of an iteration."""
-    batch_size: Positive = 96
-    """(sample, timestep) pairs replayed at once; changes speed and memory, not the update."""
+    batch_size: Positive | None = None
+    """(sample, timestep) pairs replayed at once; changes speed and memory, not the update. Null: 48 on a CPU,
+    else 96."""
 
 
 class LoggingConfig(Section):

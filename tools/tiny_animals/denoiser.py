@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tiny_animals.bank import Bank, caption, composite
 from tiny_animals.tokens import LENGTH, save_tokenizer
-from tiny_animals.training import Training, join_processes, rank, world
+from tiny_animals.training import Training, join_processes, rank, wait_for_all, world
 
 WIDTH = 128  # of the text encoder, and so of the cross-attention
 UNCONDITIONAL = 0.1
@@ -84,7 +84,10 @@ def train(bank: Bank, cache: Path, images: int, batch: int = 32) -> None:
     folder = cache / "denoiser"
     vae = AutoencoderKL.from_pretrained(cache / "autoencoder").eval().requires_grad_(False)
     z, drawing, background = encode_bank(bank, vae, cache)
-    tokenizer = save_tokenizer(folder / "tokenizer")
+    if rank() == 0:  # one writes, the others read
+        save_tokenizer(folder / "tokenizer")
+    wait_for_all()
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     model = Denoiser(len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id)
     noise_scale = scheduler().alphas_cumprod
     weight = bank.weight[drawing]

@@ -36,6 +36,12 @@ def join_processes() -> None:
         torch.set_num_threads(1)
 
 
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 class Training:
     """Trains `model` by AdamW with warm-up, constant and linearly falling learning rate, and keeps its EMA.
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from driftrl import checkpoint
-from driftrl.build import TINY_ANIMALS, build_encoder, build_reward
+from driftrl.build import TINY_ANIMALS, build_encoder, build_reward, default_batch
 from driftrl.checkpoint import CheckpointWarning
 from driftrl.checks import InputError, is_finite
 from driftrl.config import load_config, parse_config
@@ -227,7 +227,7 @@ def evaluate(
     out: Path | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Measure a run's checkpoints beside its base model, or a model alone; return the folder.
@@ -249,7 +249,7 @@ def evaluate(
         out: folder to write to; by default the run folder, or ``runs/evaluate-<name>`` for a model.
         steps: denoising steps; by default those of the run.
         guidance_scale: by default that of the run.
-        batch_size: images drawn at once.
+        batch_size: images drawn at once; by default what suits the device.
         progress: told how far it is.
 
     Raises:
@@ -300,7 +300,14 @@ def evaluate(
 
     bench = _instruments(settings, clip_folder if has_clip else None, policy.device)
     total = (len(todo) + 1) * count * len(texts)
-    studio = _Studio(policy, bench, settings, batch=batch_size, progress=progress, total=total)
+    studio = _Studio(
+        policy,
+        bench,
+        settings,
+        batch=batch_size or default_batch(policy.device),
+        progress=progress,
+        total=total,
+    )
     with policy.reference():
         reference = studio.shoot("reference", seed + REFERENCE).features
     for label, path in todo.items():

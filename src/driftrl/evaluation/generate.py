@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from driftrl import checkpoint
-from driftrl.build import build_policy, prompt_noise_of
+from driftrl.build import build_policy, default_batch, prompt_noise_of
 from driftrl.checks import InputError
 from driftrl.config import ModelConfig, TrainConfig, load_config
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
@@ -63,7 +63,7 @@ def generate(
     prompts: Sequence[str],
     images: int,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     prompt_noise: PromptNoise = NO_NOISE,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -72,6 +72,7 @@ def generate(
     Image k of a prompt depends on (seed, prompt's place, k) alone.
     """
     keys = [(seed, EVALUATION, place) for place in range(len(prompts))]
+    batch = batch_size or default_batch(policy.device)
     with torch.no_grad():
         conditioning = policy.encode(list(prompts))
-    return rollout(policy, conditioning, keys, images, batch_size, prompt_noise, progress).images
+    return rollout(policy, conditioning, keys, images, batch, prompt_noise, progress).images
