@@ -26,9 +26,11 @@ from driftrl.prompts import load_prompts
 
 GRPO = ["selection.strategy=random", "prompt_noise.eta=0.0", "shaping.ratio=0.0"]
 CONTRAST = ["selection.strategy=contrast", "prompt_noise.eta=0.0", "shaping.ratio=0.0"]
+COMMON = ["iterations=30", "evaluation.at_end=false", "logging.trackers=[]", "logging.images_every=1000",
+          "logging.checkpoint_every=30"]  # fmt: skip
 NEIGHBOUR = ["selection.strategy=nearest_neighbor"]
-COMMON = ["iterations=40", "sampling.steps=6", "evaluation.at_end=false", "logging.trackers=[]",
-          "logging.images_every=1000", "logging.checkpoint_every=20"]  # fmt: skip
+GLOBAL = ["advantage.scale=global"]
+UNSHAPED = ["shaping.ratio=0.0"]
 
 
 def rate(value: float) -> list[str]:
@@ -36,23 +38,25 @@ def rate(value: float) -> list[str]:
     return [f"optimizer.learning_rate={value}"]
 
 
-GLOBAL = ["advantage.scale=global"]
 SETTINGS: dict[str, list[str]] = {
-    "grpo-2e-3": [*GRPO, *rate(2e-3)],
-    "contrast-2e-3": [*CONTRAST, *rate(2e-3)],
-    "window-2e-3": [*rate(2e-3)],
-    "window-global-2e-3": [*GLOBAL, *rate(2e-3)],
-    "window-global-4e-3": [*GLOBAL, *rate(4e-3)],
+    "grpo": GRPO,
+    "grpo-all-steps": [*GRPO, "objective.timesteps=1.0"],
+    "contrast": CONTRAST,
+    "window": [],
+    "window-all-steps": ["objective.timesteps=1.0"],
+    "window-2e-3": rate(2e-3),
+    "window-global": GLOBAL,
+    "window-unshaped": UNSHAPED,
+    "window-8-steps": ["sampling.steps=8", "iterations=37"],
+    "window-16-prompts": ["prompts.per_iteration=16", "iterations=15", *rate(2e-3)],
+    "window-4-updates": ["optimizer.updates=4"],
+    "neighbour": NEIGHBOUR,
     "neighbour-2e-3": [*NEIGHBOUR, *rate(2e-3)],
-    "neighbour-global-2e-3": [*NEIGHBOUR, *GLOBAL, *rate(2e-3)],
-    "neighbour-global-4e-3": [*NEIGHBOUR, *GLOBAL, *rate(4e-3)],
-    "neighbour-global-16-prompts": [*NEIGHBOUR, *GLOBAL, *rate(2e-3), "prompts.per_iteration=16", "iterations=20"],
-    "neighbour-global-4-steps": [*NEIGHBOUR, *GLOBAL, *rate(2e-3), "sampling.steps=4", "iterations=60"],
-    "neighbour-global-10-steps": [*NEIGHBOUR, *GLOBAL, *rate(2e-3), "sampling.steps=10", "iterations=26"],
-    "neighbour-global-unshaped": [*NEIGHBOUR, *GLOBAL, *rate(2e-3), "shaping.ratio=0.0"],
-    "neighbour-global-1-update": [*NEIGHBOUR, *GLOBAL, *rate(4e-3), "optimizer.updates=1"],
-    "neighbour-global-3-updates": [*NEIGHBOUR, *GLOBAL, *rate(2e-3), "optimizer.updates=3"],
-}  # fmt: skip
+    "neighbour-4e-3": [*NEIGHBOUR, *rate(4e-3)],
+    "neighbour-global": [*NEIGHBOUR, *GLOBAL],
+    "neighbour-unshaped": [*NEIGHBOUR, *UNSHAPED],
+    "neighbour-8-steps": [*NEIGHBOUR, "sampling.steps=8", "iterations=37"],
+}
 
 
 def measure(source: str | Path, config: TrainConfig, images: int = 8) -> tuple[torch.Tensor, torch.Tensor]:

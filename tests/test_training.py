@@ -12,6 +12,7 @@ from driftrl.checkpoint import CheckpointWarning, newest
 from driftrl.config import load_config
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.trainer import RewardWarning
+from driftrl.update import training_pairs
 
 
 def tensors(folder, name="training"):
@@ -121,3 +122,14 @@ def test_constant_rewards_teach_nothing_and_do_not_crash(config, tmp_path):
     assert seen[0].metrics["warning/constant_reward_groups"] == 3
     for old, new in zip(before, loop.policy.parameters(), strict=True):
         assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("choice", ["noisiest", "random"])
+def test_pairs_are_chosen_as_asked(choice):
+    scored = torch.tensor([True, True, False, True, True, False])
+    pairs = training_pairs(scored, samples=5, share=0.5, seed=0, iteration=3, choice=choice)
+    by_sample = {s: sorted(pairs.step[pairs.sample == s].tolist()) for s in range(5)}
+    assert all(len(set(steps)) == 2 and set(steps) <= {0, 1, 3, 4} for steps in by_sample.values())
+    first = [steps == [0, 1] for steps in by_sample.values()]
+    assert all(first) if choice == "noisiest" else not all(first)
+    assert pairs.sample.tolist() != sorted(pairs.sample.tolist())  # shuffled among the updates

@@ -16,6 +16,7 @@ from driftrl.config import ModelConfig, TrainConfig
 from driftrl.policies.lora import add_lora
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy
 from driftrl.prompts import load_prompts
+from driftrl.rewards.guarded import GuardedReward
 from driftrl.rollout import PromptNoise
 from driftrl.trainer import Method, TrainingLoop
 from driftrl.types import Encoder, Policy, Reward
@@ -155,7 +156,11 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
             f"prompts.per_iteration: expected at most the {len(prompt_set)} prompts of {config.prompts.set}; "
             f"got {config.prompts.per_iteration}"
         )
-    reward = build_reward(config.reward, device_of(config.model.device))
+    reward = GuardedReward(
+        build_reward(config.reward, device_of(config.model.device)),
+        config.guards.reward_attempts,
+        config.guards.reward_timeout,
+    )
     encoder = build_encoder(config.shaping.encoder, device_of(config.model.device))
     policy = build_policy(config)
     on_cpu = policy.device.type == "cpu"
@@ -185,6 +190,7 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
             config.objective.clip_range,
             config.objective.kl_weight,
             config.objective.timesteps,
+            config.objective.timestep_choice,
             config.optimizer.updates,
             config.optimizer.epochs,
             config.optimizer.batch_size or (48 if on_cpu else 96),
@@ -197,6 +203,9 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
         config.sampling.batch_size or default_batch(policy.device),
         config.logging.checkpoint_every,
         config.logging.keep_last,
+        config.logging.keep_every,
+        config.guards.max_failures,
+        config.model_dump(mode="json"),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class Position:
 
     iteration: int
     """Iterations that are done."""
+    failures: int = 0
+    """How many of the last iterations, in a row, were skipped because something was not finite."""
 
 
 def versions() -> dict[str, str]:
@@ -45,7 +47,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, position: Position) -> Path:
+def save(
+    folder: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    configuration: dict[str, Any] | None = None,
+) -> Path:
     """Write ``folder/000050`` for iteration 50, and return it; on any failure nothing is left behind."""
     from safetensors.torch import save_file
 
@@ -61,7 +69,9 @@ def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, positio
         }
         tensors |= {f"{name}/value": p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
         save_file(tensors, place / "training.safetensors")
-        write_json(place / "state.json", {"iteration": position.iteration, "versions": versions()})
+        write_json(
+            place / "state.json", asdict(position) | {"versions": versions(), "configuration": configuration}
+        )
         files = {f.name: sha256(f) for f in sorted(place.iterdir())}
         write_json(place / "manifest.json", {"format": FORMAT, "files": files})
     return path
@@ -100,7 +110,14 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None = N
                 optimizer.state[parameter] = {
                     k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
                 }
-    return Position(int(read_json(path / "state.json")["iteration"]))
+    state = read_json(path / "state.json")
+    return Position(int(state["iteration"]), int(state.get("failures", 0)))
+
+
+def configuration(path: Path) -> dict[str, Any] | None:
+    """The configuration that a checkpoint was written under, if it says so."""
+    found = read_json(path / "state.json").get("configuration")
+    return found if isinstance(found, dict) else None
 
 
 def damage(path: Path) -> str | None:
@@ -139,7 +156,16 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints."""
-    for path in listing(folder)[:-keep_last]:
+def prune(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints, and those of iterations divisible by ``keep_every``.
+
+    What a crash left half-written goes too. A damaged checkpoint does not count among the newest.
+    """
+    paths, whole = listing(folder), 0
+    for path in reversed(paths if len(paths) > keep_last else []):
+        if whole < keep_last:
+            whole += damage(path) is None
+        elif keep_every is None or int(path.name) % keep_every:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*.tmp"):
         shutil.rmtree(path, ignore_errors=True)

@@ -13,6 +13,14 @@ class InputError(ValueError):
     """What a user handed in cannot be used; the command line prints it and exits with status 2."""
 
 
+class NotFiniteError(FloatingPointError):
+    """A latent, reward, loss or gradient is NaN or infinite; the update was not taken."""
+
+
+class RunFailedError(RuntimeError):
+    """A run cannot go on, through no fault of its input; the command line exits with status 3."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the allowed name nearest to ``name``, or an empty string."""
     close = get_close_matches(name, list(allowed), n=1, cutoff=0.5)

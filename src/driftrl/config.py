@@ -117,8 +117,11 @@ class ObjectiveConfig(Section):
     """Of the ratio, for log-probabilities that are means over latent dimensions."""
     kl_weight: float = Field(0.0, ge=0)
     """Beta: weight of the KL divergence from the base model."""
-    timesteps: float = Field(1.0, gt=0, le=1)
-    """Share of the scored denoising steps that each sample is trained on, drawn anew in each iteration."""
+    timesteps: float = Field(0.34, gt=0, le=1)
+    """Share of the scored denoising steps that each sample is trained on."""
+    timestep_choice: Literal["noisiest", "random"] = "noisiest"
+    """Which steps: the first ones, which decide what the picture shows, or others for each sample, drawn anew in
+    each iteration (docs/log.md has the measurement)."""
 
 
 class OptimizerConfig(Section):
@@ -142,10 +145,23 @@ class LoggingConfig(Section):
 
     checkpoint_every: Positive = 10
     keep_last: Positive = 1000
-    """Checkpoints that are kept."""
+    """The newest checkpoints that are kept."""
+    keep_every: Positive | None = None
+    """Checkpoints of iterations divisible by this are kept for good, such as 100."""
     images_every: Positive = 10
     """A grid of this iteration's candidates is written to images/."""
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+
+
+class GuardsConfig(Section):
+    """When to try again, and when to give up."""
+
+    max_failures: Positive = 3
+    """Iterations in a row with a latent, reward, loss or gradient that is not finite, before the run ends."""
+    reward_attempts: Positive = 3
+    """How often a reward that raises or takes too long is tried."""
+    reward_timeout: float | None = Field(None, gt=0)
+    """Seconds that a reward may take for one iteration's images; null waits for ever."""
 
 
 class EvaluationConfig(Section):
@@ -178,6 +194,7 @@ class TrainConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     logging: LoggingConfig = LoggingConfig()
+    guards: GuardsConfig = GuardsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")

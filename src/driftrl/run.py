@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,12 +17,12 @@ from typing import Any
 
 from driftrl import checkpoint
 from driftrl.build import build_loop
-from driftrl.checks import InputError
+from driftrl.checks import InputError, RunFailedError
 from driftrl.config import TrainConfig, dump_config, load_config
 from driftrl.files import write_text
 from driftrl.trainer import Iteration, TrainingLoop
 
-RESUMABLE = {"iterations", "logging", "evaluation"}
+RESUMABLE = {"iterations", "logging", "guards", "evaluation"}
 """What may differ when a run is resumed; everything else would change its meaning."""
 
 
@@ -65,6 +66,7 @@ class Trainer:
         if resume:
             self.resumed_from = checkpoint.newest(self.folder / "checkpoints")
             if self.resumed_from is not None:
+                self._refuse_changes(checkpoint.configuration(self.resumed_from), str(self.resumed_from))
                 self.loop.resume(self.resumed_from)
 
     def run(self, watch: Callable[[Iteration], Any] | None = None) -> Path:
@@ -81,7 +83,12 @@ class Trainer:
                 if watch is not None:
                     watch(iteration)
 
-            self.loop.run(self.config.iterations, seen, lambda: self.stopped_by is not None)
+            try:
+                self.loop.run(self.config.iterations, seen, lambda: self.stopped_by is not None)
+            except OSError as error:
+                last = checkpoint.newest(self.folder / "checkpoints")
+                kept = f"{last} is whole" if last else "there is no checkpoint yet"
+                raise RunFailedError(f"a checkpoint cannot be written: {error}; {kept}") from error
         return self.folder
 
     def _stop(self, number: int) -> None:
@@ -91,12 +98,14 @@ class Trainer:
         path = self.folder / "config.yaml"
         if not path.is_file():
             raise InputError(f"--resume {self.folder}: no run folder, for it has no config.yaml")
-        before, now = load_config(path).model_dump(), self.config.model_dump()
-        differing = sorted(_differing(before, now))
+        self._refuse_changes(load_config(path).model_dump(mode="json"), str(self.folder))
+
+    def _refuse_changes(self, before: dict[str, Any] | None, place: str) -> None:
+        differing = sorted(_differing(before or {}, self.config.model_dump(mode="json")), key=lambda d: d[0])
         refused = [f"{k}: {a!r} -> {b!r}" for k, a, b in differing if k.split(".")[0] not in RESUMABLE]
         if refused:
             raise InputError(
-                f"--resume {self.folder}: these settings differ and would change the run: {'; '.join(refused)}; "
+                f"--resume {place}: these settings differ and would change the run: {'; '.join(refused)}; "
                 f"only {', '.join(sorted(RESUMABLE))} may"
             )
 
@@ -115,7 +124,9 @@ class _Log:
             path = self.folder / name
             if path.is_file():
                 lines = [
-                    line for line in path.read_text("utf-8").splitlines() if _iteration(line) <= self.done
+                    line
+                    for line in path.read_text("utf-8", errors="replace").splitlines()
+                    if _iteration(line) <= self.done
                 ]
                 write_text(path, "".join(f"{line}\n" for line in lines))
         if self.config.logging.trackers:
@@ -140,7 +151,8 @@ class _Log:
                 tracker.log(
                     values | {f"seconds/{k}": v for k, v in iteration.seconds.items()}, step=iteration.number
                 )
-            if iteration.number % self.config.logging.images_every == 0 or iteration.number == 1:
+            wanted = iteration.number % self.config.logging.images_every == 0 or iteration.number == 1
+            if wanted and iteration.images.numel():
                 from driftrl.pictures import candidates_grid, save_png
 
                 grid = candidates_grid(
@@ -152,7 +164,7 @@ class _Log:
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps({k: _strict(v) for k, v in values.items()}, allow_nan=False) + "\n")
 
 
 def _trackers(names: list[str], folder: Path, known: Any) -> list[Any]:
@@ -173,6 +185,11 @@ def _trackers(names: list[str], folder: Path, known: Any) -> list[Any]:
     return trackers
 
 
+def _strict(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _iteration(line: str) -> float:
     try:
         return float(json.loads(line)["iteration"])
@@ -182,9 +199,9 @@ def _iteration(line: str) -> float:
 
 def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for key, value in a.items():
-        if isinstance(value, dict) and isinstance(b[key], dict):
+        if isinstance(value, dict) and isinstance(b.get(key), dict):
             yield from _differing(value, b[key], f"{prefix}{key}.")
-        elif value != b[key]:
+        elif value != b.get(key, value):  # a key that is newer than the checkpoint has its default
             yield f"{prefix}{key}", value, b[key]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from driftrl import checkpoint, prompts
 from driftrl.advantages import group_relative
 from driftrl.checkpoint import Position
+from driftrl.checks import InputError, NotFiniteError, RunFailedError
 from driftrl.diversity.functional import pairwise_distances
 from driftrl.noise import generator
 from driftrl.rollout import PromptNoise, rollout
@@ -65,6 +66,10 @@ class RewardWarning(UserWarning):
     """All kept candidates of a prompt have the same reward, so they teach nothing (design 2.6)."""
 
 
+class NotFiniteWarning(UserWarning):
+    """An iteration's update was skipped, for something in it was NaN or infinite."""
+
+
 class TrainingLoop:
     """Reinforcement fine-tuning that keeps variety."""
 
@@ -83,8 +88,13 @@ class TrainingLoop:
         rollout_batch: int = 128,
         checkpoint_every: int = 10,
         keep_last: int = 1000,
+        keep_every: int | None = None,
+        max_failures: int = 3,
+        configuration: dict[str, Any] | None = None,
     ) -> None:
-        """Take over built objects; ``checkpoints`` is the folder that checkpoints go to."""
+        """Take over built objects; ``checkpoints`` is the folder that checkpoints go to, each with
+        ``configuration``.
+        """
         self.policy, self.reward, self.encoder, self.prompt_set = policy, reward, encoder, prompt_set
         self.method, self.objective, self.optimizer, self.checkpoints = (
             method,
@@ -93,7 +103,8 @@ class TrainingLoop:
             checkpoints,
         )
         self.seed, self.prompts_per_iteration, self.rollout_batch = seed, prompts_per_iteration, rollout_batch
-        self.checkpoint_every, self.keep_last = checkpoint_every, keep_last
+        self.checkpoint_every, self.keep_last, self.keep_every = checkpoint_every, keep_last, keep_every
+        self.max_failures, self.configuration = max_failures, configuration
         self.position = Position(0)
         self._saved: int | None = None
         self.on_sampled: Callable[[int], None] | None = None
@@ -109,15 +120,44 @@ class TrainingLoop:
     def run(
         self, iterations: int, watch: Callable[[Iteration], Any], stop: Callable[[], bool] = bool
     ) -> None:
-        """Train until ``iterations`` are done, or until ``stop()`` says so; leave a checkpoint either way."""
+        """Train until ``iterations`` are done, or until ``stop()`` says so; leave a checkpoint however it ends.
+
+        Raises:
+            RunFailedError: if the reward cannot be had, or too many iterations in a row were not finite.
+        """
         if self._saved is None:
             self.save()
-        while self.position.iteration < iterations and not stop():
-            watch(self.iterate())
-            if self.position.iteration % self.checkpoint_every == 0:
-                self.save()
-        if self._saved != self.position.iteration:
-            self.save()
+        try:
+            while self.position.iteration < iterations and not stop():
+                watch(self.attempt())
+                if self.position.failures >= self.max_failures:
+                    raise RunFailedError(
+                        f"{self.position.failures} iterations in a row were not finite, up to iteration "
+                        f"{self.position.iteration}; a lower optimizer.learning_rate, or model.dtype float32, may help"
+                    )
+                if self.position.iteration % self.checkpoint_every == 0:
+                    self.save()
+        except (RunFailedError, InputError):
+            self.save_if_new()
+            raise
+        self.save_if_new()
+
+    def attempt(self) -> Iteration:
+        """One iteration, or, where something in it is not finite, a skipped one: a warning and no update."""
+        try:
+            return self.iterate()
+        except NotFiniteError as error:
+            number = self.position.iteration + 1
+            warnings.warn(
+                f"iteration {number} was skipped: {error}; the weights were left as they were",
+                NotFiniteWarning,
+                stacklevel=2,
+            )
+            self.position = Position(number, self.position.failures + 1)
+            metrics = {"iteration": number, "reward/mean": math.nan, "diversity/kept_mean": math.nan,
+                       "warning/skipped": 1}  # fmt: skip
+            nothing = torch.empty(0)
+            return Iteration(number, metrics, {}, [], nothing, nothing, nothing)
 
     def iterate(self) -> Iteration:
         """One iteration: sample, score, select, compare, shape, learn."""
@@ -129,11 +169,13 @@ class TrainingLoop:
         conditioning = self.conditioning.rows(torch.tensor(which, device=self.policy.device))
 
         sampled = self._sample(conditioning, which, number)
+        _demand_finite("latent", sampled.latents, texts)
         clock.lap("rollout")
 
         flat = [text for text in texts for _ in range(method.candidates)]
         rewards = self.reward(sampled.images.flatten(0, 1), flat).float().view(len(texts), method.candidates)
         rewards = rewards.to(self.policy.device)
+        _demand_finite("reward", rewards, texts)
         clock.lap("reward")
 
         chosen = select(
@@ -148,7 +190,7 @@ class TrainingLoop:
         advantages = self._advantages(kept_rewards, diversity, rewards)
         stats = update(
             self.policy, self.optimizer, kept, advantages, conditioning, self.objective, (self.seed, number),
-            method.prompt_noise,
+            method.prompt_noise, texts,
         )  # fmt: skip
         clock.lap("update")
 
@@ -171,6 +213,7 @@ class TrainingLoop:
             "policy/grad_norm": stats.grad_norm,
             "policy/pairs": stats.pairs,
             "warning/constant_reward_groups": int((kept_rewards.std(1, correction=0) < 1e-6).sum()),
+            "warning/skipped": 0,
             "warning/constant_diversity_groups": int((diversity.std(1, correction=0) < 1e-6).sum()),
         }
         constant = metrics["warning/constant_reward_groups"]
@@ -186,10 +229,17 @@ class TrainingLoop:
 
     def save(self) -> Path:
         """Write a checkpoint now."""
-        path = checkpoint.save(self.checkpoints, self.policy, self.optimizer, self.position)
-        checkpoint.prune(self.checkpoints, self.keep_last)
+        path = checkpoint.save(
+            self.checkpoints, self.policy, self.optimizer, self.position, self.configuration
+        )
+        checkpoint.prune(self.checkpoints, self.keep_last, self.keep_every)
         self._saved = self.position.iteration
         return path
+
+    def save_if_new(self) -> None:
+        """Write a checkpoint, unless there is one of this iteration."""
+        if self._saved != self.position.iteration:
+            self.save()
 
     def _sample(self, conditioning: Conditioning, which: list[int], number: int) -> Rollout:
         keys = [(self.seed, number, prompt) for prompt in which]
@@ -213,6 +263,15 @@ class TrainingLoop:
             intrinsic = intrinsic_advantage(diversity, m.shaping_clip)
             advantages = shape_advantages(advantages, intrinsic, m.shaping_ratio)
         return advantages
+
+
+def _demand_finite(what: str, values: Tensor, texts: list[str]) -> None:
+    """Refuse values [P, N, ...] that are not finite, naming the prompt and, of latents, the denoising step."""
+    wrong = ~torch.isfinite(values)
+    if bool(wrong.any()):
+        prompt, candidate, *rest = wrong.nonzero()[0].tolist()
+        step = f", denoising step {rest[0]}" if rest else ""
+        raise NotFiniteError(f"a {what} is not finite for {texts[prompt]!r}, candidate {candidate}{step}")
 
 
 class _Clock:

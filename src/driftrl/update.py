@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from driftrl import noise
+from driftrl.checks import NotFiniteError
 from driftrl.objectives.clipped_surrogate import clipped_surrogate
 from driftrl.objectives.kl import kl_equal_variance
 from driftrl.rollout import NO_NOISE, PromptNoise, score_step
@@ -22,6 +24,7 @@ class Objective:
     clip_range: float = 1e-4
     kl_weight: float = 0.0
     timesteps: float = 1.0
+    timestep_choice: str = "random"
     updates: int = 1
     epochs: int = 1
     batch_size: int = 96
@@ -38,7 +41,9 @@ class Pairs:
     """int64 [B]."""
 
 
-def training_pairs(scored: Tensor, samples: int, share: float, seed: int, iteration: int) -> Pairs:
+def training_pairs(
+    scored: Tensor, samples: int, share: float, seed: int, iteration: int, choice: str = "random"
+) -> Pairs:
     """Choose the pairs to train on: of each sample the same number of scored steps, in a shuffled order.
 
     Args:
@@ -47,11 +52,17 @@ def training_pairs(scored: Tensor, samples: int, share: float, seed: int, iterat
         share: of the scored steps, in (0, 1]; at least one step is taken.
         seed: of the run.
         iteration: with the seed, the key of the choice.
+        choice: "noisiest" takes the first scored steps, "random" others for each sample.
     """
     steps = scored.nonzero()[:, 0].cpu()
     count = max(1, round(share * len(steps)))
     draw = noise.generator(seed, iteration, 0, 0, "pairs")
-    chosen = torch.stack([steps[torch.randperm(len(steps), generator=draw)[:count]] for _ in range(samples)])
+    if choice == "noisiest":
+        chosen = steps[:count].repeat(samples, 1)
+    else:
+        chosen = torch.stack(
+            [steps[torch.randperm(len(steps), generator=draw)[:count]] for _ in range(samples)]
+        )
     order = torch.randperm(samples * count, generator=draw)
     sample = torch.arange(samples).repeat_interleave(count)
     return Pairs(sample[order].to(scored.device), chosen.flatten()[order].to(scored.device))
@@ -66,6 +77,7 @@ def update(
     objective: Objective,
     key: tuple[int, int],
     prompt_noise: PromptNoise = NO_NOISE,
+    names: Sequence[str] | None = None,
 ) -> UpdateStats:
     """Take `objective.updates` optimiser steps on a rollout.
 
@@ -82,12 +94,14 @@ def update(
         objective: the loss and its settings.
         key: (seed, iteration).
         prompt_noise: as it was in the rollout.
+        names: of the P prompts, for messages.
 
     Returns:
         Averages over all pairs.
 
     Raises:
-        FloatingPointError: before the optimiser steps, if the loss or the gradient is not finite.
+        NotFiniteError: before the optimiser steps, if the loss or the gradient is not finite; it names the prompt and
+            the denoising step where it can.
     """
     prompts, group = rollout.log_probs.shape[:2]
     per_step = advantages.unsqueeze(-1).expand_as(rollout.log_probs) if advantages.dim() == 2 else advantages
@@ -100,10 +114,16 @@ def update(
     # Sums over pairs: loss, surrogate, kl, approx_kl, clip_fraction; they stay on the device until the end.
     sums, norms = torch.zeros(5, device=device), []
     deviation = torch.zeros((), device=device)
+    bad = torch.full((), -1, device=device)  # first pair whose loss is not finite: sample * steps + step
     total = 0
     for epoch in range(objective.epochs):
         pairs = training_pairs(
-            policy.scored, prompts * group, objective.timesteps, key[0], key[1] + epoch * 2**32
+            policy.scored,
+            prompts * group,
+            objective.timesteps,
+            key[0],
+            key[1] + epoch * 2**32,
+            objective.timestep_choice,
         )
         for number, part in enumerate(
             torch.arange(len(pairs.sample), device=device).chunk(objective.updates)
@@ -128,6 +148,7 @@ def update(
                         reference = score_step(policy, latents[sample, step], step, rows, own, prompt_noise)
                     kl = kl_equal_variance(move.mean, reference.mean, move.std)
                 loss = surrogate.loss + objective.kl_weight * kl
+                bad = _first_bad(bad, loss.detach(), sample * old.shape[1] + step)
                 (loss.sum() / len(part)).backward()
                 with torch.no_grad():
                     share = len(micro)
@@ -143,7 +164,7 @@ def update(
             norm = nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm)
             if not bool(torch.isfinite(norm)):
                 optimizer.zero_grad(set_to_none=True)
-                raise FloatingPointError("the gradient is not finite; the weights were left as they were")
+                raise NotFiniteError(_where(int(bad), old.shape[1], group, names))
             optimizer.step()
             norms.append(norm.detach())
     optimizer.zero_grad(set_to_none=True)
@@ -151,3 +172,17 @@ def update(
     return UpdateStats(
         loss_, surrogate_, kl_, approx_kl, clipped, float(deviation), float(torch.stack(norms).mean()), total
     )
+
+
+def _first_bad(bad: Tensor, loss: Tensor, pair: Tensor) -> Tensor:
+    """The first pair with a loss that is not finite, or -1, without asking the device."""
+    wrong = ~torch.isfinite(loss)
+    return torch.where((bad < 0) & wrong.any(), pair[wrong.int().argmax()], bad)
+
+
+def _where(pair: int, steps: int, group: int, names: Sequence[str] | None) -> str:
+    if pair < 0:
+        return "the gradient is not finite, though the loss is"
+    row = pair // steps // group
+    named = f"prompt {row}" if names is None else repr(names[row])
+    return f"the loss is not finite for {named}, denoising step {pair % steps}"

@@ -44,6 +44,12 @@ def main() -> None:
         if not isinstance(error, InputError):
             raise
         fail(str(error))
+    except RuntimeError as error:
+        from driftrl.checks import RunFailedError
+
+        if not isinstance(error, RunFailedError):
+            raise
+        fail(str(error), 3)
     except KeyboardInterrupt:
         sys.exit(130)
 

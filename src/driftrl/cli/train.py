@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -43,7 +46,8 @@ def train(
         from driftrl.trainer import Iteration
 
         logging.disable_progress_bar()  # its bars for loading weights would come between ours
-        trainer = Trainer(parsed, resume if resume is not None else out, resume is not None)
+        with _one_line_warnings(console):
+            trainer = Trainer(parsed, resume if resume is not None else out, resume is not None)
     start = trainer.loop.position.iteration
     place = f" from iteration {start}" if start else ""
     console.print(
@@ -67,18 +71,8 @@ def train(
         if not quiet and not console.is_terminal:
             console.print(f"iteration {iteration.number}/{parsed.iterations}  {figures}", highlight=False)
 
-    shown: set[type[Warning]] = set()
-
-    def show(message: Warning | str, category: type[Warning], *_: object) -> None:
-        if category in shown:  # once is enough: metrics.jsonl counts them
-            return
-        shown.add(category)
-        console.print(f"[yellow]{category.__name__}:[/] {message}", highlight=False)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show  # type: ignore[assignment]
-        with progress:
-            trainer.run(watch)
+    with _one_line_warnings(console), progress:
+        trainer.run(watch)
     if trainer.stopped_by is not None:
         console.print(
             f"stopped at iteration {trainer.loop.position.iteration}; go on with: driftrl train --resume {trainer.folder}"
@@ -93,3 +87,18 @@ def train(
         from driftrl.cli.evaluate import evaluate
 
         evaluate(trainer.folder, quiet=quiet)
+
+
+@contextmanager
+def _one_line_warnings(console: Console) -> Iterator[None]:
+    """Show each kind of warning once, in one line: metrics.jsonl counts them."""
+    shown: set[type[Warning]] = set()
+
+    def show(message: Warning | str, category: type[Warning], *_: object) -> None:
+        if category not in shown:
+            shown.add(category)
+            console.print(f"[yellow]{category.__name__}:[/] {escape(str(message))}", highlight=False)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield

@@ -37,6 +37,8 @@ def add_lora(network: nn.Module, rank: int, alpha: float, targets: list[str], se
     with torch.random.fork_rng(devices=[]):  # the initial weights depend on the seed alone
         torch.manual_seed(seed_of(seed, "lora"))
         network.add_adapter(settings)  # type: ignore[operator]
+    # PEFT keeps a set, whose order differs between processes, and with it the bytes of the saved adapter.
+    network.peft_config["default"].target_modules = sorted(set(targets))  # type: ignore[union-attr,index]
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -1,0 +1,86 @@
+"""A reward that may raise, hang or lie, made safe to train with."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from driftrl.checks import InputError, RunFailedError
+from driftrl.types import Reward
+
+
+class GuardedReward:
+    """Retries a reward that raises or takes too long, then reports it with its prompts."""
+
+    def __init__(
+        self, reward: Reward, attempts: int = 3, timeout: float | None = None, pause: float = 1.0
+    ) -> None:
+        """Wrap ``reward``.
+
+        Args:
+            reward: ``(images [N, 3, H, W], prompts) -> Tensor[N]``.
+            attempts: how often it is tried, at least once.
+            timeout: seconds for one try; None waits for ever.
+            pause: seconds before the second try; doubled before each further one.
+        """
+        self.reward, self.attempts, self.timeout, self.pause = reward, attempts, timeout, pause
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score N images: float32 [N], detached.
+
+        Raises:
+            InputError: if what the reward returned is no tensor of N numbers: it would do so again.
+            RunFailedError: if every attempt raised or took too long.
+        """
+        problem = ""
+        for attempt in range(self.attempts):
+            if attempt:
+                time.sleep(self.pause * 2 ** (attempt - 1))
+            try:
+                return _checked(self._call(images, prompts), len(prompts))
+            except InputError:
+                raise
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+        asked = list(dict.fromkeys(prompts))
+        named = ", ".join(repr(p) for p in asked[:3]) + (
+            f" and {len(asked) - 3} more" if len(asked) > 3 else ""
+        )
+        raise RunFailedError(f"the reward failed {self.attempts} times for {named}; the last time: {problem}")
+
+    def _call(self, images: Tensor, prompts: Sequence[str]) -> object:
+        if self.timeout is None:
+            return self.reward(images, prompts)
+        answer: list[object] = []
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                answer.append(self.reward(images, prompts))
+            except BaseException as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)  # a hung call must not keep the process alive
+        thread.start()
+        thread.join(self.timeout)
+        if thread.is_alive():
+            raise TimeoutError(f"no answer within {self.timeout:g} s")
+        if failure:
+            raise failure[0]
+        return answer[0]
+
+
+def _checked(value: object, count: int) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise InputError(
+            f"reward: expected a tensor of {count} numbers, one per image; got {type(value).__name__}"
+        )
+    if value.shape != (count,) or value.is_complex():
+        raise InputError(
+            f"reward: expected a tensor of {count} numbers, one per image; got shape {list(value.shape)}, {value.dtype}"
+        )
+    return value.detach().to(torch.float32)

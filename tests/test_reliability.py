@@ -1,0 +1,554 @@
+"""Nothing lost: guards, faults at every write, kills at any moment, damaged folders. docs/reliability.md lists them."""
+
+import contextlib
+import errno
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from driftrl import Trainer, checkpoint
+from driftrl.checks import InputError, NotFiniteError, RunFailedError
+from driftrl.cli import main as command_line
+from driftrl.config import TrainConfig, dump_config, load_config, parse_config
+from driftrl.files import sha256, write_json
+from driftrl.rewards.guarded import GuardedReward
+from driftrl.trainer import NotFiniteWarning
+
+
+def weights(trainer):
+    return {n: p.detach().clone() for n, p in trainer.loop.policy.named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Spoilt:
+    """A reward that is not finite in the calls named."""
+
+    def __init__(self, *bad):
+        self.bad, self.calls = bad, 0
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        scores = images.mean((1, 2, 3))
+        if self.calls in self.bad:
+            scores[1] = float("nan")
+        return scores
+
+
+def test_a_reward_that_is_not_finite_skips_the_iteration(config, tmp_path):
+    trainer = Trainer(config(iterations=2), tmp_path / "run")
+    trainer.loop.reward = Spoilt(1)
+    before = weights(trainer)
+    with pytest.warns(
+        NotFiniteWarning, match=r"iteration 1 was skipped: a reward is not finite for 'a.*candidate 1"
+    ):
+        skipped = trainer.loop.attempt()
+    assert skipped.metrics["warning/skipped"] == 1
+    assert same(before, weights(trainer))
+    assert trainer.loop.position.failures == 1
+    trainer.loop.attempt()
+    assert trainer.loop.position.failures == 0
+    assert not same(before, weights(trainer))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_leaves_the_weights(config, tmp_path, monkeypatch, what):
+    from driftrl import update
+
+    trainer = Trainer(config(), tmp_path / "run")
+    before = weights(trainer)
+    real = update.clipped_surrogate
+
+    class Break(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * torch.nan
+
+    def broken(log_prob, *rest):
+        return real(log_prob * torch.nan if what == "loss" else Break.apply(log_prob), *rest)
+
+    monkeypatch.setattr(update, "clipped_surrogate", broken)
+    expected = (
+        r"the loss is not finite for 'a.*denoising step \d"
+        if what == "loss"
+        else "the gradient is not finite"
+    )
+    with pytest.warns(NotFiniteWarning, match=expected):
+        trainer.loop.attempt()
+    assert same(before, weights(trainer))
+    assert not trainer.loop.optimizer.state
+
+
+def test_a_latent_that_is_not_finite_names_prompt_and_step(config, tmp_path, monkeypatch):
+    trainer = Trainer(config(), tmp_path / "run")
+    real = trainer.loop.policy.transition
+
+    def broken(latents, steps, conditioning):
+        move = real(latents, steps, conditioning)
+        return move._replace(mean=torch.where((steps == 2)[:, None, None, None], torch.nan, move.mean))
+
+    monkeypatch.setattr(trainer.loop.policy, "transition", broken)
+    with pytest.raises(
+        NotFiniteError, match=r"a latent is not finite for 'a.*', candidate 0, denoising step 3"
+    ):
+        trainer.loop.iterate()
+
+
+def test_too_many_failures_end_the_run_and_lose_nothing(config, tmp_path):
+    trainer = Trainer(config(iterations=9), tmp_path / "run")
+    trainer.loop.reward = Spoilt(*range(2, 99))
+    with pytest.warns(NotFiniteWarning), pytest.raises(RunFailedError, match="3 iterations in a row"):
+        trainer.run()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["warning/skipped"] for line in lines] == [0, 1, 1, 1]
+    assert lines[1]["reward/mean"] is None
+    one, last = tmp_path / "run/checkpoints/000001", checkpoint.newest(tmp_path / "run/checkpoints")
+    assert last is not None and last.name == "000004"
+    assert same(load_file(one / "training.safetensors"), load_file(last / "training.safetensors"))
+
+
+def test_a_reward_that_fails_is_retried_and_then_reported(config, tmp_path):
+    calls = []
+
+    def flaky(images, prompts):
+        calls.append(len(prompts))
+        if len(calls) % 3:
+            raise ConnectionError("gone")
+        return images.mean((1, 2, 3))
+
+    guarded = GuardedReward(flaky, attempts=3, pause=0)
+    assert guarded(torch.rand(4, 3, 8, 8), ["a cat"] * 4).shape == (4,)
+    assert len(calls) == 3
+    dead = GuardedReward(flaky, attempts=2, pause=0)
+    with pytest.raises(
+        RunFailedError, match=r"failed 2 times for 'a cat'; the last time: ConnectionError: gone"
+    ):
+        dead(torch.rand(4, 3, 8, 8), ["a cat"] * 4)
+    trainer = Trainer(config(iterations=3), tmp_path / "run")
+    trainer.loop.iterate()
+    trainer.loop.reward = dead
+    calls.clear()
+    with pytest.raises(RunFailedError):
+        trainer.run()
+    assert checkpoint.newest(tmp_path / "run/checkpoints").name == "000001"
+
+
+def test_a_reward_that_hangs_is_given_up():
+    slow = GuardedReward(lambda images, prompts: time.sleep(30), attempts=1, timeout=0.05)
+    start = time.monotonic()
+    with pytest.raises(RunFailedError, match=r"no answer within 0\.05 s"):
+        slow(torch.rand(2, 3, 8, 8), ["a cat"] * 2)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "lie", [torch.zeros(3), torch.zeros(2, 2), None, [0.0, 0.0], torch.zeros(2, dtype=torch.complex64)]
+)
+def test_a_reward_that_lies_is_refused(lie):
+    calls = []
+    reward = GuardedReward(lambda images, prompts: calls.append(1) or lie, pause=0)
+    with pytest.raises(InputError, match="expected a tensor of 2 numbers"):
+        reward(torch.rand(2, 3, 8, 8), ["a cat"] * 2)
+    assert len(calls) == 1
+
+
+class Fault:
+    """Fails the n-th write, flush or rename; as a full disk does, or as a power cut does, without any clean-up."""
+
+    def __init__(self, monkeypatch, number, cut):
+        self.left, self.cut, self.struck = number, cut, False
+        import safetensors.torch
+
+        for owner, name in (
+            (os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "write_text"), (Path, "mkdir"),
+            (safetensors.torch, "save_file"),
+        ):  # fmt: skip
+            monkeypatch.setattr(owner, name, self.wrap(getattr(owner, name), name))
+        if cut:
+            rmtree = shutil.rmtree
+            monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None if self.struck else rmtree(*a, **k))
+
+    def wrap(self, real, name):
+        def call(*arguments, **keywords):
+            self.left -= 1
+            if self.left == 0:
+                self.struck = True
+                if name == "write_text":  # half of it arrives
+                    Path(arguments[0]).write_bytes(arguments[1][: len(arguments[1]) // 2].encode())
+                raise KeyboardInterrupt if self.cut else OSError(errno.ENOSPC, "No space left on device")
+            return real(*arguments, **keywords)
+
+        return call
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["disk full", "power cut"])
+def test_a_fault_at_any_write_leaves_the_last_checkpoint(config, tmp_path, cut):
+    trainer = Trainer(config(), tmp_path / "run")
+    for number in range(1, 60):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        trainer.loop.position = checkpoint.Position(1)
+        trainer.loop.save()
+        trainer.loop.position = checkpoint.Position(2)
+        with pytest.MonkeyPatch.context() as patched:
+            fault = Fault(patched, number, cut)
+            try:
+                trainer.loop.save()
+            except (OSError, KeyboardInterrupt):
+                assert fault.struck
+        last = checkpoint.newest(tmp_path / "run/checkpoints")
+        assert last is not None, number
+        assert last.name in ("000001", "000002")
+        checkpoint.load(last, trainer.loop.policy, trainer.loop.optimizer)
+        if not fault.struck:
+            assert last.name == "000002"
+            break
+        trainer.loop.save()  # and the next attempt works, whatever the fault left behind
+        assert checkpoint.newest(tmp_path / "run/checkpoints").name == "000002"
+    else:
+        pytest.fail("never without a fault")
+    assert number > 8
+
+
+def test_a_full_disk_ends_the_run_with_a_message(config, tmp_path, monkeypatch):
+    trainer = Trainer(config(iterations=3), tmp_path / "run")
+    real = checkpoint.save
+
+    def full(folder, policy, optimizer, position, configuration=None):
+        if position.iteration == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(folder, policy, optimizer, position, configuration)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(RunFailedError, match=r"No space left on device.*000001 is whole"):
+        trainer.run()
+
+
+def test_logs_that_cannot_be_written_do_not_stop_training(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(config(iterations=2), tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").mkdir()
+    (tmp_path / "run/images").write_text("in the way")
+    with pytest.warns(RuntimeWarning, match="could not be written"):
+        trainer.run()
+    assert checkpoint.newest(tmp_path / "run/checkpoints").name == "000002"
+
+
+def test_keep_last_and_keep_every(config, tmp_path):
+    run = Trainer(config(iterations=5, logging__keep_last=1, logging__keep_every=2), tmp_path / "run").run()
+    assert [p.name for p in checkpoint.listing(run / "checkpoints")] == [
+        "000000",
+        "000002",
+        "000004",
+        "000005",
+    ]
+
+
+def test_a_second_process_is_refused(config, tmp_path):
+    first = Trainer(config(iterations=1), tmp_path / "run")
+
+    def intrude(iteration):
+        with pytest.raises(InputError, match="another process"):
+            Trainer(config(iterations=1), tmp_path / "run", resume=True).run()
+
+    first.run(intrude)
+
+
+def test_a_changed_configuration_is_refused_even_if_the_file_was_edited(config, tmp_path):
+    run = Trainer(config(iterations=1), tmp_path / "run").run()
+    edited = config(iterations=1, optimizer__learning_rate=0.5)
+    (run / "config.yaml").write_text(dump_config(edited))
+    with pytest.raises(InputError, match=r"optimizer\.learning_rate: 0\.001 -> 0\.5"):
+        Trainer(edited, run, resume=True)
+
+
+class Planted:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_planted_pickle_is_not_run(config, tmp_path, pipeline_folder):
+    run = Trainer(config(iterations=1), tmp_path / "run").run()
+    evil, struck = pickle.dumps(Planted(tmp_path / "struck")), tmp_path / "struck"
+    pickle.loads(evil)
+    assert struck.exists()  # it would work
+    struck.unlink()
+    last = run / "checkpoints/000001"
+    for name in (
+        "training.safetensors",
+        "state.json",
+        "pytorch_lora_weights.safetensors",
+        "optimizer.pt",
+        "pytorch_lora_weights.bin",
+    ):
+        (last / name).write_bytes(evil)
+    manifest = json.loads((last / "manifest.json").read_text())
+    manifest["files"] = {name: sha256(last / name) for name in manifest["files"]}
+    write_json(last / "manifest.json", manifest)  # an attacker can write checksums too
+    trainer = Trainer(config(iterations=1), tmp_path / "other")
+    with pytest.raises(InputError):
+        checkpoint.load(last, trainer.loop.policy, trainer.loop.optimizer)
+    model = tmp_path / "model"
+    shutil.copytree(pipeline_folder, model)
+    for file in (model / "unet").glob("*.safetensors"):
+        file.unlink()
+        (model / "unet/diffusion_pytorch_model.bin").write_bytes(evil)
+    with pytest.raises(InputError):
+        Trainer(config(model__path=str(model)), tmp_path / "third")
+    assert not struck.exists()
+
+
+def run_command(*arguments):
+    """Exit status and message of the command line, in this process."""
+    import io
+
+    out = io.StringIO()
+    before = sys.argv
+    sys.argv = ["driftrl", *map(str, arguments)]
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
+            warnings.simplefilter("default")  # as a user has it
+            command_line.main()
+        return 0, out.getvalue()
+    except SystemExit as end:
+        return end.code or 0, out.getvalue()
+    finally:
+        sys.argv = before
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=True), st.text(max_size=8),
+    st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
+)  # fmt: skip
+
+
+@st.composite
+def configurations(draw):
+    """The default configuration with one to three keys replaced, added or misspelt."""
+    data = TrainConfig().model_dump(mode="json")
+    for _ in range(draw(st.integers(1, 3))):
+        place = data
+        if draw(st.booleans()):
+            section = draw(
+                st.sampled_from([k for k, v in TrainConfig().model_dump().items() if isinstance(v, dict)])
+            )
+            if isinstance(data[section], dict):
+                place = data[section]
+        names = st.text(min_size=1, max_size=8)
+        key = draw(st.one_of(st.sampled_from(sorted(place)), names) if place else names)
+        place[key] = draw(JUNK)
+    return data
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(configurations())
+def test_malformed_configurations(data):
+    try:
+        config = parse_config(data)
+    except InputError as error:
+        assert str(error)
+        return
+    assert load_config(None, []) is not None
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode)))
+def test_any_bytes_as_configuration_or_prompts(tmp_path_factory, content):
+    from driftrl.prompts import load_prompts
+
+    folder = tmp_path_factory.mktemp("fuzz")
+    for name in ("config.yaml", "prompts.txt", "prompts.jsonl"):
+        (folder / name).write_bytes(content)
+    with contextlib.suppress(InputError):
+        load_config(folder / "config.yaml")
+    for name in ("prompts.txt", "prompts.jsonl"):
+        with contextlib.suppress(InputError):
+            assert all(load_prompts(str(folder / name)))
+
+
+def spoil(folder, rng):
+    """Damage a run folder somewhere."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    file = rng.choice(files)
+    content = bytearray(file.read_bytes())
+    how = rng.choice(["cut", "flip", "delete", "append", "empty", "folder"])
+    if how == "cut":
+        file.write_bytes(content[: rng.randrange(len(content) + 1)])
+    elif how == "flip" and content:
+        for _ in range(rng.randint(1, 5)):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+    elif how == "append":
+        file.write_bytes(bytes(content) + rng.randbytes(20))
+    elif how == "empty":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+        if how == "folder":
+            file.mkdir()
+    return f"{how} {file.name}"
+
+
+def snapshot(folder):
+    return {
+        p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"
+    }
+
+
+def damaged_folders(run, tmp_path, count):
+    refused = 0
+    for number in range(count):
+        rng = random.Random(number)
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(run, copy)
+        what = [spoil(copy, rng) for _ in range(rng.randint(1, 3))]
+        before = snapshot(copy)
+        status, message = run_command("train", "--resume", copy, "--quiet")
+        assert status in (0, 2), (what, message)
+        assert "Traceback" not in message, what
+        if status == 2:
+            refused += 1
+            assert message.count("driftrl:") == 1, (what, message)
+            assert snapshot(copy) == before, what
+        shutil.rmtree(copy)
+    return refused
+
+
+def test_damaged_run_folders(config, tmp_path):
+    run = Trainer(config(iterations=2), tmp_path / "run").run()
+    assert 0 < damaged_folders(run, tmp_path, 25) < 25
+
+
+@pytest.mark.slow
+def test_two_hundred_damaged_run_folders(config, tmp_path):
+    run = Trainer(config(iterations=2), tmp_path / "run").run()
+    damaged_folders(run, tmp_path, 200)
+
+
+KILLER = """
+import os, random, signal, sys, time, warnings
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+import driftrl
+from driftrl import checkpoint
+from driftrl.config import load_config
+
+run, wanted, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+config = load_config(Path(sys.argv[4]))
+warnings.simplefilter("ignore")  # a torn checkpoint is passed over with a warning
+driftrl.Trainer(config, run.with_name("warm")).loop  # everything is imported before the forks
+rng, kills, longest = random.Random(seed), 0, 0.4
+while True:
+    child = os.fork()
+    if child == 0:
+        resume = (run / "config.yaml").exists()
+        if not resume and run.exists():
+            import shutil
+            shutil.rmtree(run)
+        driftrl.Trainer(config, run, resume=resume).run()
+        os._exit(0)
+    if kills < wanted:
+        time.sleep(rng.uniform(0.02, longest))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        kills += 1
+        done = len(checkpoint.listing(run / "checkpoints"))
+        longest = min(3.0, longest * (1.15 if done <= 1 else 1.0))  # a slow machine must get somewhere
+    elif os.WEXITSTATUS(status):
+        sys.exit(f"resuming failed after {kills} kills")
+    elif kills >= wanted:
+        break
+    else:
+        kills_left = wanted - kills
+        print("finished early with", kills_left, "kills to go")
+        break
+print("kills", kills)
+"""
+
+
+def killed_and_whole(config, tmp_path, kills, iterations):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config(iterations=iterations)))
+    whole = Trainer(config(iterations=iterations), tmp_path / "whole").run()
+    done = 0
+    for attempt in range(20):
+        run = tmp_path / f"killed{attempt}"
+        command = [sys.executable, "-c", KILLER, run, kills - done, attempt, path]
+        result = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, timeout=1500, check=False
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        done += int(result.stdout.rsplit("kills", 1)[1])
+        shutil.rmtree(tmp_path / "warm", ignore_errors=True)
+        last = f"checkpoints/{iterations:06d}"
+        for name in ("training.safetensors", "pytorch_lora_weights.safetensors"):
+            assert (run / last / name).read_bytes() == (whole / last / name).read_bytes()
+        assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+        if done >= kills:
+            return
+    pytest.fail(f"only {done} kills")
+
+
+def test_killed_at_any_moment_and_resumed_ends_the_same(config, tmp_path):
+    killed_and_whole(config, tmp_path, kills=6, iterations=6)
+
+
+@pytest.mark.slow
+def test_killed_fifty_times(config, tmp_path):
+    killed_and_whole(config, tmp_path, kills=50, iterations=25)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(config, tmp_path, number):
+    path, run = tmp_path / "config.yaml", tmp_path / "run"
+    path.write_text(dump_config(config(iterations=500, logging__checkpoint_every=1000)))
+    command = [sys.executable, "-m", "driftrl.cli.main", "train", str(path), "--out", str(run)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not (run / "metrics.jsonl").is_file() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, message
+    assert f"driftrl train --resume {run}" in message.replace("\n", "")
+    last = checkpoint.newest(run / "checkpoints")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert int(last.name) == len(lines) > 0
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(config, tmp_path):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    sizes = {}
+    trainer = Trainer(config(iterations=300, logging__checkpoint_every=50), tmp_path / "run")
+    trainer.run(lambda iteration: sizes.update({iteration.number: resident()}))
+    assert sizes[300] <= 1.05 * sizes[30], (sizes[30], sizes[300])
