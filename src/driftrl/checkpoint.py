@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from driftrl.checks import InputError
-from driftrl.files import new_folder, read_json, sha256, write_json
+from driftrl.files import new_folder, read_json, sha256, sort_header, write_json
 from driftrl.types import Policy
 
 FORMAT = 1
@@ -69,6 +69,8 @@ def save(
         }
         tensors |= {f"{name}/value": p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
         save_file(tensors, place / "training.safetensors")
+        for file in place.glob("*.safetensors"):
+            sort_header(file)
         write_json(
             place / "state.json", asdict(position) | {"versions": versions(), "configuration": configuration}
         )
