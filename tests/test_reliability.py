@@ -552,3 +552,27 @@ def test_memory_stays_flat(config, tmp_path):
     trainer = Trainer(config(iterations=300, logging__checkpoint_every=50), tmp_path / "run")
     trainer.run(lambda iteration: sizes.update({iteration.number: resident()}))
     assert sizes[300] <= 1.05 * sizes[30], (sizes[30], sizes[300])
+
+
+def test_a_second_interrupt_stops_at_once(config, tmp_path):
+    (tmp_path / "stuck.py").write_text(
+        "import time\ncalls = []\n\ndef reward(images, prompts):\n    calls.append(1)\n"
+        "    time.sleep(0 if len(calls) < 2 else 120)\n    return images.mean((1, 2, 3))\n"
+    )
+    path, run = tmp_path / "config.yaml", tmp_path / "run"
+    path.write_text(dump_config(config(iterations=9, reward="stuck:reward")))
+    command = [sys.executable, "-m", "driftrl.cli.main", "train", str(path), "--out", str(run)]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    until = time.monotonic() + 60
+    while not (run / "checkpoints/000001").is_dir() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # it finishes the iteration, for all it knows
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == 130, message
+    assert "Traceback" not in message
+    assert checkpoint.newest(run / "checkpoints").name == "000001"

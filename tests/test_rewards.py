@@ -10,7 +10,7 @@ from PIL import Image
 from conftest import save_tokenizer, text_settings
 from driftrl.build import build_encoder, build_reward
 from driftrl.checks import InputError
-from driftrl.preprocess import CLIP_MEAN, CLIP_STD, preprocess
+from driftrl.preprocess import CLIP_MEAN, CLIP_STD, Preprocessing
 from driftrl.rewards.clip import CLIPReward
 from driftrl.rewards.compressibility import compressibility
 
@@ -44,7 +44,7 @@ def test_clip_reward_is_scaled_cosine(clip_folder):
 
 def test_preprocessing_resizes_as_pil_does():
     image = torch.rand(1, 3, 48, 64)
-    ours = preprocess(image, 24, (0, 0, 0), (1, 1, 1))
+    ours = Preprocessing(24, (24, 24), (0, 0, 0), (1, 1, 1))(image)
     channels = [Image.fromarray(c.numpy()).resize((32, 24), Image.Resampling.BICUBIC) for c in image[0]]
     theirs = torch.from_numpy(np.stack([np.asarray(c) for c in channels]))[:, :, 4:28]
     torch.testing.assert_close(ours[0], theirs.clamp(0, 1), atol=2e-3, rtol=0)

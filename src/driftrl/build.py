@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from driftrl.checks import InputError, nearest
+from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import ModelConfig, TrainConfig
 from driftrl.policies.lora import add_lora
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy
@@ -23,6 +23,7 @@ from driftrl.types import Encoder, Policy, Reward
 from driftrl.update import Objective
 
 TINY_ANIMALS = Path(str(resources.files("driftrl") / "assets" / "tiny-animals"))
+POLICY_ENCODERS = ("policy:latents", "policy:mid-block")
 REWARDS = ("tiny-animals", "compressibility", "incompressibility")
 PIPELINES = {"StableDiffusionPipeline": StableDiffusionPolicy}
 
@@ -130,14 +131,22 @@ def build_reward(name: str, device: torch.device) -> Reward:
     )
 
 
-def build_encoder(name: str, device: torch.device) -> Encoder:
-    """An image encoder: the embedded one, or the folder or hub name of a model that transformers loads.
+def build_encoder(name: str, device: torch.device, policy: Policy | None = None) -> Encoder:
+    """An image encoder by name.
+
+    'tiny-animals'; 'dreamsim' or one of its branches, such as 'dreamsim:dino_vitb16'; 'policy:latents' or
+    'policy:mid-block', which need ``policy``; else the folder or hub name of a model that transformers loads.
 
     Raises:
         InputError: if it cannot be loaded.
     """
-    from driftrl.diversity.encoders import TransformersEncoder
+    from driftrl.diversity.encoders import DREAMSIM, DreamSimEncoder, TransformersEncoder
 
+    if name in DREAMSIM:
+        return DreamSimEncoder(DREAMSIM[name], device)
+    if name.partition(":")[0] in ("dreamsim", "policy"):
+        one_of("shaping.encoder", name, (*POLICY_ENCODERS, *DREAMSIM))
+        return _policy_encoder(name, policy)
     path = str(TINY_ANIMALS / "encoder") if name == "tiny-animals" else name
     try:
         return TransformersEncoder(path, device)
@@ -146,6 +155,19 @@ def build_encoder(name: str, device: torch.device) -> Encoder:
         raise InputError(
             f"shaping.encoder: expected 'tiny-animals', a folder or a hub name: {reason}"
         ) from error
+
+
+def _policy_encoder(name: str, policy: Policy | None) -> Encoder:
+    from driftrl.diversity.encoders import LatentEncoder, MidBlockEncoder
+
+    if not isinstance(policy, StableDiffusionPolicy):
+        raise InputError(f"shaping.encoder: {name} needs a policy with an autoencoder and a UNet")
+    if name == "policy:latents":
+        return LatentEncoder(policy.pipeline.vae)
+    timestep = policy.num_train_timesteps // 10  # lightly noised: the picture is all there
+    alpha = float(policy.pipeline.scheduler.alphas_cumprod[timestep])
+    null = policy.encode([""]).null_embeds
+    return MidBlockEncoder(policy.pipeline.vae, policy.network, null, alpha, timestep, policy.reference)
 
 
 def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
@@ -161,8 +183,8 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
         config.guards.reward_attempts,
         config.guards.reward_timeout,
     )
-    encoder = build_encoder(config.shaping.encoder, device_of(config.model.device))
     policy = build_policy(config)
+    encoder = build_encoder(config.shaping.encoder, policy.device, policy)
     on_cpu = policy.device.type == "cpu"
     optimizer = torch.optim.AdamW(
         policy.parameters(),

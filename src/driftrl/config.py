@@ -107,7 +107,8 @@ class ShapingConfig(Section):
     """Sigma: bound on the intrinsic advantage."""
     level: Literal["advantage", "reward"] = "advantage"
     encoder: str = "tiny-animals"
-    """Image encoder whose cosine distances measure diversity."""
+    """Image encoder whose cosine distances measure diversity: tiny-animals, dreamsim (or dreamsim:dino_vitb16 and
+    other branches), policy:latents, policy:mid-block, or a model of transformers by folder or hub name."""
 
 
 class ObjectiveConfig(Section):

@@ -1,46 +1,104 @@
-"""Images as a network wants them: resized with antialiasing, cropped to a square, normalised. No torchvision."""
+"""Images as a network wants them, by its own ``preprocessor_config.json``: resized, cropped, normalised.
+
+No torchvision, no detour through PIL: the images stay where they are.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MODES = {2: "bilinear", 3: "bicubic"}
+"""PIL's numbers for ways to resample; others are taken as bicubic."""
 
 
-def preprocess(images: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Resize the shorter side to ``size`` (bicubic, antialiased), crop the centre, normalise.
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to images [N, 3, H, W] in 0..1 before a network sees them."""
+
+    resize: int | tuple[int, int] | None
+    """The length of the shorter side, or (height, width) whatever the aspect; None leaves the size alone."""
+    crop: tuple[int, int] | None
+    """(height, width) cut from the centre."""
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    mode: str = "bicubic"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Resize with antialiasing, crop, normalise: float32 [N, 3, height, width]."""
+        x = images.float()
+        target = self._target(x.shape[-2], x.shape[-1])
+        if target != tuple(x.shape[-2:]):
+            x = F.interpolate(x, target, mode=self.mode, antialias=True, align_corners=False).clamp(0, 1)
+        if self.crop is not None:
+            top, left = (x.shape[-2] - self.crop[0]) // 2, (x.shape[-1] - self.crop[1]) // 2
+            x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return (x - mean) / std
+
+    def _target(self, height: int, width: int) -> tuple[int, int]:
+        if self.resize is None:
+            return height, width
+        if isinstance(self.resize, tuple):
+            return self.resize
+        scale = self.resize / min(height, width)
+        return max(self.resize, round(height * scale)), max(self.resize, round(width * scale))
+
+
+def preprocessing_of(name: Path | str, size: int | None) -> Preprocessing:
+    """What a model's ``preprocessor_config.json`` asks for, in a folder or on the hub.
 
     Args:
-        images: float [N, 3, H, W] in 0..1.
-        size: of the square that comes out.
-        mean: per channel.
-        std: per channel.
-
-    Returns:
-        float32 [N, 3, size, size].
+        name: folder or hub name.
+        size: of the model's input, used with CLIP's statistics where there is no such file; None leaves images
+            as large as they are.
     """
-    height, width = images.shape[-2:]
-    x = images.float()
-    if min(height, width) != size:
-        scale = size / min(height, width)
-        target = (max(size, round(height * scale)), max(size, round(width * scale)))
-        x = F.interpolate(x, target, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
-    x = x[..., top : top + size, left : left + size]
-    return (x - torch.tensor(mean, device=x.device).view(3, 1, 1)) / torch.tensor(std, device=x.device).view(
-        3, 1, 1
+    path = _find(name)
+    if path is None:
+        return Preprocessing(size, None if size is None else (size, size))
+    settings: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    resize = _size(settings.get("size")) if settings.get("do_resize", True) else None
+    crop = _square(_size(settings.get("crop_size"))) if settings.get("do_center_crop") else None
+    if (
+        "crop_pct" in settings and isinstance(resize, int) and resize < 384
+    ):  # ConvNeXt's convention, and ResNet's
+        resize, crop = int(resize / (settings["crop_pct"] or 224 / 256)), (resize, resize)
+    mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
+    return Preprocessing(
+        resize, crop, tuple(mean), tuple(std), MODES.get(settings.get("resample", 3), "bicubic")
     )
 
 
-def statistics(folder: Path | str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std from a model folder's ``preprocessor_config.json``; CLIP's where it has none."""
-    path = Path(folder) / "preprocessor_config.json"
-    if not path.is_file():
-        return CLIP_MEAN, CLIP_STD
-    settings = json.loads(path.read_text("utf-8"))
-    return tuple(settings.get("image_mean", CLIP_MEAN)), tuple(settings.get("image_std", CLIP_STD))
+def _find(name: Path | str) -> Path | None:
+    if Path(name).is_dir():
+        path = Path(name) / "preprocessor_config.json"
+        return path if path.is_file() else None
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(str(name), "preprocessor_config.json")
+    except OSError:
+        return None
+    return None if found is None else Path(found)
+
+
+def _size(value: Any) -> int | tuple[int, int] | None:
+    """A size as the files have it: a number, or a mapping."""
+    if isinstance(value, dict):
+        if "shortest_edge" in value:
+            return int(value["shortest_edge"])
+        if "height" in value and "width" in value:
+            return int(value["height"]), int(value["width"])
+        return None
+    return None if value is None else int(value)
+
+
+def _square(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size

@@ -56,6 +56,8 @@ class Trainer:
         )
         self.resumed_from: Path | None = None
         self.stopped_by: int | None = None
+        self.on_stop: Callable[[], Any] | None = None
+        """Called once when a signal asks the run to end."""
         if resume:
             self._check_resume()
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
@@ -93,6 +95,8 @@ class Trainer:
 
     def _stop(self, number: int) -> None:
         self.stopped_by = number
+        if self.on_stop is not None:
+            self.on_stop()
 
     def _check_resume(self) -> None:
         path = self.folder / "config.yaml"

@@ -48,6 +48,7 @@ def train(
         logging.disable_progress_bar()  # its bars for loading weights would come between ours
         with _one_line_warnings(console):
             trainer = Trainer(parsed, resume if resume is not None else out, resume is not None)
+    trainer.on_stop = lambda: console.print("finishing this iteration, then saving; again to stop at once")
     start = trainer.loop.position.iteration
     place = f" from iteration {start}" if start else ""
     console.print(

@@ -2,33 +2,170 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from driftrl.preprocess import preprocess, statistics
+from driftrl.checks import InputError
+from driftrl.preprocess import preprocessing_of
+
+DREAMSIM = {"dreamsim": "ensemble"} | {
+    f"dreamsim:{branch}": branch
+    for branch in ("dino_vitb16", "clip_vitb32", "open_clip_vitb32", "dinov2_vitb14")
+}
+"""The variants of the published package: its ensemble and its single branches."""
 
 
 class TransformersEncoder:
-    """Pooled features of any image model that `transformers.AutoModel` loads (ResNet, DINOv2, CLIP vision)."""
+    """Features of an image model that `transformers.AutoModel` loads: CLIP, SigLIP, DINOv2, ResNet and their like.
+
+    CLIP gives its projected image embeddings, SigLIP its pooled ones, DINOv2 its normalised class token.
+    """
 
     def __init__(self, folder: Path | str, device: torch.device | str = "cpu", batch_size: int = 128) -> None:
-        """Load the model from a folder or the hub, in float32."""
+        """Load the model from a folder or the hub, in float32.
+
+        Raises:
+            InputError: if it is no model of images.
+        """
         from transformers import AutoModel
 
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32)
-        self.model = getattr(model, "vision_model", model).to(device).eval().requires_grad_(False)
+        model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        self.projection: Any = getattr(model, "visual_projection", None)
+        self.model = getattr(model, "vision_model", model)
+        if getattr(self.model, "main_input_name", "") != "pixel_values":
+            raise InputError(f"{folder}: expected a model of images; got {type(model).__name__}")
+        for module in (self.model, self.projection):
+            if module is not None:
+                module.to(device).eval().requires_grad_(False)
         config = getattr(model.config, "vision_config", model.config)
+        size = getattr(config, "image_size", None)
         self.device, self.batch_size = torch.device(device), batch_size
-        self.size = int(getattr(config, "image_size", 64) or 64)
-        self.mean, self.std = statistics(folder)
+        self.preprocess = preprocessing_of(folder, int(size) if isinstance(size, int) else None)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Features float32 [N, D]."""
-        parts = []
-        for chunk in images.split(self.batch_size):
-            pixels = preprocess(chunk.to(self.device), self.size, self.mean, self.std)
-            parts.append(self.model(pixel_values=pixels).pooler_output.flatten(1).float())
-        return torch.cat(parts)
+        return _in_batches(images, self.batch_size, self._encode)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        pooled = self.model(pixel_values=self.preprocess(images.to(self.device))).pooler_output.flatten(1)
+        return (pooled if self.projection is None else self.projection(pooled)).float()
+
+
+class DreamSimEncoder:
+    """DreamSim (Fu et al. 2023, arXiv 2306.09344) from the package of that name: the paper's diversity encoder."""
+
+    def __init__(
+        self, variant: str = "ensemble", device: torch.device | str = "cpu", batch_size: int = 64
+    ) -> None:
+        """Load a variant; the package downloads its weights when first used.
+
+        Raises:
+            InputError: if the package is not installed or cannot load the variant.
+        """
+        try:
+            from dreamsim import dreamsim  # type: ignore[import-not-found,unused-ignore]
+        except ImportError as error:
+            raise InputError(
+                f"the dreamsim encoder needs the extra: pip install 'driftrl[dreamsim]' (it brings torchvision): {error}"
+            ) from error
+        try:
+            self.model: Any = dreamsim(pretrained=True, device=str(device), dreamsim_type=variant)[0]
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise InputError(f"dreamsim ({variant}) cannot be loaded: {error}") from error
+        self.model.eval().requires_grad_(False)
+        self.device, self.batch_size = torch.device(device), batch_size
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features float32 [N, D]; the package normalises by itself, and wants 224 x 224 pixels in 0..1."""
+        return _in_batches(images, self.batch_size, self._encode)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        x = images.to(self.device).float()
+        if x.shape[-2:] != (224, 224):
+            x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        features: Tensor = self.model.embed(x)
+        return features.flatten(1).float()
+
+
+class LatentEncoder:
+    """The policy's own autoencoder: mean latents, flattened (the paper's open question 1)."""
+
+    def __init__(self, vae: Any, batch_size: int = 64) -> None:
+        """Take a diffusers autoencoder, which stays as it is."""
+        self.vae, self.batch_size = vae, batch_size
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features float32 [N, C * h * w]."""
+        return _in_batches(images, self.batch_size, lambda x: encode_latents(self.vae, x).flatten(1))
+
+
+class MidBlockEncoder:
+    """The base policy's UNet as an image encoder: mid-block features at a lightly noised latent, averaged over places.
+
+    The noise is one fixed draw, so equal images have equal features. The adapter is off, so training does not move
+    the measure.
+    """
+
+    def __init__(
+        self,
+        vae: Any,
+        unet: Any,
+        null_embeds: Tensor,
+        alpha: float,
+        timestep: int,
+        reference: Callable[[], Any],
+        batch_size: int = 64,
+    ) -> None:
+        """Take the policy's networks.
+
+        Args:
+            vae: its autoencoder.
+            unet: its `UNet2DConditionModel`.
+            null_embeds: [1, L, D], the empty prompt's.
+            alpha: cumulative alpha at ``timestep``: the signal's share of the variance.
+            timestep: what the UNet is told.
+            reference: a context within which the adapter is off.
+            batch_size: images at once.
+        """
+        self.vae, self.unet, self.null, self.reference = vae, unet, null_embeds, reference
+        self.alpha, self.timestep, self.batch_size = alpha, timestep, batch_size
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features float32 [N, C]."""
+        return _in_batches(images, self.batch_size, self._encode)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        z = encode_latents(self.vae, images)
+        noise = torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(0)).to(z)
+        x = (self.alpha**0.5 * z + (1 - self.alpha) ** 0.5 * noise).to(self.unet.dtype)
+        found: list[Tensor] = []
+        hook = self.unet.mid_block.register_forward_hook(lambda module, inputs, output: found.append(output))
+        try:
+            with self.reference():
+                embeds = self.null.to(x).expand(len(x), -1, -1)
+                self.unet(x, torch.full((len(x),), self.timestep, device=x.device), embeds, return_dict=False)
+        finally:
+            hook.remove()
+        return found[0].float().mean((2, 3))
+
+
+def encode_latents(vae: Any, images: Tensor) -> Tensor:
+    """Scaled mean latents float32 [N, C, h, w] of images [N, 3, H, W] in 0..1."""
+    parameter = next(vae.parameters())
+    x = (images * 2 - 1).to(parameter.device, parameter.dtype)
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    latents: Tensor = (vae.encode(x).latent_dist.mean.float() - shift) * vae.config.scaling_factor
+    return latents
+
+
+def _in_batches(images: Tensor, size: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.cat([encode(chunk) for chunk in images.split(size)])

@@ -298,7 +298,7 @@ def evaluate(
     if not todo:
         return folder
 
-    bench = _instruments(settings, clip_folder if has_clip else None, policy.device)
+    bench = _instruments(settings, clip_folder if has_clip else None, policy)
     total = (len(todo) + 1) * count * len(texts)
     studio = _Studio(
         policy,
@@ -426,11 +426,12 @@ class _Studio:
             self.progress(label, self.done, self.total)
 
 
-def _instruments(settings: Settings, clip_folder: Path | None, device: torch.device) -> Instruments:
+def _instruments(settings: Settings, clip_folder: Path | None, policy: Policy) -> Instruments:
+    device = policy.device
     first, *others = settings.rewards
     rewards = {"reward": build_reward(first, device)}
     rewards |= {f"reward/{name}": build_reward(name, device) for name in others}
-    encoder, clip = build_encoder(settings.encoder, device), None
+    encoder, clip = build_encoder(settings.encoder, policy.device, policy), None
     if clip_folder is not None:
         from driftrl.rewards.clip import CLIPReward
 

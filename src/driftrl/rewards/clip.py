@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from driftrl.preprocess import preprocess, statistics
+from driftrl.preprocess import preprocessing_of
 
 
 class CLIPReward:
@@ -26,9 +26,8 @@ class CLIPReward:
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.device, self.batch_size = torch.device(device), batch_size
-        self.size = int(self.model.config.vision_config.image_size)
+        self.preprocess = preprocessing_of(folder, int(self.model.config.vision_config.image_size))
         self.length = int(self.model.config.text_config.max_position_embeddings)
-        self.mean, self.std = statistics(folder)
         self._texts: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -42,7 +41,7 @@ class CLIPReward:
         """Unit vectors float32 [N, D] of images [N, 3, H, W] in 0..1."""
         parts = []
         for chunk in images.split(self.batch_size):
-            pixels = preprocess(chunk.to(self.device), self.size, self.mean, self.std)
+            pixels = self.preprocess(chunk.to(self.device))
             pooled = self.model.vision_model(pixel_values=pixels).pooler_output
             parts.append(torch.nn.functional.normalize(self.model.visual_projection(pooled).float(), dim=-1))
         return torch.cat(parts)
