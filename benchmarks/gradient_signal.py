@@ -10,13 +10,14 @@ What is common to both is signal: it would raise the reward of other prompts too
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from driftrl.advantages import group_relative
 from driftrl.build import build_encoder, build_policy, build_reward
-from driftrl.config import load_config
+from driftrl.config import TrainConfig, load_config
 from driftrl.diversity.functional import pairwise_distances
 from driftrl.prompts import load_prompts
 from driftrl.rollout import NO_NOISE, rollout, score_step
@@ -29,14 +30,22 @@ RULES = [("random", "selected", 0.0), ("contrast", "selected", 0.0), ("concentra
          ("concentrated", "selected", 0.5), ("nearest_neighbor", "selected", 0.5)]  # fmt: skip
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=45)
-    parser.add_argument("--set", action="append", default=[], help="key=value, as driftrl train has it")
-    args = parser.parse_args()
-    config = load_config(None, args.set)
-    policy, texts = build_policy(config), load_prompts("animals")[: args.prompts]
+@dataclass(frozen=True)
+class Samples:
+    """What the comparison needs of every candidate."""
+
+    gradients: Tensor
+    """float16 [P * N, steps, D]: of log pi, times 1000."""
+    rewards: Tensor
+    """[P, N]."""
+    features: Tensor
+    """[P, N, F]."""
+    steps: list[int]
+
+
+def draw(config: TrainConfig, count: int) -> Samples:
+    """Draw candidates of the first ``count`` animals and differentiate each of their steps."""
+    policy, texts = build_policy(config), load_prompts("animals")[:count]
     prompts, candidates = len(texts), config.sampling.candidates
     with torch.no_grad():
         conditioning = policy.encode(list(texts))
@@ -62,7 +71,13 @@ def main() -> None:
             gradients[i, k] = torch.cat([g.flatten() for g in parts]).mul_(1000).half()
         if i % (8 * candidates) == 0:
             print(f"{texts[i // candidates]} ...", flush=True)
+    return Samples(gradients, rewards, features, steps)
 
+
+def report(config: TrainConfig, samples: Samples) -> None:
+    """Print both tables."""
+    gradients, rewards, features, steps = samples.gradients, samples.rewards, samples.features, samples.steps
+    prompts = len(rewards)
     halves = [torch.arange(prompts) % 2 == half for half in (0, 1)]
 
     def total(weights: Tensor, half: int) -> Tensor:
@@ -105,6 +120,16 @@ def main() -> None:
         )
         std = float(kept.std(1, correction=0).mean())
         print(f"{strategy:17} {scale:9} {ratio:3.1f}   {std:5.2f}  {few:6.3f}  {all_:6.3f}", flush=True)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=45)
+    parser.add_argument("--set", action="append", default=[], help="key=value, as driftrl train has it")
+    args = parser.parse_args()
+    config = load_config(None, args.set)
+    report(config, draw(config, args.prompts))
 
 
 if __name__ == "__main__":
