@@ -26,8 +26,8 @@ from driftrl.prompts import load_prompts
 
 GRPO = ["selection.strategy=random", "prompt_noise.eta=0.0", "shaping.ratio=0.0"]
 CONTRAST = ["selection.strategy=contrast", "prompt_noise.eta=0.0", "shaping.ratio=0.0"]
-COMMON = ["iterations=30", "evaluation.at_end=false", "logging.trackers=[]", "logging.images_every=1000",
-          "logging.checkpoint_every=30"]  # fmt: skip
+COMMON = ["iterations=40", "sampling.steps=6", "objective.timesteps=0.4", "evaluation.at_end=false", "logging.trackers=[]", "logging.images_every=1000",
+          "logging.checkpoint_every=40"]  # fmt: skip
 NEIGHBOUR = ["selection.strategy=nearest_neighbor"]
 GLOBAL = ["advantage.scale=global"]
 UNSHAPED = ["shaping.ratio=0.0"]
@@ -39,23 +39,23 @@ def rate(value: float) -> list[str]:
 
 
 SETTINGS: dict[str, list[str]] = {
-    "grpo": GRPO,
-    "grpo-all-steps": [*GRPO, "objective.timesteps=1.0"],
-    "contrast": CONTRAST,
-    "window": [],
-    "window-all-steps": ["objective.timesteps=1.0"],
+    "grpo": [*GRPO, *rate(4e-3)],
+    "contrast": [*CONTRAST, *rate(4e-3)],
+    "window": rate(4e-3),
     "window-2e-3": rate(2e-3),
-    "window-global": GLOBAL,
-    "window-unshaped": UNSHAPED,
-    "window-8-steps": ["sampling.steps=8", "iterations=37"],
-    "window-16-prompts": ["prompts.per_iteration=16", "iterations=15", *rate(2e-3)],
-    "window-4-updates": ["optimizer.updates=4"],
-    "neighbour": NEIGHBOUR,
+    "window-8e-3": rate(8e-3),
+    "window-global": [*GLOBAL, *rate(4e-3)],
+    "window-unshaped": [*UNSHAPED, *rate(4e-3)],
+    "window-all-steps": ["objective.timesteps=1.0", *rate(4e-3)],
+    "window-16-prompts": ["prompts.per_iteration=16", "iterations=20", *rate(4e-3)],
+    "neighbour": [*NEIGHBOUR, *rate(4e-3)],
     "neighbour-2e-3": [*NEIGHBOUR, *rate(2e-3)],
-    "neighbour-4e-3": [*NEIGHBOUR, *rate(4e-3)],
-    "neighbour-global": [*NEIGHBOUR, *GLOBAL],
-    "neighbour-unshaped": [*NEIGHBOUR, *UNSHAPED],
-    "neighbour-8-steps": [*NEIGHBOUR, "sampling.steps=8", "iterations=37"],
+    "neighbour-8e-3": [*NEIGHBOUR, *rate(8e-3)],
+    "neighbour-global": [*NEIGHBOUR, *GLOBAL, *rate(4e-3)],
+    "neighbour-unshaped": [*NEIGHBOUR, *UNSHAPED, *rate(4e-3)],
+    "neighbour-10-steps": [*NEIGHBOUR, "sampling.steps=10", "iterations=24", *rate(4e-3)],
+    "neighbour-4-updates": [*NEIGHBOUR, "optimizer.updates=4", *rate(4e-3)],
+    "neighbour-16-prompts": [*NEIGHBOUR, "prompts.per_iteration=16", "iterations=20", *rate(4e-3)],
 }
 
 
@@ -69,7 +69,8 @@ def measure(source: str | Path, config: TrainConfig, images: int = 8) -> tuple[t
             drawn.flatten(0, 1), [t for t in texts for _ in range(images)]
         )
         features = build_encoder("tiny-animals", policy.device)(drawn.flatten(0, 1))
-    return rewards.view(-1, images).mean(1), mean_pairwise_distance(features.view(len(texts), images, -1))
+    variety = [mean_pairwise_distance(own) for own in features.view(len(texts), images, -1)]
+    return rewards.view(-1, images).mean(1), torch.stack(variety)
 
 
 def main() -> None:
