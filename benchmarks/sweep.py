@@ -38,24 +38,19 @@ def rate(value: float) -> list[str]:
     return [f"optimizer.learning_rate={value}"]
 
 
+SLOW = ["iterations=60", "sampling.steps=8", *rate(1e-3)]
 SETTINGS: dict[str, list[str]] = {
-    "grpo": [*GRPO, *rate(4e-3)],
-    "contrast": [*CONTRAST, *rate(4e-3)],
-    "window": rate(4e-3),
-    "window-2e-3": rate(2e-3),
-    "window-8e-3": rate(8e-3),
-    "window-global": [*GLOBAL, *rate(4e-3)],
-    "window-unshaped": [*UNSHAPED, *rate(4e-3)],
-    "window-all-steps": ["objective.timesteps=1.0", *rate(4e-3)],
-    "window-16-prompts": ["prompts.per_iteration=16", "iterations=20", *rate(4e-3)],
-    "neighbour": [*NEIGHBOUR, *rate(4e-3)],
-    "neighbour-2e-3": [*NEIGHBOUR, *rate(2e-3)],
-    "neighbour-8e-3": [*NEIGHBOUR, *rate(8e-3)],
-    "neighbour-global": [*NEIGHBOUR, *GLOBAL, *rate(4e-3)],
-    "neighbour-unshaped": [*NEIGHBOUR, *UNSHAPED, *rate(4e-3)],
-    "neighbour-10-steps": [*NEIGHBOUR, "sampling.steps=10", "iterations=24", *rate(4e-3)],
-    "neighbour-4-updates": [*NEIGHBOUR, "optimizer.updates=4", *rate(4e-3)],
-    "neighbour-16-prompts": [*NEIGHBOUR, "prompts.per_iteration=16", "iterations=20", *rate(4e-3)],
+    "grpo": [*GRPO, *SLOW],
+    "contrast": [*CONTRAST, *SLOW],
+    "window": SLOW,
+    "window-4e-3": [*SLOW, *rate(4e-3)],
+    "window-global": [*GLOBAL, *SLOW],
+    "window-unshaped": [*UNSHAPED, *SLOW],
+    "neighbour": [*NEIGHBOUR, *SLOW],
+    "neighbour-4e-3": [*NEIGHBOUR, *SLOW, *rate(4e-3)],
+    "neighbour-global": [*NEIGHBOUR, *GLOBAL, *SLOW],
+    "neighbour-global-0.15": [*NEIGHBOUR, *GLOBAL, *SLOW, "shaping.ratio=0.15"],
+    "neighbour-unshaped": [*NEIGHBOUR, *UNSHAPED, *SLOW],
 }
 
 

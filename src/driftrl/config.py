@@ -76,7 +76,9 @@ class SelectionConfig(Section):
     """How many of the candidates, G."""
     strategy: Literal[
         "concentrated", "nearest_neighbor", "nearest_to_mean", "nearest_to_median", "contrast", "top", "random", "all",
-    ] = "concentrated"  # fmt: skip
+    ] = "nearest_neighbor"  # fmt: skip
+    """Which half: both readings of the paper's rule are here, `concentrated` (the window of least range) and
+    `nearest_neighbor`; docs/log.md says why this one is the default."""
 
 
 class PromptNoiseConfig(Section):
