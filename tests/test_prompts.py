@@ -7,9 +7,10 @@ from driftrl.prompts import draw, load_prompts, prompt_sets
 
 
 def test_the_package_has_its_sets():
-    assert set(prompt_sets()) >= {"animals", "eval40", "attributes", "compositions"}
+    assert set(prompt_sets()) >= {"animals", "animals8", "eval40", "attributes", "compositions"}
     assert len(load_prompts("animals")) == 45
     assert len(load_prompts("eval40")) == 40
+    assert set(load_prompts("animals8")) < set(load_prompts("animals"))
     assert "an ant" in load_prompts("animals")
 
 
