@@ -568,11 +568,15 @@ def test_a_second_interrupt_stops_at_once(config, tmp_path):
     while not (run / "checkpoints/000001").is_dir() and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None  # it finishes the iteration, for all it knows
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=30)
+    try:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None  # it finishes the iteration, for all it knows
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130, message
     assert "Traceback" not in message
     assert checkpoint.newest(run / "checkpoints").name == "000001"

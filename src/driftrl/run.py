@@ -239,9 +239,10 @@ def _signals(stop: Callable[[int], None]) -> Iterator[None]:
     previous: dict[int, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
+        # What Python does of itself, even where a script in the background made us ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         stop(number)
-        for each, handler in previous.items():
-            signal.signal(each, handler)
 
     for each in (signal.SIGINT, signal.SIGTERM):
         previous[each] = signal.signal(each, handle)
