@@ -550,6 +550,7 @@ def test_memory_stays_flat(config, tmp_path):
 
     sizes = {}
     trainer = Trainer(config(iterations=300, logging__checkpoint_every=50), tmp_path / "run")
+    trainer.loop.reward = Spoilt()
     trainer.run(lambda iteration: sizes.update({iteration.number: resident()}))
     assert sizes[300] <= 1.05 * sizes[30], (sizes[30], sizes[300])
 

@@ -222,7 +222,11 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold the run folder: a second process is refused. The lock goes with the process, however it ends."""
     import fcntl
 
-    with (folder / ".lock").open("a+") as file:
+    try:
+        opened = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise InputError(f"{folder / '.lock'}: cannot be written to: {error.strerror}") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
