@@ -210,6 +210,7 @@ class TrainingLoop:
             "policy/approx_kl": stats.approx_kl,
             "policy/clip_fraction": stats.clip_fraction,
             "policy/ratio_deviation": stats.ratio_deviation,
+            "policy/rescored_by": stats.rescored_by,
             "policy/grad_norm": stats.grad_norm,
             "policy/pairs": stats.pairs,
             "warning/constant_reward_groups": int((kept_rewards.std(1, correction=0) < 1e-6).sum()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from driftrl.objectives.clipped_surrogate import clipped_surrogate
 from driftrl.objectives.kl import kl_equal_variance
 from driftrl.rollout import NO_NOISE, PromptNoise, score_step
 from driftrl.transitions import gaussian
-from driftrl.types import Conditioning, Policy, Rollout, UpdateStats
+from driftrl.types import Conditioning, Policy, Rollout, Transition, UpdateStats
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Objective:
     epochs: int = 1
     batch_size: int = 96
     max_grad_norm: float = 1.0
+    rescore: bool = False
+    """Score the samples again in the update's own batches before the policy moves: in half precision what a
+    network computes depends on its batch, by more than the clip range allows."""
+    loss_scale: float = 1.0
+    """Power of two that keeps half-precision gradients from vanishing; divided out before they are used."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +114,22 @@ def update(
     latents, old = rollout.latents.flatten(0, 1), rollout.log_probs.flatten(0, 1)
     eps = None if rollout.prompt_noise is None else rollout.prompt_noise.flatten(0, 1)
     prompt_of = torch.arange(prompts, device=old.device).repeat_interleave(group)
-    parameters = policy.parameters()
-    device = old.device
+    parameters, device = policy.parameters(), old.device
     # Sums over pairs: loss, surrogate, kl, approx_kl, clip_fraction; they stay on the device until the end.
     sums, norms = torch.zeros(5, device=device), []
     deviation = torch.zeros((), device=device)
     bad = torch.full((), -1, device=device)  # first pair whose loss is not finite: sample * steps + step
     total = 0
-    for epoch in range(objective.epochs):
-        pairs = training_pairs(
+
+    def replay(sample: Tensor, step: Tensor) -> tuple[Transition, Tensor]:
+        own = None if eps is None else eps[sample]
+        move = score_step(
+            policy, latents[sample, step], step, conditioning.rows(prompt_of[sample]), own, prompt_noise
+        )
+        return move, gaussian.log_prob(latents[sample, step + 1], move.mean, move.std)
+
+    passes = [
+        training_pairs(
             policy.scored,
             prompts * group,
             objective.timesteps,
@@ -125,9 +137,12 @@ def update(
             key[1] + epoch * 2**32,
             objective.timestep_choice,
         )
-        for number, part in enumerate(
-            torch.arange(len(pairs.sample), device=device).chunk(objective.updates)
-        ):
+        for epoch in range(objective.epochs)
+    ]
+    before = _rescored(old, replay, passes, objective) if objective.rescore else old
+    for epoch, pairs in enumerate(passes):
+        parts = torch.arange(len(pairs.sample), device=device).chunk(objective.updates)
+        for number, part in enumerate(parts):
             optimizer.zero_grad(set_to_none=True)
             used = part
             if objective.kl_weight == 0:  # without KL a pair of zero advantage has no gradient: leave it out
@@ -135,32 +150,30 @@ def update(
             total += len(part)
             for micro in used.split(objective.batch_size) if len(used) else ():
                 sample, step = pairs.sample[micro], pairs.step[micro]
-                rows = conditioning.rows(prompt_of[sample])
-                own = None if eps is None else eps[sample]
-                move = score_step(policy, latents[sample, step], step, rows, own, prompt_noise)
-                log_prob = gaussian.log_prob(latents[sample, step + 1], move.mean, move.std)
+                move, log_prob = replay(sample, step)
                 surrogate = clipped_surrogate(
-                    log_prob, old[sample, step], per_step[sample, step], objective.clip_range
+                    log_prob, before[sample, step], per_step[sample, step], objective.clip_range
                 )
                 kl = torch.zeros_like(log_prob)
                 if objective.kl_weight > 0:
                     with torch.no_grad(), policy.reference():
-                        reference = score_step(policy, latents[sample, step], step, rows, own, prompt_noise)
+                        reference, _ = replay(sample, step)
                     kl = kl_equal_variance(move.mean, reference.mean, move.std)
                 loss = surrogate.loss + objective.kl_weight * kl
                 bad = _first_bad(bad, loss.detach(), sample * old.shape[1] + step)
-                (loss.sum() / len(part)).backward()
+                (loss.sum() * (objective.loss_scale / len(part))).backward()
                 with torch.no_grad():
                     share = len(micro)
                     sums += torch.stack([loss.sum(), surrogate.loss.sum(), kl.sum(), share * surrogate.approx_kl,
                                          share * surrogate.clip_fraction])  # fmt: skip
                     if number == 0 and epoch == 0:
                         deviation = torch.maximum(
-                            deviation, ((log_prob - old[sample, step]).exp() - 1).abs().max()
+                            deviation, ((log_prob - before[sample, step]).exp() - 1).abs().max()
                         )
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
+                parameter.grad /= objective.loss_scale  # a power of two: exact
             norm = nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm)
             if not bool(torch.isfinite(norm)):
                 optimizer.zero_grad(set_to_none=True)
@@ -170,8 +183,33 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     loss_, surrogate_, kl_, approx_kl, clipped = (sums / max(1, total)).tolist()
     return UpdateStats(
-        loss_, surrogate_, kl_, approx_kl, clipped, float(deviation), float(torch.stack(norms).mean()), total
+        loss_,
+        surrogate_,
+        kl_,
+        approx_kl,
+        clipped,
+        float(deviation),
+        float((before - old).abs().max()),
+        float(torch.stack(norms).mean()),
+        total,
     )
+
+
+def _rescored(
+    old: Tensor,
+    replay: Callable[[Tensor, Tensor], tuple[Transition, Tensor]],
+    passes: Sequence[Pairs],
+    objective: Objective,
+) -> Tensor:
+    """Log-probabilities like ``old`` [samples, T], scored in batches as large as the update's."""
+    before = old.clone()
+    with torch.no_grad():
+        for pairs in passes:
+            for sample, step in zip(
+                pairs.sample.split(objective.batch_size), pairs.step.split(objective.batch_size), strict=True
+            ):
+                before[sample, step] = replay(sample, step)[1]
+    return before
 
 
 def _first_bad(bad: Tensor, loss: Tensor, pair: Tensor) -> Tensor:

@@ -67,6 +67,13 @@ def register(app: typer.Typer) -> None:
         guidance_scale: Annotated[
             float | None, typer.Option(help="By default that of the run.", min=0)
         ] = None,
+        deterministic: Annotated[
+            bool,
+            typer.Option(
+                "--deterministic",
+                help="No noise on the way (DDIM with eta = 0, the plain flow), as stock pipelines draw.",
+            ),
+        ] = False,
     ) -> None:
         """Draw images with a fine-tuned model, or any model.
 
@@ -78,7 +85,7 @@ def register(app: typer.Typer) -> None:
         """
         from driftrl.cli.sample import sample as work
 
-        work(source, prompt, count, seed, out, base, steps, guidance_scale)
+        work(source, prompt, count, seed, out, base, steps, guidance_scale, deterministic)
 
     @app.command()
     def evaluate(
