@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 
 from rich.console import Console
@@ -30,13 +30,13 @@ def serve_reward(
             "pip install 'driftrl[serve]'"
         )
     console = Console(stderr=True)
-    with console.status(f"loading {escape(name)}", spinner="dots"):
+    with console.status(f"loading {escape(name)}", spinner="dots") as status, ExitStack() as stack:
         from driftrl.build import build_reward, device_of
         from driftrl.rewards.protocol import TOKEN_VARIABLE, Limits, token_of
         from driftrl.rewards.server import RewardService, create_app, listen, server_of
 
         token = token_of(token)
-        listener = listen(host, port)  # before the model is loaded: a taken port should not wait for that
+        listener = stack.enter_context(listen(host, port))  # a taken port should not wait for the model
         try:
             where = device_of(device)
         except InputError as error:
@@ -46,24 +46,24 @@ def serve_reward(
 
             logging.disable_progress_bar()  # its bars for loading weights would come between ours
         reward = build_reward(name, where)
+        status.stop()
 
-    def tell(line: str) -> None:
-        console.print(f"{time.strftime('%H:%M:%S')} {escape(line)}", highlight=False, soft_wrap=True)
+        def tell(line: str) -> None:
+            console.print(f"{time.strftime('%H:%M:%S')} {escape(line)}", highlight=False, soft_wrap=True)
 
-    limits = Limits(max_bytes=max_megabytes * 2**20)
-    service = RewardService(reward, name, where, limits, token, batch_size, tell)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    if token is None and not _is_loopback(host):
+        limits = Limits(max_bytes=max_megabytes * 2**20)
+        service = RewardService(reward, name, where, limits, token, batch_size, tell)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        if token is None and not _is_loopback(host):
+            console.print(
+                f"[yellow]anyone who reaches {escape(url)} can have images scored: there is no "
+                f"authentication; set --token or {TOKEN_VARIABLE}, or leave --host at 127.0.0.1[/]",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
         console.print(
-            f"[yellow]anyone who reaches {escape(url)} can have images scored: there is no authentication; "
-            f"set --token or {TOKEN_VARIABLE}, or leave --host at 127.0.0.1[/]",
+            f"[bold]{escape(name)}[/] on {where}; train with: --set reward={escape(url)}\nCtrl-C stops it",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
-    console.print(
-        f"[bold]{escape(name)}[/] on {where}; train with: --set reward={escape(url)}\nCtrl-C stops it",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    with listener:
         server_of(create_app(service)).run(sockets=[listener])
 
 

@@ -157,7 +157,7 @@ class HTTPReward:
             ) from trouble
         if status != 200:
             raise InputError(
-                f"reward: {self.url} does not say what it is: status {status}: {_error_of(answer)}{_hint(status)}"
+                f"reward: {self.url} refused to say what it is: status {status}: {_error_of(answer)}{_hint(status)}"
             )
         info = _json(answer)
         version = info.get("protocol") if isinstance(info, dict) else None
@@ -211,25 +211,26 @@ class HTTPReward:
             headers["Authorization"] = f"Bearer {self._token}"
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=timeout)
+        answer: http.client.HTTPResponse | None = None
+        line: socket.socket | None = None
         late = threading.Event()
 
         def cut() -> None:
             late.set()
-            if connection.sock is not None:
+            if line is not None:
                 with suppress(OSError):
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+                    socket.socket.shutdown(line, socket.SHUT_RDWR)
 
         # The socket's own timeout starts anew with every byte; this one does not.
         timer = threading.Timer(timeout, cut)
         timer.daemon = True
         timer.start()
         try:
-            try:
+            connection.connect()
+            line = connection.sock
+            with suppress(BrokenPipeError, ConnectionResetError):
+                # A server may say why it refuses, and close, before it has read everything.
                 connection.request(method, self._path + path, body, headers)
-            except (BrokenPipeError, ConnectionResetError):
-                if connection.sock is None:
-                    raise
-                # It may have said why, and closed, before it had read everything.
             answer = connection.getresponse()
             content = answer.read(most + 1)
         except (OSError, http.client.HTTPException) as error:
@@ -239,6 +240,8 @@ class HTTPReward:
             raise _TroubleError(f"{type(error).__name__}: {reason}") from error
         finally:
             timer.cancel()
+            if answer is not None:
+                answer.close()
             connection.close()
         if late.is_set():
             raise _TroubleError(f"no answer within {timeout:g} s")
