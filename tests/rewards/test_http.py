@@ -4,11 +4,13 @@ import base64
 import contextlib
 import io
 import json
+import socket
 import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -376,3 +378,23 @@ def test_training_does_not_start_without_its_server(config, tmp_path):
     assert "driftrl serve-reward NAME --port 9" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_server_of_the_documentation(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/reward-server.md").read_text("utf-8")
+    (code,) = [part for part in page.split("```python\n")[1:] if "HTTPServer" in part]
+    (tmp_path / "own.py").write_text(code.split("```")[0])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, tmp_path / "own.py", str(port)], stderr=subprocess.DEVNULL)
+    try:
+        reward, until = None, time.monotonic() + 30
+        while reward is None and time.monotonic() < until:
+            with contextlib.suppress(InputError):  # until it listens
+                reward = build_reward(f"http://127.0.0.1:{port}", CPU)
+        images = torch.rand(3, 1, 1, 1, generator=torch.manual_seed(0)).expand(3, 3, 8, 8)
+        scores = reward(images, ["a cat"] * 3)
+    finally:
+        process.kill()
+        process.wait()
+    torch.testing.assert_close(scores, images[:, 0, 0, 0], atol=0.5 / 255 + 1e-6, rtol=0)

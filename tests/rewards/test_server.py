@@ -28,7 +28,7 @@ from driftrl.build import build_reward
 from driftrl.checks import InputError, RunFailedError
 from driftrl.rewards.http import HTTPReward
 from driftrl.rewards.protocol import Limits, decode_json, decode_safetensors, encode_json, encode_pngs
-from driftrl.rewards.server import RewardService, create_app, listen, server_of
+from driftrl.rewards.server import DECODERS, RewardService, create_app, listen, server_of
 
 CPU = torch.device("cpu")
 TENSORS, PNGS = "application/x-safetensors", "application/json"
@@ -147,6 +147,18 @@ def test_a_reward_that_fails_is_a_message_and_not_the_end():
         ):
             HTTPReward(url, attempts=2, pause=0)(torch.rand(1, 3, 8, 8), ["raise"])
         assert ask(url, body=tensors())[0] == 200
+
+
+def test_a_mistake_of_ours_is_a_message_too(monkeypatch, caplog):
+    def broken(body, limits):
+        raise KeyError("images")
+
+    monkeypatch.setitem(DECODERS, TENSORS, broken)
+    with serving() as (url, _):
+        status, answer = ask(url, body=tensors())
+        assert (status, answer) == (500, {"error": "a mistake in the server: KeyError: 'images'"})
+        assert ask(url, "/healthz", method="GET")[0] == 200
+    assert "Traceback" in caplog.text  # for whoever runs the server
 
 
 def test_info_and_health(url):
@@ -468,6 +480,30 @@ def test_the_command_until_ctrl_c(tmp_path):
     assert "scored 1 images of 8 x 8" in message
 
 
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    (tmp_path / "stuck.py").write_text("import time\ndef score(images, prompts):\n    time.sleep(600)\n")
+    process = start("stuck:score", "--port", "0", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    try:
+        url = process.stderr.readline().split("reward=")[1].strip()
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(ask(url, body=tensors())))
+        thread.start()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate(timeout=20)
+        thread.join()
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 130
+    assert "again to stop at once" in message
+    assert "Traceback" not in message
+    assert answers == [(503, {"error": "the server was stopped"})]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -511,7 +547,7 @@ def test_others_can_reach_it_only_when_asked(monkeypatch, capsys, host, token, w
         def run(self, sockets):
             bound.append(sockets[0].getsockname())
 
-    monkeypatch.setattr(server, "server_of", lambda app: Nothing())
+    monkeypatch.setattr(server, "server_of", lambda app, on_stop: Nothing())
     serve_reward.serve_reward("compressibility", host, 0, "cpu", 1, None, token)
     assert ("no authentication" in capsys.readouterr().err) is warned
     assert bound[0][0] in (host, "127.0.0.1")

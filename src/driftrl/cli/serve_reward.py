@@ -64,7 +64,11 @@ def serve_reward(
             f"[bold]{escape(name)}[/] on {where}; train with: --set reward={escape(url)}\nCtrl-C stops it",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
-        server_of(create_app(service)).run(sockets=[listener])
+
+        def on_stop() -> None:
+            tell("stopping when the requests in hand are answered; again to stop at once")
+
+        server_of(create_app(service), on_stop).run(sockets=[listener])
 
 
 def _is_loopback(host: str) -> bool:

@@ -146,6 +146,8 @@ class RewardService:
                     rewards = await _in_thread(partial(self._rewards, images, prompts))
                 except (InputError, RunFailedError) as error:
                     raise RefusedError(500, str(error), unread=False) from error
+        except asyncio.CancelledError:  # a second Ctrl-C, or half a minute after the first
+            raise RefusedError(503, "the server was stopped", unread=False) from None
         finally:
             self._places.release()
         height, width = images.shape[-2:]
@@ -154,10 +156,12 @@ class RewardService:
         return JSONResponse({"rewards": rewards})
 
     def refuse(self, request: Request, error: Any) -> JSONResponse:
-        """The answer to a request that raised a `RefusedError`, or the framework's own 404 or 405."""
+        """The answer to a request that raised a `RefusedError`, the framework's own 404 or 405, or a mistake of ours."""
         if isinstance(error, HTTPException):
             path = request.url.path[:80]
             error = RefusedError(error.status_code, f"{request.method} {path!r}: {error.detail}")
+        elif not isinstance(error, RefusedError):
+            error = RefusedError(500, f"a mistake in the server: {type(error).__name__}: {error}")
         self.tell(f"refused, status {error.status}: {error.message}")
         return Refusal(error)
 
@@ -203,6 +207,7 @@ def create_app(service: RewardService) -> FastAPI:
     app = FastAPI(title="driftrl reward", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(RefusedError, refuse)
     app.add_exception_handler(HTTPException, refuse)
+    app.add_exception_handler(Exception, refuse)  # uvicorn then logs the traceback too
     app.add_api_route("/healthz", service.healthz, methods=["GET"], response_model=None)
     app.add_api_route("/v1/info", service.info, methods=["GET"], response_model=None)
     app.add_api_route("/v1/score", service.score, methods=["POST"], response_model=None)
@@ -236,17 +241,31 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def server_of(app: FastAPI) -> Any:
+class _Server(uvicorn.Server):
+    """Says that it stops when a signal asks for it."""
+
+    on_stop: Callable[[], Any] = bool
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if not self.should_exit:
+            self.on_stop()
+        super().handle_exit(sig, frame)
+
+
+def server_of(app: FastAPI, on_stop: Callable[[], Any] = bool) -> Any:
     """A `uvicorn.Server` for ``app``: ``run(sockets=[listener])`` serves until Ctrl-C or ``should_exit``.
 
-    When it ends it takes no more requests, and those in hand are answered within half a minute.
+    When a signal comes it calls ``on_stop``, takes no more requests, and answers those in hand within half a
+    minute; at a second one it stops at once.
     """
-    return uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
-            app, log_config=None, log_level="warning", access_log=False, http="h11", ws="none", lifespan="off",
+            app, log_config=None, log_level="error", access_log=False, http="h11", ws="none", lifespan="off",
             server_header=False, proxy_headers=False, limit_concurrency=128, timeout_graceful_shutdown=30,
         )
     )  # fmt: skip
+    server.on_stop = on_stop
+    return server
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
