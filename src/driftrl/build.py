@@ -164,11 +164,16 @@ def build_policy(config: TrainConfig, adapter: bool = True) -> PipelinePolicy:
 
 
 def build_reward(name: str, device: torch.device) -> Reward:
-    """A reward of the package, of an entry point in the group ``driftrl.rewards``, or ``module:function``.
+    """A reward of the package, of an entry point in the group ``driftrl.rewards``, ``module:function``, or the
+    URL of a reward server.
 
     Raises:
         InputError: if there is none of that name.
     """
+    if name.startswith(("http://", "https://")):
+        from driftrl.rewards.http import HTTPReward
+
+        return HTTPReward(name)
     if name == "tiny-animals":
         from driftrl.rewards.clip import CLIPReward
 
@@ -192,7 +197,8 @@ def build_reward(name: str, device: torch.device) -> Reward:
         return plugins[name].load()
     known = (*REWARDS, *plugins)
     raise InputError(
-        f"reward: expected one of {', '.join(known)}, or module:function; got {name!r}{nearest(name, known)}"
+        f"reward: expected one of {', '.join(known)}, module:function, or http://host:port; "
+        f"got {name!r}{nearest(name, known)}"
     )
 
 
