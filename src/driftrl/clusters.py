@@ -14,9 +14,10 @@ _ALIKE = 1e-6
 def spectral_clusters(distances: Tensor, clusters: int, rounds: int = 20) -> Tensor:
     """Split each group into ``clusters`` by spectral clustering; no randomness, all groups at once.
 
-    Affinity ``exp(-D^2 / (2 s^2))`` with s half the group's mean distance; the leading eigenvectors of the symmetrically normalised affinity, rows scaled to length 1; k-means on the rows, begun
-    at the best-connected image and then at whichever is farthest from the centres so far. A group whose images
-    are all alike is one cluster.
+    Affinity ``exp(-D^2 / (2 s^2))`` with s half the group's mean distance; the leading eigenvectors of the
+    symmetrically normalised affinity, rows scaled to length 1; k-means on the rows, begun at the best-connected
+    image and then at whichever is farthest from the centres so far. A group whose images are all alike is one
+    cluster.
 
     Args:
         distances: [P, G, G], symmetric; the diagonal is ignored.
