@@ -1,12 +1,22 @@
 """Group-relative advantages: against NumPy, their invariances, vanishing spread, and each scale."""
 
+from collections import deque
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from driftrl.advantages import SCALES, group_relative
+from driftrl.advantages import (
+    SCALES,
+    AdvantageRule,
+    advantages_of,
+    group_relative,
+    no_history,
+    remember,
+    running_relative,
+)
 from driftrl.checks import InputError
 
 
@@ -103,3 +113,63 @@ def test_dtypes_and_single_member_groups():
 def test_refuses_what_it_cannot_use(call, says):
     with pytest.raises(InputError, match=says):
         call()
+
+
+def test_running_statistics_are_those_of_the_last_rewards():
+    """Three rounds of a set of three prompts, against deques, as the formula has it."""
+    length, least, eps = 5, 3, 1e-6
+    history, books = no_history(3, length), [deque(maxlen=length) for _ in range(3)]
+    for turn, which in enumerate([[0, 1], [2, 0], [1, 1]]):  # the last asks for one prompt twice
+        rewards = _rewards(2, 4, seed=turn, dtype=torch.float32)[:, : 2 + turn]
+        history = remember(history, which, rewards)
+        for row, index in enumerate(which):
+            books[index].extend(rewards[row].tolist())
+        rows = history.rows(which)
+        kept = rewards[:, :2]
+        found = running_relative(kept, rows, rewards, least, eps=eps)
+        for row, index in enumerate(which):
+            past = np.array(books[index] if len(books[index]) >= least else rewards.flatten().tolist())
+            expected = (kept[row].numpy() - past.mean()) / (past.std() + eps)
+            np.testing.assert_allclose(found[row].numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert history.filled.tolist() == [5, 5, 3]
+    assert [row[-c:].tolist() for row, c in zip(*history, strict=True)] == [list(b) for b in books]
+
+
+def test_a_history_of_just_this_group_is_the_group_relative_advantage():
+    rewards = _rewards(3, 8, dtype=torch.float32)
+    history = remember(no_history(3, 8), [0, 1, 2], rewards)
+    found = running_relative(rewards, history, rewards, 8, eps=0.0)
+    torch.testing.assert_close(found, group_relative(rewards))
+    rule = AdvantageRule(clip=0.5)
+    torch.testing.assert_close(
+        advantages_of(rewards, rule, rewards), group_relative(rewards).clamp(-0.5, 0.5)
+    )
+    running = AdvantageRule(baseline="running", clip=0.5, min_history=8)
+    torch.testing.assert_close(advantages_of(rewards, running, rewards, history), found.clamp(-0.5, 0.5))
+
+
+def test_remembering_leaves_the_past_alone():
+    before = remember(no_history(2, 3), [0], torch.tensor([[1.0, 2.0]]))
+    copies = before.values.clone(), before.filled.clone()
+    remember(before, [0, 1], torch.ones(2, 4))
+    assert torch.equal(before.values, copies[0])
+    assert torch.equal(before.filled, copies[1])
+
+
+def test_running_statistics_of_equal_rewards_teach_nothing():
+    equal = torch.full((2, 4), 0.1)
+    history = remember(no_history(2, 8), [0, 1], equal)
+    for least in (1, 100):
+        assert running_relative(equal, history, equal, least).tolist() == [[0.0] * 4] * 2
+
+
+def test_the_running_baseline_refuses_what_does_not_fit():
+    rewards = torch.zeros(2, 4)
+    with pytest.raises(InputError, match="history"):
+        advantages_of(rewards, AdvantageRule(baseline="running"), rewards)
+    with pytest.raises(InputError, match="a row for each of 2"):
+        running_relative(rewards, no_history(3, 4), rewards)
+    with pytest.raises(InputError, match="2 rows"):
+        remember(no_history(3, 4), [0, 1], torch.zeros(1, 4))
+    with pytest.raises(InputError, match="did you mean 'running'"):
+        advantages_of(rewards, AdvantageRule(baseline="runing"), rewards)

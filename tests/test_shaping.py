@@ -1,5 +1,6 @@
 """Diversity shaping: definitions, clipping, the warning, telescoping, and what is invariant."""
 
+import math
 import warnings
 
 import pytest
@@ -9,10 +10,20 @@ from hypothesis import strategies as st
 
 from driftrl.checks import InputError
 from driftrl.shaping import (
+    LEVELS,
+    MEASURES,
     DiversityWarning,
+    Shaping,
+    diversity_bonus,
+    entropy_share,
     group_diversity,
     intrinsic_advantage,
+    nearest_distance,
+    novelty,
+    reweight_above_average,
     shape_advantages,
+    shape_at_advantage,
+    shape_at_reward,
     shape_rewards,
     stepwise_intrinsic,
 )
@@ -160,4 +171,136 @@ def test_shaping_that_vanishes_at_the_end_leaves_the_best_policy_alone():
 )
 def test_refuses_what_it_cannot_use(call, says):
     with pytest.raises(InputError, match=says):
+        call()
+
+
+def _distances(prompts: int, group: int, seed: int = 0) -> torch.Tensor:
+    half = _uniform(prompts, group, group, seed=seed)
+    return (half + half.mT) * (1 - torch.eye(group, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_nearest_and_entropy_by_sorting(k):
+    distances = _distances(3, 5)
+    near, entropy = nearest_distance(distances, k), entropy_share(distances, k)
+    for p in range(3):
+        for i in range(5):
+            others = sorted(float(distances[p, i, j]) for j in range(5) if j != i)
+            assert float(near[p, i]) == pytest.approx(others[k - 1])
+            assert float(entropy[p, i]) == pytest.approx(math.log(math.sqrt(2 * others[k - 1])))
+    assert entropy_share(torch.zeros(1, 3, 3), 1, floor=0.01)[0].tolist() == pytest.approx(
+        [math.log(0.01)] * 3
+    )
+
+
+def test_the_entropy_estimate_is_that_of_the_circle():
+    """Kozachenko and Leonenko, m = 1 and k = 1: psi(n) - psi(1) + log 2 + mean log r; the circle has log 2 pi."""
+    n = 2000
+    angle = 2 * math.pi * _uniform(n, seed=3)
+    distances = 1 - (angle[:, None] - angle).cos()
+    share = entropy_share(distances[None], 1, floor=1e-12)
+    digamma = torch.digamma(torch.tensor([float(n), 1.0], dtype=torch.float64))
+    estimate = digamma[0] - digamma[1] + math.log(2) + share.mean()
+    # log r has a standard deviation of pi / sqrt(6) per point, and neighbours share it: 4 errors of sqrt(2) that.
+    assert float(estimate) == pytest.approx(math.log(2 * math.pi), abs=4 * 1.28 * math.sqrt(2 / n))
+
+
+def test_above_average_images_are_reweighted_by_novelty():
+    advantages = torch.tensor([[2.0, 1.0, 0.0, -3.0]])
+    novelty_ = torch.tensor([[4.0, 1.0, 2.0, 1.0]])  # mean 2
+    assert reweight_above_average(advantages, novelty_).tolist() == [[4.0, 0.5, 0.0, -3.0]]
+    assert reweight_above_average(advantages, novelty_, 0.5).tolist() == [[3.0, 0.75, 0.0, -3.0]]
+    assert reweight_above_average(advantages, novelty_, 3.0).tolist() == [[8.0, 0.0, 0.0, -3.0]]
+    for same in (torch.full((1, 4), 0.7), torch.zeros(1, 4)):
+        torch.testing.assert_close(reweight_above_average(advantages, same), advantages)
+    assert torch.equal(reweight_above_average(advantages, novelty_, 0.0), advantages)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_switched_off_it_is_grpo(measure, level):
+    rewards, distances = _uniform(2, 6, seed=1), _distances(2, 6)
+    off = Shaping(ratio=0.0, measure=measure, level=level)
+    bonus = diversity_bonus(distances, off)
+    assert shape_at_reward(rewards, bonus, off) is rewards
+    assert shape_at_advantage(rewards, bonus, off) is rewards
+
+
+@pytest.mark.filterwarnings("ignore::driftrl.shaping.DiversityWarning")
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("level", ["advantage", "multiply"])
+def test_images_equally_far_apart_leave_the_advantages(measure, level):
+    """Every measure is constant there: all in one cluster, or each alone, and the rest by symmetry."""
+    advantages = _uniform(1, 4, seed=2) - 0.5
+    distances = 0.3 * (1 - torch.eye(4, dtype=torch.float64))[None]
+    for clusters in (1, 4):
+        on = Shaping(measure=measure, level=level, clusters=clusters)
+        bonus = diversity_bonus(distances, on)
+        torch.testing.assert_close(bonus, bonus[:, :1].expand(1, 4))
+        if level == "advantage" or measure != "entropy":
+            torch.testing.assert_close(shape_at_advantage(advantages, bonus, on), advantages)
+
+
+def test_the_cluster_bonus_is_one_over_the_size():
+    x = torch.tensor([0.0, 0.01, 0.02, 5.0, 5.01, 9.0], dtype=torch.float64)
+    found = novelty((x[:, None] - x).abs()[None], Shaping(measure="clusters", clusters=3))
+    torch.testing.assert_close(found, torch.tensor([[1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2, 1.0]]).double())
+
+
+def test_levels_are_what_they_say():
+    rewards, distances = _uniform(2, 6, seed=1), _distances(2, 6)
+    at = {level: Shaping(ratio=0.3, level=level) for level in LEVELS}
+    d = group_diversity(distances)
+    assert torch.equal(diversity_bonus(distances, at["reward"]), d)
+    torch.testing.assert_close(shape_at_reward(rewards, d, at["reward"]), rewards + 0.3 * d.clamp(-1, 1))
+    assert shape_at_advantage(rewards, d, at["reward"]) is rewards
+    z = (d - d.mean(1, keepdim=True)) / d.std(1, correction=0, keepdim=True)
+    torch.testing.assert_close(
+        shape_at_advantage(rewards, d, at["advantage"]), rewards + 0.3 * z.clamp(-1, 1)
+    )
+    weight = 1 + 0.3 * (d / d.mean(1, keepdim=True) - 1)
+    torch.testing.assert_close(shape_at_advantage(rewards, d, at["multiply"]), rewards * weight)
+    assert (
+        shape_at_reward(rewards, d, at["advantage"]) is shape_at_reward(rewards, d, at["multiply"]) is rewards
+    )
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_stepwise_pays_each_step_what_its_potentials_earn_from_there(gamma):
+    distances = torch.stack([_distances(2, 4, seed=k) for k in range(5)], dim=1)  # [P, T + 1, G, G]
+    bonus = diversity_bonus(distances, Shaping(potential="stepwise", gamma=gamma))
+    phi = torch.stack([group_diversity(distances[:, k]) for k in range(5)])  # [T + 1, P, G]
+    assert bonus.shape == (2, 4, 4)
+    for k in range(4):
+        paid = sum(gamma ** (j - k) * (gamma * phi[j + 1] - phi[j]) for j in range(k, 4))
+        torch.testing.assert_close(bonus[..., k], paid)
+
+
+def test_stepwise_with_no_potential_before_the_image_is_terminal():
+    distances = torch.zeros(2, 4, 5, 5, dtype=torch.float64)
+    distances[:, -1] = _distances(2, 5)
+    bonus = diversity_bonus(distances, Shaping(potential="stepwise"))
+    terminal = diversity_bonus(distances[:, -1], Shaping())
+    torch.testing.assert_close(bonus, terminal[..., None].expand(2, 5, 3))
+
+
+@pytest.mark.parametrize("potential", ["terminal", "stepwise"])
+def test_each_potential_wants_its_shape(potential):
+    wrong = torch.zeros(1, 2, 3, 3) if potential == "terminal" else torch.zeros(1, 3, 3)
+    with pytest.raises(InputError, match="distances"):
+        diversity_bonus(wrong, Shaping(potential=potential))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: nearest_distance(torch.zeros(1, 3, 3), 3), "k: expected 1 to 2"),
+        (lambda: entropy_share(torch.zeros(1, 3, 3), floor=0.0), "floor"),
+        (lambda: novelty(torch.zeros(1, 3, 3), Shaping(measure="nerest")), "nearest"),
+        (lambda: shape_at_reward(torch.zeros(1, 3), torch.zeros(1, 3), Shaping(level="rewards")), "level"),
+        (lambda: reweight_above_average(torch.zeros(1, 3), torch.zeros(1, 4)), "novelty"),
+    ],
+)
+def test_new_functions_refuse_what_does_not_fit(call, name):
+    with pytest.raises(InputError, match=name):
         call()

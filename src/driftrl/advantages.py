@@ -1,6 +1,10 @@
-"""Group-relative advantages: how much better each image is than the others of the same prompt."""
+"""Advantages: how much better each image is than the others of the same prompt, in its group or in the past."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +13,61 @@ from driftrl.checks import InputError, at_least, has_shape, is_finite, one_of
 
 SCALES: tuple[str, ...] = ("selected", "candidates", "global", "none")
 
+BASELINES: tuple[str, ...] = ("group", "running")
+
 # A standard deviation below this many rounding errors of the largest reward is rounding, not signal.
 _ROUNDING_ERRORS = 4.0
+
+
+class History(NamedTuple):
+    """The last rewards of each prompt of a set of S, as DDPO's running statistics want them."""
+
+    values: Tensor
+    """float32 [S, K]: the newest last; 0 where there is none yet."""
+    filled: Tensor
+    """int64 [S]: how many of a row's last values are rewards, at most K."""
+
+    def rows(self, which: Sequence[int]) -> History:
+        """The history of some prompts, in the order of the indices ``which``."""
+        index = torch.tensor(which, device=self.filled.device)
+        return History(self.values[index], self.filled[index])
+
+
+@dataclass(frozen=True)
+class AdvantageRule:
+    """How rewards become advantages."""
+
+    scale: str = "selected"
+    """What divides, one of ``SCALES``; with baseline ``running`` the standard deviation of the history does."""
+    clip: float = 5.0
+    """Bound on the magnitude."""
+    baseline: str = "group"
+    """What an image is compared with, one of ``BASELINES``: its group, or the prompt's last rewards."""
+    min_history: int = 16
+    """Of ``running``: with fewer rewards than this, the whole batch stands in for the prompt."""
+
+
+def advantages_of(
+    rewards: Tensor, rule: AdvantageRule, candidates: Tensor, history: History | None = None
+) -> Tensor:
+    """Advantages [P, G] of the kept ``rewards`` [P, G] as ``rule`` says.
+
+    Args:
+        rewards: [P, G], of the kept candidates.
+        rule: baseline, scale and clip.
+        candidates: [P, N], of all candidates.
+        history: the P prompts' rows, ``candidates`` included; needed by baseline ``running``.
+
+    Raises:
+        InputError: as `group_relative` and `running_relative` do, or for ``running`` without a history.
+    """
+    if one_of("baseline", rule.baseline, BASELINES) == "running":
+        if history is None:
+            raise InputError("history: baseline 'running' needs each prompt's last rewards; got None")
+        relative = running_relative(rewards, history, candidates, rule.min_history)
+    else:
+        relative = group_relative(rewards, rule.scale, candidates=candidates)
+    return relative.clamp(-rule.clip, rule.clip)
 
 
 def group_relative(
@@ -90,3 +147,101 @@ def group_relative(
     std = values.std(dim=1, keepdim=True, correction=correction)
     vanishes = std <= _ROUNDING_ERRORS * precision * values.abs().amax(dim=1, keepdim=True)
     return torch.where(vanishes, 0.0, centred / torch.where(vanishes, 1.0, std + eps)).to(dtype)
+
+
+def no_history(prompts: int, length: int, device: torch.device | str = "cpu") -> History:
+    """A history without rewards, for a set of ``prompts`` and the last ``length`` rewards of each."""
+    return History(
+        torch.zeros(prompts, length, device=device), torch.zeros(prompts, dtype=torch.long, device=device)
+    )
+
+
+def remember(history: History, which: Sequence[int], rewards: Tensor) -> History:
+    """A new history that ends in ``rewards``; the oldest ones fall out.
+
+    Args:
+        history: of a set of S prompts.
+        which: P indices into the set; a prompt may come more than once, then in this order.
+        rewards: [P, N], what each of them earned.
+
+    Raises:
+        InputError: if ``rewards`` is not [P, N].
+
+    Example:
+        >>> import torch
+        >>> from driftrl.advantages import no_history, remember
+        >>> remember(no_history(2, 3), [1], torch.tensor([[5.0, 6.0]])).values
+        tensor([[0., 0., 0.],
+                [0., 5., 6.]])
+    """
+    if has_shape("rewards", rewards, "[P, N]").shape[0] != len(which):
+        raise InputError(f"rewards: expected {len(which)} rows; got {list(rewards.shape)}")
+    values, filled = history.values.clone(), history.filled.clone()
+    length = values.shape[1]
+    for row, earned in zip(which, rewards.to(values), strict=True):
+        values[row] = torch.cat([values[row], earned])[-length:]
+        filled[row] = (filled[row] + len(earned)).clamp(max=length)
+    return History(values, filled)
+
+
+def running_relative(
+    rewards: Tensor, history: History, candidates: Tensor, min_history: int = 16, *, eps: float = 1e-6
+) -> Tensor:
+    """Advantages ``(R - mean) / (std + eps)`` with mean and standard deviation over the prompt's last rewards.
+
+    The statistics outlive the iteration, so no group is needed to know what a prompt usually earns; in return
+    they lag behind the policy. Where a prompt has fewer than ``min_history`` rewards yet, mean and standard
+    deviation are those of all ``candidates`` of the batch. Where the standard deviation vanishes (see
+    `group_relative`), advantages are exactly zero. The standard deviation is the population one.
+
+    Args:
+        rewards: [P, G].
+        history: P rows, these rewards included.
+        candidates: [P, N], every reward of this iteration.
+        min_history: least number of rewards for statistics of a prompt's own.
+        eps: added to the standard deviation.
+
+    Returns:
+        [P, G], the dtype of ``rewards``.
+
+    Raises:
+        InputError: for wrong shapes or values that are not finite.
+
+    Source: DDPO (arXiv 2305.13301, section 4, per-prompt normalisation).
+
+    Example:
+        >>> import torch
+        >>> from driftrl.advantages import no_history, remember, running_relative
+        >>> now = torch.tensor([[2.0, 4.0]])
+        >>> past = remember(no_history(1, 4), [0], torch.tensor([[0.0, 2.0]]))
+        >>> running_relative(now, remember(past, [0], now), now, min_history=2).round(decimals=4)
+        tensor([[0.0000, 1.4142]])
+    """
+    at_least("eps", eps, 0.0)
+    is_finite("rewards", has_shape("rewards", rewards, "[P, G]"))
+    is_finite("candidates", has_shape("candidates", candidates, "[P, N]"))
+    if len(history.values) != len(rewards):
+        raise InputError(
+            f"history: expected a row for each of {len(rewards)} prompts; got {len(history.values)}"
+        )
+    wide = torch.float32 if rewards.device.type == "mps" else torch.float64
+    length = history.values.shape[1]
+    place = torch.arange(length, device=rewards.device)
+    weight = (place >= length - history.filled[:, None]).to(wide)
+    own = (history.filled >= min_history)[:, None]
+    mean, std, magnitude = _moments(history.values.to(wide), weight)
+    everything = candidates.to(wide).reshape(1, -1)
+    mean_all, std_all, magnitude_all = _moments(everything, torch.ones_like(everything))
+    mean, std = torch.where(own, mean, mean_all), torch.where(own, std, std_all)
+    magnitude = torch.where(own, magnitude, magnitude_all)
+    vanishes = std <= _ROUNDING_ERRORS * torch.finfo(rewards.dtype).eps * magnitude
+    relative = (rewards.to(wide) - mean) / torch.where(vanishes, 1.0, std + eps)
+    return torch.where(vanishes, 0.0, relative).to(rewards.dtype)
+
+
+def _moments(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, population standard deviation and largest magnitude [P, 1] of the values [P, K] of weight 1."""
+    count = weight.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = (values * weight).sum(dim=1, keepdim=True) / count
+    variance = ((values - mean).square() * weight).sum(dim=1, keepdim=True) / count
+    return mean, variance.sqrt(), (values * weight).abs().amax(dim=1, keepdim=True)

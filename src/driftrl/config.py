@@ -241,12 +241,19 @@ class TrainConfig(Section):
 def load_config(path: Path | None = None, overrides: list[str] | None = None) -> TrainConfig:
     """Read a YAML file and apply ``key=value`` overrides (dotted keys, YAML values).
 
+    A file may be a difference from another: its top-level key ``base`` names that file, relative to its own
+    folder. The base is read first (it may have a base itself), then sections are merged key by key; a list or
+    a single value replaces what the base has. The result is the same as of one file with everything in it.
+
     Raises:
-        InputError: naming each bad key, what was given, what is allowed and the nearest valid name.
+        InputError: naming each bad key, what was given, what is allowed and the nearest valid name; for a base
+            that cannot be read, or files that are each other's base.
     """
     data: dict[str, Any] = {}
+    source = "configuration"
     if path is not None:
-        data = _read_yaml(path)
+        data, files = _read_with_base(path, ())
+        source = " based on ".join(str(file) for file in files)
     for override in overrides or []:
         key, sign, text = override.partition("=")
         if not sign or not key.strip():
@@ -264,7 +271,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
             if not isinstance(place, dict):
                 raise InputError(f"--set {key}: '{parent}' has no keys of its own")
         place[leaf] = value
-    return parse_config(data, str(path) if path else "configuration")
+    return parse_config(data, source)
 
 
 def parse_config(data: dict[str, Any], source: str = "configuration") -> TrainConfig:
@@ -283,6 +290,37 @@ def parse_config(data: dict[str, Any], source: str = "configuration") -> TrainCo
 def dump_config(config: TrainConfig) -> str:
     """The complete configuration as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_with_base(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
+    """The data of a file merged onto that of its base, and the files it came from, ``path`` first."""
+    place = path.resolve()
+    if place in children:
+        raise InputError(
+            f"{path}: base: goes round in a circle: {' -> '.join(map(str, (*children, place)))}; "
+            "let one of them stand alone"
+        )
+    data = _read_yaml(path)
+    if "base" not in data:
+        return data, [path]
+    base = data.pop("base")
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{path}: base: expected the path of a YAML file, such as base.yaml; got {base!r}")
+    if not (path.parent / base).is_file():
+        raise InputError(f"{path}: base: there is no file {path.parent / base}")
+    below, files = _read_with_base(path.parent / base, (*children, place))
+    return _merged(below, data), [path, *files]
+
+
+def _merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the keys of ``change`` in their place, mappings key by key."""
+    result = dict(base)
+    for key, value in change.items():
+        before = result.get(key)
+        result[key] = (
+            _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+        )
+    return result
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

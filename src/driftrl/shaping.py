@@ -2,17 +2,23 @@
 
 All functions take distances or potentials, never images. Source: DRIFT (arXiv 2601.12401) for the intra-group
 diversity, the clip at 1, the ratio 0.5 and the decoupled advantages; Ng, Harada and Russell (ICML 1999) for
-shaping by potentials.
+shaping by potentials. Its competitors differ in what they measure and in where the bonus enters: docs/methods.md.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least, has_shape
+from driftrl.checks import InputError, at_least, has_shape, one_of
+from driftrl.clusters import cluster_sizes, spectral_clusters
+
+MEASURES: tuple[str, ...] = ("pairwise", "nearest", "entropy", "clusters")
+LEVELS: tuple[str, ...] = ("advantage", "reward", "multiply")
+POTENTIALS: tuple[str, ...] = ("terminal", "stepwise")
 
 
 class DiversityWarning(UserWarning):
@@ -21,6 +27,93 @@ class DiversityWarning(UserWarning):
 
 # Distances such as 1 - cosine are of order one and carry rounding of that order even where they are tiny.
 _ROUNDING_ERRORS = 8.0
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """What is measured of a group's variety, and where it enters."""
+
+    ratio: float = 0.5
+    """Lambda; 0 switches shaping off."""
+    clip: float = 1.0
+    """Sigma: bound on the intrinsic advantage, or on the bonus at level ``reward``."""
+    level: str = "advantage"
+    """One of ``LEVELS``."""
+    measure: str = "pairwise"
+    """One of ``MEASURES``."""
+    neighbors: int = 1
+    """k of the measures ``nearest`` and ``entropy``."""
+    clusters: int = 3
+    """Of the measure ``clusters``: how many a group is split into."""
+    potential: str = "terminal"
+    """One of ``POTENTIALS``."""
+    gamma: float = 1.0
+    """Discount of the potential ``stepwise``."""
+
+
+def diversity_bonus(distances: Tensor, shaping: Shaping) -> Tensor:
+    """What each image, or each of its steps, adds to its group's variety.
+
+    Args:
+        distances: [P, G, G] between the images of each group; for the potential ``stepwise`` [P, T + 1, G, G]
+            between its predicted clean latents at x_T, ..., x_0.
+        shaping: the measure, and the potential.
+
+    Returns:
+        [P, G]; for ``stepwise`` [P, G, T]: every step's return (`stepwise_intrinsic`). Zeros if the ratio is 0.
+
+    Raises:
+        InputError: for another shape, or as `novelty` does.
+    """
+    one_of("potential", shaping.potential, POTENTIALS)
+    if shaping.potential == "terminal":
+        has_shape("distances", distances, "[P, G, G]")
+        return novelty(distances, shaping) if shaping.ratio > 0 else torch.zeros_like(distances[..., 0])
+    has_shape("distances", distances, "[P, T + 1, G, G]")
+    if shaping.ratio == 0:
+        return torch.zeros_like(distances[:, 1:, :, 0]).mT
+    potentials = novelty(distances.flatten(0, 1), shaping).unflatten(0, distances.shape[:2]).mT
+    return stepwise_intrinsic(potentials, shaping.gamma)[1]
+
+
+def novelty(distances: Tensor, shaping: Shaping) -> Tensor:
+    """How much each image differs from the others of its group, [P, G], for distances [P, G, G].
+
+    - ``pairwise``: the mean distance to the others (DRIFT; `group_diversity`).
+    - ``nearest``: the distance to the k-th nearest other (GARDO, arXiv 2512.24138, with k = 1).
+    - ``entropy``: the logarithm of that distance (`entropy_share`).
+    - ``clusters``: one over the size of the image's cluster (DiverseGRPO, arXiv 2512.21514): 1 for an image
+      that is alone in its way, 1/G for all of a group of one cluster.
+
+    Raises:
+        InputError: for another shape, an unknown measure, or k above G - 1.
+    """
+    one_of("measure", shaping.measure, MEASURES)
+    if shaping.measure == "pairwise":
+        return group_diversity(distances)
+    if shaping.measure == "nearest":
+        return nearest_distance(distances, shaping.neighbors)
+    if shaping.measure == "entropy":
+        return entropy_share(distances, shaping.neighbors)
+    return cluster_sizes(spectral_clusters(distances, shaping.clusters)).to(distances.dtype).reciprocal()
+
+
+def shape_at_reward(rewards: Tensor, bonus: Tensor, shaping: Shaping) -> Tensor:
+    """The rewards [P, G], with the bonus [P, G] if it enters there; else, or with ratio 0, as they are."""
+    if one_of("level", shaping.level, LEVELS) != "reward" or shaping.ratio == 0:
+        return rewards
+    return shape_rewards(rewards, bonus, shaping.ratio, shaping.clip)
+
+
+def shape_at_advantage(advantages: Tensor, bonus: Tensor, shaping: Shaping) -> Tensor:
+    """The advantages [P, G], with the bonus [P, G] or [P, G, T] if it enters there; else, or with ratio 0, as
+    they are.
+    """
+    if one_of("level", shaping.level, LEVELS) == "reward" or shaping.ratio == 0:
+        return advantages
+    if shaping.level == "multiply":
+        return reweight_above_average(advantages, bonus, shaping.ratio)
+    return shape_advantages(advantages, intrinsic_advantage(bonus, shaping.clip), shaping.ratio)
 
 
 def group_diversity(distances: Tensor) -> Tensor:
@@ -47,6 +140,61 @@ def group_diversity(distances: Tensor) -> Tensor:
         raise InputError(f"distances: expected shape [P, G, G]; got {list(distances.shape)}")
     diagonal = torch.eye(group, dtype=torch.bool, device=distances.device)
     return distances.masked_fill(diagonal, 0.0).sum(dim=-1) / max(group - 1, 1)
+
+
+def nearest_distance(distances: Tensor, k: int = 1) -> Tensor:
+    """Distance of each image to the k-th nearest of the others.
+
+    Args:
+        distances: [P, G, G]; the diagonal is ignored.
+        k: 1 to G - 1.
+
+    Returns:
+        [P, G].
+
+    Raises:
+        InputError: for another shape or k outside 1 .. G - 1.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.shaping import nearest_distance
+        >>> nearest_distance(torch.tensor([[[0.0, 1.0, 3.0], [1.0, 0.0, 2.0], [3.0, 2.0, 0.0]]]))
+        tensor([[1., 1., 2.]])
+    """
+    has_shape("distances", distances, "[P, G, G]")
+    group = distances.shape[-1]
+    if distances.shape[-2] != group:
+        raise InputError(f"distances: expected shape [P, G, G]; got {list(distances.shape)}")
+    if not 1 <= k < group:
+        raise InputError(f"k: expected 1 to {group - 1}, the others of a group; got {k}")
+    diagonal = torch.eye(group, dtype=torch.bool, device=distances.device)
+    return distances.masked_fill(diagonal, torch.inf).topk(k, dim=-1, largest=False).values[..., -1]
+
+
+def entropy_share(distances: Tensor, k: int = 1, floor: float = 1e-3) -> Tensor:
+    """What each image adds to the nearest-neighbour estimate of its group's entropy: ``log r_i``.
+
+    The Kozachenko-Leonenko estimate in m dimensions is a constant plus ``m / G sum_i log r_i``, r_i the distance
+    to the k-th nearest neighbour; constant and factor drop out where the bonus is standardised. ``r`` is the
+    Euclidean distance of features of length 1, ``sqrt(2 D)`` for D = 1 - cosine.
+
+    Args:
+        distances: [P, G, G], each 1 - cosine.
+        k: 1 to G - 1.
+        floor: least r: two images alike would be worth minus infinity.
+
+    Returns:
+        [P, G], in nats per dimension.
+
+    Raises:
+        InputError: as `nearest_distance`, or for a floor of 0 or less.
+
+    Source: Kozachenko and Leonenko, Problems of Information Transmission 23 (1987); as a bonus on features, Seo
+    et al., "State entropy maximization with random encoders" (arXiv 2102.09430). The floor is ours.
+    """
+    if not floor > 0:
+        raise InputError(f"floor: expected more than 0; got {floor}")
+    return (2.0 * nearest_distance(distances, k)).clamp(min=0.0).sqrt().clamp(min=floor).log()
 
 
 def intrinsic_advantage(diversity: Tensor, clip: float = 1.0) -> Tensor:
@@ -125,6 +273,44 @@ def shape_advantages(advantages: Tensor, intrinsic: Tensor, ratio: float = 0.5) 
             f"got {list(intrinsic.shape)}"
         )
     return (advantages if intrinsic.dim() == 2 else advantages.unsqueeze(-1)) + ratio * intrinsic
+
+
+def reweight_above_average(advantages: Tensor, novelty: Tensor, ratio: float = 1.0) -> Tensor:
+    """Positive advantages are multiplied by how novel the image is; the others stay: ``A * w`` where A > 0.
+
+    ``w = 1 + ratio (n / mean n - 1)``, at least 0, with the mean over the group. So a bad image gains nothing by
+    being different, and no bonus can outweigh the reward. A group that is equally novel throughout, or not at
+    all, keeps its advantages.
+
+    Args:
+        advantages: [P, G].
+        novelty: [P, G], at least 0.
+        ratio: 1 is the published rule, 0 leaves everything as it is.
+
+    Returns:
+        [P, G].
+
+    Raises:
+        InputError: if the shapes do not agree or ``ratio`` is below 0.
+
+    Source: GARDO (arXiv 2512.24138), with the novelty ``nearest``; the mean as the unit is that of its
+    published code, ``ratio`` is ours.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.shaping import reweight_above_average
+        >>> reweight_above_average(torch.tensor([[1.0, 1.0, -2.0]]), torch.tensor([[3.0, 1.0, 2.0]]))
+        tensor([[ 1.5000,  0.5000, -2.0000]])
+    """
+    at_least("ratio", ratio, 0.0)
+    has_shape("advantages", advantages, "[P, G]")
+    if novelty.shape != advantages.shape:
+        raise InputError(f"novelty: expected shape {list(advantages.shape)}; got {list(novelty.shape)}")
+    mean = novelty.mean(dim=1, keepdim=True)
+    vanishes = mean <= _ROUNDING_ERRORS * torch.finfo(novelty.dtype).eps
+    relative = torch.where(vanishes, 1.0, novelty / torch.where(vanishes, 1.0, mean))
+    weight = (1.0 + ratio * (relative - 1.0)).clamp(min=0.0)
+    return torch.where(advantages > 0, advantages * weight.to(advantages.dtype), advantages)
 
 
 def shape_rewards(rewards: Tensor, diversity: Tensor, ratio: float = 0.5, clip: float = 1.0) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from driftrl.checks import InputError
-from driftrl.objectives.kl import kl_equal_variance
+from driftrl.objectives.kl import divergence, kl_equal_variance, step_weights, wasserstein_equal_variance
 from driftrl.transitions.gaussian import log_prob, sample
 
 
@@ -57,3 +57,46 @@ def test_refuses_shapes_that_do_not_agree():
         kl_equal_variance(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2))
     with pytest.raises(InputError, match="std"):
         kl_equal_variance(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(3))
+
+
+def test_wasserstein_is_the_squared_distance_of_the_means():
+    """Of Gaussians of equal covariance; by optimal coupling of sorted draws in one dimension."""
+    mean, ref = _normal(3, 2, 4, seed=0), _normal(3, 2, 4, seed=1)
+    found = divergence("wasserstein", mean, ref, torch.ones(3))
+    torch.testing.assert_close(
+        found, torch.stack([((a - b) ** 2).mean() for a, b in zip(mean, ref, strict=True)])
+    )
+    one, other = (m + 0.7 * _normal(400_000, seed=s) for m, s in ((0.2, 2), (-0.3, 3)))
+    coupled = (one.sort().values - other.sort().values).square().mean()
+    alone = wasserstein_equal_variance(torch.tensor([[0.2]]), torch.tensor([[-0.3]]))
+    assert float(coupled) == pytest.approx(float(alone), abs=0.01)
+    std = torch.tensor([0.1, 1.0, 3.0]).double()
+    torch.testing.assert_close(found, divergence("kl", mean, ref, std) * 2 * std**2)
+
+
+def test_gradient_of_wasserstein_flows_through_the_policy_mean_only():
+    mean, ref = _normal(2, 3, seed=0).requires_grad_(), _normal(2, 3, seed=1).requires_grad_()
+    wasserstein_equal_variance(mean, ref).sum().backward()
+    torch.testing.assert_close(mean.grad, 2 * (mean - ref).detach() / 3)
+    assert ref.grad is None
+
+
+def test_early_steps_weigh_more_and_the_mean_stays():
+    scored = torch.tensor([True, True, False, True, True])
+    assert step_weights(scored).tolist() == [1.0] * 5
+    early = step_weights(scored, "early")
+    assert early.tolist() == pytest.approx([1.6, 1.2, 0.0, 0.8, 0.4])
+    assert float(early[scored].mean()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: wasserstein_equal_variance(torch.zeros(2, 3), torch.zeros(2, 4)), "mean_ref"),
+        (lambda: divergence("w2", torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2)), "divergence"),
+        (lambda: step_weights(torch.ones(3, dtype=torch.bool), "late"), "schedule"),
+    ],
+)
+def test_refuses_what_does_not_fit(call, name):
+    with pytest.raises(InputError, match=name):
+        call()

@@ -1,11 +1,25 @@
-"""Closed-form KL divergence to the reference policy."""
+"""How far the policy is from the reference, in closed form, and at which steps that counts."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError
+from driftrl.checks import InputError, has_shape, one_of
+
+DIVERGENCES: tuple[str, ...] = ("kl", "wasserstein")
+SCHEDULES: tuple[str, ...] = ("uniform", "early")
+
+
+def divergence(kind: str, mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
+    """The divergence [N] that is named: `kl_equal_variance`, or `wasserstein_equal_variance`.
+
+    Raises:
+        InputError: for another name, or as these do.
+    """
+    if one_of("divergence", kind, DIVERGENCES) == "kl":
+        return kl_equal_variance(mean, mean_ref, std)
+    return wasserstein_equal_variance(mean, mean_ref)
 
 
 def kl_equal_variance(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
@@ -51,3 +65,66 @@ def kl_equal_variance(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
         )
     divergence = 0.5 * ((mean.to(dtype) - mean_ref.detach().to(dtype)) / scale).square()
     return divergence.flatten(1).mean(dim=1) if divergence.dim() > 1 else divergence
+
+
+def wasserstein_equal_variance(mean: Tensor, mean_ref: Tensor) -> Tensor:
+    """``W_2^2`` of two Gaussians of equal covariance, as the **mean** over all dimensions but the first.
+
+    It is ``(mean - mean_ref)^2``: the KL times ``2 std^2``, so that noisy, early steps weigh more than with the
+    KL. Gradient flows through ``mean`` only.
+
+    Args:
+        mean: [N, ...], of the policy being trained.
+        mean_ref: [N, ...], of the reference.
+
+    Returns:
+        [N], at least 0; float32, or float64 if an argument is.
+
+    Raises:
+        InputError: if the shapes do not agree.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.objectives.kl import wasserstein_equal_variance
+        >>> wasserstein_equal_variance(torch.ones(1, 4), torch.zeros(1, 4))
+        tensor([1.])
+    """
+    if mean.dim() < 1 or mean_ref.shape != mean.shape:
+        raise InputError(
+            f"mean_ref: expected the shape of mean, {list(mean.shape)}; got {list(mean_ref.shape)}"
+        )
+    dtype = torch.promote_types(torch.promote_types(mean.dtype, mean_ref.dtype), torch.float32)
+    squared = (mean.to(dtype) - mean_ref.detach().to(dtype)).square()
+    return squared.flatten(1).mean(dim=1) if squared.dim() > 1 else squared
+
+
+def step_weights(scored: Tensor, schedule: str = "uniform") -> Tensor:
+    """What the divergence weighs at each denoising step; the mean over the scored steps is 1.
+
+    ``uniform``: 1 everywhere. ``early``: falling linearly from the first scored step to the last, so that what is
+    decided while the picture takes its shape is held most firmly.
+
+    Args:
+        scored: bool [T], from noise to image.
+        schedule: one of ``SCHEDULES``.
+
+    Returns:
+        float32 [T]; 0 at steps that are not scored, for ``early``.
+
+    Raises:
+        InputError: for another shape or schedule.
+
+    Source: DiverseGRPO (arXiv 2512.21514) has stronger constraints at early steps; the line is ours.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.objectives.kl import step_weights
+        >>> step_weights(torch.tensor([True, True, True, False]), "early")
+        tensor([1.5000, 1.0000, 0.5000, 0.0000])
+    """
+    has_shape("scored", scored, "[T]")
+    if one_of("schedule", schedule, SCHEDULES) == "uniform":
+        return torch.ones(len(scored), device=scored.device)
+    mask = scored.float()
+    count = mask.sum()
+    return mask * (count + 1 - mask.cumsum(0)) * 2 / (count + 1)

@@ -1,0 +1,61 @@
+"""Configurations based on others: merged key by key, resolved, strictly checked, never in a circle."""
+
+import pytest
+
+from driftrl.checks import InputError
+from driftrl.config import TrainConfig, dump_config, load_config
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        path = folder / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_a_file_is_a_difference_from_its_base(tmp_path):
+    write(
+        tmp_path,
+        ground="iterations: 7\nselection: {strategy: random, keep: 4}\nlogging: {trackers: [tensorboard]}\n",
+    )
+    write(tmp_path / "sub", middle="base: ../ground.yaml\nname: middle\nselection: {keep: 6}\n")
+    write(tmp_path / "sub", top="base: middle.yaml\nname: top\nlogging: {trackers: []}\n")
+    config = load_config(tmp_path / "sub/top.yaml", ["iterations=9"])
+    assert config == TrainConfig(
+        name="top", iterations=9, selection={"strategy": "random", "keep": 6}, logging={"trackers": []}
+    )
+    # What a run records is the whole of it, and stands alone.
+    alone = write(tmp_path, alone=dump_config(config)) / "alone.yaml"
+    assert "base" not in alone.read_text().split()
+    assert load_config(alone) == config
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "base: b.yaml\n", "b": "base: a.yaml\n"}, "circle"),
+        ({"a": "base: ./a.yaml\n"}, "circle"),
+        ({"a": "base: missing.yaml\n"}, "a.yaml: base: there is no file"),
+        ({"a": "base: [b.yaml]\n"}, "expected the path of a YAML file"),
+        ({"a": "base:\n"}, "expected the path of a YAML file"),
+        (
+            {"a": "base: b.yaml\n", "b": "selection: {stratgy: all}\n"},
+            "b.yaml: selection.stratgy: no such key",
+        ),
+        ({"a": "base: b.yaml\nselection: top\n", "b": "selection: {keep: 4}\n"}, "selection: expected"),
+        ({"a": "base: b.yaml\n", "b": "iterations: [\n"}, "b.yaml: no valid YAML"),
+        ({"a": "selection: {base: b.yaml}\n"}, "selection.base: no such key"),
+    ],
+)
+def test_a_bad_base_is_one_message(tmp_path, files, message):
+    write(tmp_path, **files)
+    with pytest.raises(InputError) as caught:
+        load_config(tmp_path / "a.yaml")
+    assert message in str(caught.value)
+
+
+def test_a_base_cannot_be_set_from_the_command_line(tmp_path):
+    write(tmp_path, a="iterations: 1\n")
+    with pytest.raises(InputError, match="base: no such key"):
+        load_config(tmp_path / "a.yaml", ["base=a.yaml"])
