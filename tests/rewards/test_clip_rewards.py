@@ -1,6 +1,7 @@
 """PickScore, HPSv2, CLIPScore and the aesthetic predictor: real classes, random weights, against their formulas."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
     }))  # fmt: skip
     sizes = (12, 1024, 128, 64, 16, 1)
     weights = {}
-    for number, (a, b) in zip((0, 2, 4, 6, 7), zip(sizes, sizes[1:], strict=False), strict=True):
+    for number, (a, b) in zip((0, 2, 4, 6, 7), pairwise(sizes), strict=True):
         weights[f"layers.{number}.weight"] = torch.randn(b, a) / a**0.5
         weights[f"layers.{number}.bias"] = torch.randn(b)
     save_file(weights, place / "aesthetic.safetensors")

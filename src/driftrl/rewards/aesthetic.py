@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def head(width: int) -> nn.Sequential:
     """
     sizes = (width, *WIDTHS)
     layers: list[nn.Module] = []
-    for number, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for number, (before, after) in enumerate(pairwise(sizes)):
         layers.append(nn.Linear(before, after))
         if number < len(WIDTHS) - 2:
             layers.append(nn.Dropout())
