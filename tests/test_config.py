@@ -1,6 +1,6 @@
-from pathlib import Path
-
 """Configurations based on others: merged key by key, resolved, strictly checked, never in a circle."""
+
+from pathlib import Path
 
 import pytest
 
