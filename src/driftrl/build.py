@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 
+from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import ModelConfig, TrainConfig
+from driftrl.objectives.gate import Anchor
 from driftrl.policies.lora import add_lora
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy
 from driftrl.prompts import load_prompts
 from driftrl.rewards.guarded import GuardedReward
 from driftrl.rollout import PromptNoise
+from driftrl.shaping import Shaping
 from driftrl.trainer import Method, TrainingLoop
 from driftrl.types import Encoder, Policy, Reward
 from driftrl.update import Objective
@@ -131,6 +134,21 @@ def build_reward(name: str, device: torch.device) -> Reward:
     )
 
 
+def build_judges(config: TrainConfig, reward: Reward) -> tuple[Reward, ...]:
+    """The rewards whose disagreement with ``reward`` gates the divergence; none where all samples are held."""
+    objective, guards = config.objective, config.guards
+    if objective.kl_weight == 0 or objective.kl_share == 1:
+        return ()
+    device = device_of(config.model.device)
+
+    def judge(name: str) -> Reward:
+        if name == "mirrored":
+            return lambda images, prompts: reward(images.flip(-1), prompts)
+        return GuardedReward(build_reward(name, device), guards.reward_attempts, guards.reward_timeout)
+
+    return tuple(judge(name) for name in objective.kl_judges)
+
+
 def build_encoder(name: str, device: torch.device, policy: Policy | None = None) -> Encoder:
     """An image encoder by name.
 
@@ -202,11 +220,11 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
             config.selection.keep,
             config.selection.strategy,
             prompt_noise_of(config, "train"),
-            config.advantage.scale,
-            config.advantage.clip,
-            config.shaping.ratio,
-            config.shaping.clip,
-            config.shaping.level,
+            AdvantageRule(**config.advantage.model_dump()),
+            Shaping(**config.shaping.model_dump(exclude={"encoder"})),
+            Anchor(
+                config.objective.kl_share, config.objective.reference_kl, config.objective.reference_every
+            ),
         ),
         Objective(
             config.objective.clip_range,
@@ -217,6 +235,8 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
             config.optimizer.epochs,
             config.optimizer.batch_size or (48 if on_cpu else 96),
             config.optimizer.max_grad_norm,
+            config.objective.divergence,
+            config.objective.kl_schedule,
         ),
         optimizer,
         run / "checkpoints",
@@ -228,6 +248,7 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
         config.logging.keep_every,
         config.guards.max_failures,
         config.model_dump(mode="json"),
+        build_judges(config, reward),
     )
 
 

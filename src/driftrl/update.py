@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from driftrl import noise
 from driftrl.checks import NotFiniteError
 from driftrl.objectives.clipped_surrogate import clipped_surrogate
-from driftrl.objectives.kl import kl_equal_variance
+from driftrl.objectives.kl import divergence, step_weights
 from driftrl.rollout import NO_NOISE, PromptNoise, score_step
 from driftrl.transitions import gaussian
 from driftrl.types import Conditioning, Policy, Rollout, UpdateStats
@@ -29,6 +30,9 @@ class Objective:
     epochs: int = 1
     batch_size: int = 96
     max_grad_norm: float = 1.0
+    divergence: str = "kl"
+    """Its kind, and what it weighs at each step: `driftrl.objectives.kl`."""
+    kl_schedule: str = "uniform"
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,14 @@ def update(
     key: tuple[int, int],
     prompt_noise: PromptNoise = NO_NOISE,
     names: Sequence[str] | None = None,
+    gate: Tensor | None = None,
+    reference: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> UpdateStats:
     """Take `objective.updates` optimiser steps on a rollout.
 
     The loss of a step is the mean over its pairs of the clipped surrogate plus ``kl_weight`` times the
-    closed-form KL to the reference. It is summed up over micro-batches, so their size changes nothing but
-    rounding.
+    closed-form divergence from the reference, weighed by the gate and the schedule. It is summed up over
+    micro-batches, so their size changes nothing but rounding.
 
     Args:
         policy: what is trained.
@@ -95,6 +101,8 @@ def update(
         key: (seed, iteration).
         prompt_noise: as it was in the rollout.
         names: of the P prompts, for messages.
+        gate: [P, G], what the divergence weighs for each sample; None is 1.
+        reference: a context within which the policy is the reference; by default ``policy.reference``.
 
     Returns:
         Averages over all pairs.
@@ -111,11 +119,12 @@ def update(
     prompt_of = torch.arange(prompts, device=old.device).repeat_interleave(group)
     parameters = policy.parameters()
     device = old.device
-    # Sums over pairs: loss, surrogate, kl, approx_kl, clip_fraction; they stay on the device until the end.
-    sums, norms = torch.zeros(5, device=device), []
-    deviation = torch.zeros((), device=device)
+    reference = reference or policy.reference
+    held = _held(step_weights(policy.scored, objective.kl_schedule), old, gate)
+    # Sums over pairs: loss, surrogate, kl and its weight, approx_kl, clip_fraction; on the device until the end.
+    sums, norms = torch.zeros(6, device=device), []
+    deviation, total = torch.zeros((), device=device), 0
     bad = torch.full((), -1, device=device)  # first pair whose loss is not finite: sample * steps + step
-    total = 0
     for epoch in range(objective.epochs):
         pairs = training_pairs(
             policy.scored,
@@ -137,30 +146,29 @@ def update(
                 sample, step = pairs.sample[micro], pairs.step[micro]
                 rows = conditioning.rows(prompt_of[sample])
                 own = None if eps is None else eps[sample]
+                if objective.kl_weight > 0:  # first, for the policy's gradient wants its own weights in place
+                    with torch.no_grad(), reference():
+                        anchor = score_step(policy, latents[sample, step], step, rows, own, prompt_noise)
                 move = score_step(policy, latents[sample, step], step, rows, own, prompt_noise)
                 log_prob = gaussian.log_prob(latents[sample, step + 1], move.mean, move.std)
                 surrogate = clipped_surrogate(
                     log_prob, old[sample, step], per_step[sample, step], objective.clip_range
                 )
-                kl = torch.zeros_like(log_prob)
+                weight, kl = held[sample, step], torch.zeros_like(log_prob)
                 if objective.kl_weight > 0:
-                    with torch.no_grad(), policy.reference():
-                        reference = score_step(policy, latents[sample, step], step, rows, own, prompt_noise)
-                    kl = kl_equal_variance(move.mean, reference.mean, move.std)
+                    kl = weight * divergence(objective.divergence, move.mean, anchor.mean, move.std)
                 loss = surrogate.loss + objective.kl_weight * kl
                 bad = _first_bad(bad, loss.detach(), sample * old.shape[1] + step)
                 (loss.sum() / len(part)).backward()
                 with torch.no_grad():
                     share = len(micro)
-                    sums += torch.stack([loss.sum(), surrogate.loss.sum(), kl.sum(), share * surrogate.approx_kl,
-                                         share * surrogate.clip_fraction])  # fmt: skip
+                    sums += torch.stack([loss.sum(), surrogate.loss.sum(), kl.sum(), weight.sum(),
+                                         share * surrogate.approx_kl, share * surrogate.clip_fraction])  # fmt: skip
                     if number == 0 and epoch == 0:
                         deviation = torch.maximum(
                             deviation, ((log_prob - old[sample, step]).exp() - 1).abs().max()
                         )
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+            _without_gaps(parameters)
             norm = nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm)
             if not bool(torch.isfinite(norm)):
                 optimizer.zero_grad(set_to_none=True)
@@ -168,10 +176,23 @@ def update(
             optimizer.step()
             norms.append(norm.detach())
     optimizer.zero_grad(set_to_none=True)
-    loss_, surrogate_, kl_, approx_kl, clipped = (sums / max(1, total)).tolist()
+    loss_, surrogate_, kl_, weighed, approx_kl, clipped = (sums / max(1, total)).tolist()
+    kl_ = kl_ / max(weighed, 1e-12)
     return UpdateStats(
         loss_, surrogate_, kl_, approx_kl, clipped, float(deviation), float(torch.stack(norms).mean()), total
     )
+
+
+def _held(steps: Tensor, like: Tensor, gate: Tensor | None) -> Tensor:
+    """What the divergence weighs for each sample and step [P * G, T]."""
+    return steps.expand_as(like) if gate is None else steps * gate.flatten()[:, None]
+
+
+def _without_gaps(parameters: list[nn.Parameter]) -> None:
+    """A gradient of zero where there is none, so that the optimiser treats every step alike."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _first_bad(bad: Tensor, loss: Tensor, pair: Tensor) -> Tensor:
