@@ -96,6 +96,7 @@ def test_the_adapter_loads_into_a_stock_pipeline(config, tmp_path):
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore::driftrl.build.GuidanceWarning")
 def test_learning_happens(config, tmp_path):
     """With an easy reward, the last iterations are better than the first by far more than their noise."""
     settings = config(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from importlib import resources
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,9 +15,11 @@ import torch
 from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import ModelConfig, TrainConfig
+from driftrl.files import read_json
 from driftrl.objectives.gate import Anchor
-from driftrl.policies.lora import add_lora
-from driftrl.policies.stable_diffusion import StableDiffusionPolicy
+from driftrl.policies.flow import FluxPolicy, StableDiffusion3Policy
+from driftrl.policies.pipeline import PipelinePolicy, Sampler
+from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from driftrl.prompts import load_prompts
 from driftrl.rewards.guarded import GuardedReward
 from driftrl.rollout import PromptNoise
@@ -28,7 +31,33 @@ from driftrl.update import Objective
 TINY_ANIMALS = Path(str(resources.files("driftrl") / "assets" / "tiny-animals"))
 POLICY_ENCODERS = ("policy:latents", "policy:mid-block")
 REWARDS = ("tiny-animals", "compressibility", "incompressibility")
-PIPELINES = {"StableDiffusionPipeline": StableDiffusionPolicy}
+PIPELINES: dict[str, type[PipelinePolicy]] = {
+    "StableDiffusionPipeline": StableDiffusionPolicy,
+    "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
+    "StableDiffusion3Pipeline": StableDiffusion3Policy,
+    "FluxPipeline": FluxPolicy,
+}
+
+USUAL_SAMPLING = {
+    "StableDiffusionPipeline": (50, 5.0),
+    "StableDiffusionXLPipeline": (50, 5.0),
+    "StableDiffusion3Pipeline": (28, 4.5),
+    "FluxPipeline": (28, 3.5),
+}
+"""Steps and guidance scale of a model that no run has settings for."""
+
+
+class GuidanceWarning(UserWarning):
+    """A model is about to be trained without the guidance that it usually needs."""
+
+
+def usual_sampling(path: str) -> dict[str, float]:
+    """Steps and guidance scale for a pipeline in a folder; {} for the embedded model and where it cannot be told."""
+    index = Path(path) / "model_index.json"
+    if not index.is_file():
+        return {}
+    usual = USUAL_SAMPLING.get(read_json(index).get("_class_name", ""))
+    return {} if usual is None else {"steps": usual[0], "guidance_scale": usual[1]}
 
 
 def device_of(name: str) -> torch.device:
@@ -61,6 +90,7 @@ def load_pipeline(model: ModelConfig) -> Any:
     folder = Path(path)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise InputError(f"model.path: {path} is no diffusers pipeline folder: it has no model_index.json")
+    _demand_parts(folder)
     offline = os.environ.get("HF_HUB_OFFLINE", "0") == "1"
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if not folder.exists() and looks_local:
@@ -88,25 +118,65 @@ def load_pipeline(model: ModelConfig) -> Any:
     return pipeline
 
 
-def build_policy(config: TrainConfig, adapter: bool = True) -> Policy:
-    """The policy of a configuration, with a fresh adapter unless told otherwise."""
+def _demand_parts(folder: Path) -> None:
+    """Refuse a pipeline folder, if it is one, that lacks a part its model_index.json names."""
+    if not folder.exists():
+        return
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict):
+        raise InputError(f"model.path: {folder / 'model_index.json'} is no pipeline's index")
+    named = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0] is not None]
+    missing = [part for part in named if not (folder / part).is_dir()]
+    if missing:
+        raise InputError(
+            f"model.path: {folder} lacks its {', '.join(missing)}; its model_index.json names "
+            f"{', '.join(named)}: copy or download the whole pipeline"
+        )
+
+
+def build_policy(config: TrainConfig, adapter: bool = True) -> PipelinePolicy:
+    """The policy of a configuration, with fresh trainable weights unless told otherwise."""
     pipeline, device = load_pipeline(config.model), device_of(config.model.device)
     sampling = config.sampling
     policy = PIPELINES[type(pipeline).__name__](
-        pipeline, sampling.steps, sampling.guidance_scale, sampling.eta, device
+        pipeline,
+        Sampler(
+            sampling.steps,
+            sampling.guidance_scale,
+            sampling.eta,
+            sampling.flow_sampler,
+            sampling.noise_level,
+            sampling.height,
+            sampling.width,
+        ),
+        device,
     )
+    if config.model.vae_slicing:
+        pipeline.vae.enable_slicing()
+    if config.model.vae_tiling:
+        pipeline.vae.enable_tiling()
     if adapter:
         lora = config.adapter
-        add_lora(policy.network, lora.rank, lora.alpha, lora.targets, config.seed)
+        if lora.kind == "full":
+            policy.train_fully()
+        else:
+            policy.add_lora(lora.rank, lora.alpha, lora.targets, config.seed)
+    if config.model.gradient_checkpointing:
+        policy.network.enable_gradient_checkpointing()
     return policy
 
 
 def build_reward(name: str, device: torch.device) -> Reward:
-    """A reward of the package, of an entry point in the group ``driftrl.rewards``, or ``module:function``.
+    """A reward of the package, of an entry point in the group ``driftrl.rewards``, ``module:function``, or the
+    URL of a reward server.
 
     Raises:
         InputError: if there is none of that name.
     """
+    if name.startswith(("http://", "https://")):
+        from driftrl.rewards.http import HTTPReward
+
+        return HTTPReward(name)
     if name == "tiny-animals":
         from driftrl.rewards.clip import CLIPReward
 
@@ -130,7 +200,8 @@ def build_reward(name: str, device: torch.device) -> Reward:
         return plugins[name].load()
     known = (*REWARDS, *plugins)
     raise InputError(
-        f"reward: expected one of {', '.join(known)}, or module:function; got {name!r}{nearest(name, known)}"
+        f"reward: expected one of {', '.join(known)}, module:function, or http://host:port; "
+        f"got {name!r}{nearest(name, known)}"
     )
 
 
@@ -203,6 +274,19 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
     )
     policy = build_policy(config)
     encoder = build_encoder(config.shaping.encoder, policy.device, policy)
+    if not bool(policy.scored.any()):
+        raise InputError(
+            f"sampling: none of the {len(policy.scored)} denoising steps has noise, so there is nothing to learn from; "
+            "expected more sampling.steps, and sampling.eta or sampling.noise_level above 0"
+        )
+    _, usual = USUAL_SAMPLING[type(policy.pipeline).__name__]
+    if config.model.path != "tiny-animals" and config.sampling.guidance_scale == 1.0:
+        warnings.warn(
+            f"sampling.guidance_scale is 1, which is no guidance; models such as {config.model.path} usually need "
+            f"about {usual}",
+            GuidanceWarning,
+            stacklevel=2,
+        )
     on_cpu = policy.device.type == "cpu"
     optimizer = torch.optim.AdamW(
         policy.parameters(),
@@ -235,8 +319,10 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
             config.optimizer.epochs,
             config.optimizer.batch_size or (48 if on_cpu else 96),
             config.optimizer.max_grad_norm,
-            config.objective.divergence,
-            config.objective.kl_schedule,
+            rescore=config.model.dtype != "float32",
+            loss_scale=2.0**14 if config.model.dtype == "float16" else 1.0,
+            divergence=config.objective.divergence,
+            kl_schedule=config.objective.kl_schedule,
         ),
         optimizer,
         run / "checkpoints",

@@ -30,14 +30,22 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the frozen weights; trained weights and scored values are float32 always."""
+    """Precision that the model computes in; trained weights and scored values are float32 always."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: a third slower, a fraction of the memory."""
+    vae_slicing: bool = False
+    """Decode one image at a time."""
+    vae_tiling: bool = False
+    """Decode in tiles, for large images on small cards; seams may show."""
     device: str = "auto"
     """'auto' takes a GPU if there is one; else 'cpu', 'cuda', 'cuda:1', 'mps'."""
 
 
 class AdapterConfig(Section):
-    """The LoRA that is trained."""
+    """What is trained."""
 
+    kind: Literal["lora", "full"] = "lora"
+    """A LoRA, or every weight of the UNet or transformer (rank, alpha and targets then say nothing)."""
     rank: Positive = 16
     alpha: float = Field(16.0, gt=0)
     """The adapter's scale is alpha / rank."""
@@ -63,6 +71,13 @@ class SamplingConfig(Section):
     """Classifier-free guidance; 1 is none, and then the unconditional pass is skipped."""
     eta: float = Field(1.0, ge=0, le=1)
     """Noise of the DDIM sampler: 1 is ancestral sampling, 0 leaves nothing to score."""
+    flow_sampler: Literal["sde", "cps"] = "sde"
+    """How flow models (SD3, FLUX) are made stochastic: Flow-GRPO's SDE, or coefficients-preserving sampling."""
+    noise_level: float = Field(0.7, ge=0)
+    """How much noise the flow sampler adds; diffusion models have eta instead."""
+    height: Positive | None = None
+    """Pixels; null is the size that the model was made for."""
+    width: Positive | None = None
     candidates: Positive = 16
     """Images drawn per prompt, 2G."""
     batch_size: Positive | None = None
@@ -226,7 +241,7 @@ class TrainConfig(Section):
     prompts: PromptConfig = PromptConfig()
     sampling: SamplingConfig = SamplingConfig()
     reward: str = "tiny-animals"
-    """A reward of the package, or a function of yours as module:function."""
+    """A reward of the package, a function of yours as module:function, or a reward server as http://host:port."""
     selection: SelectionConfig = SelectionConfig()
     prompt_noise: PromptNoiseConfig = PromptNoiseConfig()
     advantage: AdvantageConfig = AdvantageConfig()

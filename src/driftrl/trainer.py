@@ -225,6 +225,7 @@ class TrainingLoop:
             "policy/approx_kl": stats.approx_kl,
             "policy/clip_fraction": stats.clip_fraction,
             "policy/ratio_deviation": stats.ratio_deviation,
+            "policy/rescored_by": stats.rescored_by,
             "policy/grad_norm": stats.grad_norm,
             "policy/pairs": stats.pairs,
             "reference/held": 1.0 if held is None else float(held.mean()),

@@ -89,6 +89,8 @@ class UpdateStats:
     ratio_deviation: float
     """max |ratio - 1| over the pairs of the first optimiser step: 0 up to rounding, for the policy is still
     the one that drew the samples."""
+    rescored_by: float
+    """max |change of a log-probability| where samples were scored again in the update's batches; 0 where not."""
     grad_norm: float
     pairs: int
 

@@ -15,7 +15,7 @@ from driftrl.objectives.clipped_surrogate import clipped_surrogate
 from driftrl.objectives.kl import divergence, step_weights
 from driftrl.rollout import NO_NOISE, PromptNoise, score_step
 from driftrl.transitions import gaussian
-from driftrl.types import Conditioning, Policy, Rollout, UpdateStats
+from driftrl.types import Conditioning, Policy, Rollout, Transition, UpdateStats
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Objective:
     epochs: int = 1
     batch_size: int = 96
     max_grad_norm: float = 1.0
+    rescore: bool = False
+    """Score the samples again in the update's own batches before the policy moves: in half precision what a
+    network computes depends on its batch, by more than the clip range allows."""
+    loss_scale: float = 1.0
+    """Power of two that keeps half-precision gradients from vanishing; divided out before they are used."""
     divergence: str = "kl"
     """Its kind, and what it weighs at each step: `driftrl.objectives.kl`."""
     kl_schedule: str = "uniform"
@@ -117,16 +122,23 @@ def update(
     latents, old = rollout.latents.flatten(0, 1), rollout.log_probs.flatten(0, 1)
     eps = None if rollout.prompt_noise is None else rollout.prompt_noise.flatten(0, 1)
     prompt_of = torch.arange(prompts, device=old.device).repeat_interleave(group)
-    parameters = policy.parameters()
-    device = old.device
+    parameters, device = policy.parameters(), old.device
     reference = reference or policy.reference
     held = _held(step_weights(policy.scored, objective.kl_schedule), old, gate)
     # Sums over pairs: loss, surrogate, kl and its weight, approx_kl, clip_fraction; on the device until the end.
     sums, norms = torch.zeros(6, device=device), []
     deviation, total = torch.zeros((), device=device), 0
     bad = torch.full((), -1, device=device)  # first pair whose loss is not finite: sample * steps + step
-    for epoch in range(objective.epochs):
-        pairs = training_pairs(
+
+    def replay(sample: Tensor, step: Tensor) -> tuple[Transition, Tensor]:
+        own = None if eps is None else eps[sample]
+        move = score_step(
+            policy, latents[sample, step], step, conditioning.rows(prompt_of[sample]), own, prompt_noise
+        )
+        return move, gaussian.log_prob(latents[sample, step + 1], move.mean, move.std)
+
+    passes = [
+        training_pairs(
             policy.scored,
             prompts * group,
             objective.timesteps,
@@ -134,9 +146,12 @@ def update(
             key[1] + epoch * 2**32,
             objective.timestep_choice,
         )
-        for number, part in enumerate(
-            torch.arange(len(pairs.sample), device=device).chunk(objective.updates)
-        ):
+        for epoch in range(objective.epochs)
+    ]
+    before = _rescored(old, replay, passes, objective) if objective.rescore else old
+    for epoch, pairs in enumerate(passes):
+        parts = torch.arange(len(pairs.sample), device=device).chunk(objective.updates)
+        for number, part in enumerate(parts):
             optimizer.zero_grad(set_to_none=True)
             used = part
             if objective.kl_weight == 0:  # without KL a pair of zero advantage has no gradient: leave it out
@@ -144,31 +159,28 @@ def update(
             total += len(part)
             for micro in used.split(objective.batch_size) if len(used) else ():
                 sample, step = pairs.sample[micro], pairs.step[micro]
-                rows = conditioning.rows(prompt_of[sample])
-                own = None if eps is None else eps[sample]
                 if objective.kl_weight > 0:  # first, for the policy's gradient wants its own weights in place
                     with torch.no_grad(), reference():
-                        anchor = score_step(policy, latents[sample, step], step, rows, own, prompt_noise)
-                move = score_step(policy, latents[sample, step], step, rows, own, prompt_noise)
-                log_prob = gaussian.log_prob(latents[sample, step + 1], move.mean, move.std)
+                        anchor, _ = replay(sample, step)
+                move, log_prob = replay(sample, step)
                 surrogate = clipped_surrogate(
-                    log_prob, old[sample, step], per_step[sample, step], objective.clip_range
+                    log_prob, before[sample, step], per_step[sample, step], objective.clip_range
                 )
                 weight, kl = held[sample, step], torch.zeros_like(log_prob)
                 if objective.kl_weight > 0:
                     kl = weight * divergence(objective.divergence, move.mean, anchor.mean, move.std)
                 loss = surrogate.loss + objective.kl_weight * kl
                 bad = _first_bad(bad, loss.detach(), sample * old.shape[1] + step)
-                (loss.sum() / len(part)).backward()
+                (loss.sum() * (objective.loss_scale / len(part))).backward()
                 with torch.no_grad():
                     share = len(micro)
                     sums += torch.stack([loss.sum(), surrogate.loss.sum(), kl.sum(), weight.sum(),
                                          share * surrogate.approx_kl, share * surrogate.clip_fraction])  # fmt: skip
                     if number == 0 and epoch == 0:
                         deviation = torch.maximum(
-                            deviation, ((log_prob - old[sample, step]).exp() - 1).abs().max()
+                            deviation, ((log_prob - before[sample, step]).exp() - 1).abs().max()
                         )
-            _without_gaps(parameters)
+            _unscaled(parameters, objective.loss_scale)
             norm = nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm)
             if not bool(torch.isfinite(norm)):
                 optimizer.zero_grad(set_to_none=True)
@@ -177,9 +189,16 @@ def update(
             norms.append(norm.detach())
     optimizer.zero_grad(set_to_none=True)
     loss_, surrogate_, kl_, weighed, approx_kl, clipped = (sums / max(1, total)).tolist()
-    kl_ = kl_ / max(weighed, 1e-12)
     return UpdateStats(
-        loss_, surrogate_, kl_, approx_kl, clipped, float(deviation), float(torch.stack(norms).mean()), total
+        loss_,
+        surrogate_,
+        kl_ / max(weighed, 1e-12),
+        approx_kl,
+        clipped,
+        float(deviation),
+        float((before - old).abs().max()),
+        float(torch.stack(norms).mean()),
+        total,
     )
 
 
@@ -188,11 +207,29 @@ def _held(steps: Tensor, like: Tensor, gate: Tensor | None) -> Tensor:
     return steps.expand_as(like) if gate is None else steps * gate.flatten()[:, None]
 
 
-def _without_gaps(parameters: list[nn.Parameter]) -> None:
-    """A gradient of zero where there is none, so that the optimiser treats every step alike."""
+def _unscaled(parameters: list[nn.Parameter], loss_scale: float) -> None:
+    """Gradients of the loss itself, zero where there is none, so that the optimiser treats every step alike."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+        parameter.grad /= loss_scale  # a power of two: exact
+
+
+def _rescored(
+    old: Tensor,
+    replay: Callable[[Tensor, Tensor], tuple[Transition, Tensor]],
+    passes: Sequence[Pairs],
+    objective: Objective,
+) -> Tensor:
+    """Log-probabilities like ``old`` [samples, T], scored in batches as large as the update's."""
+    before = old.clone()
+    with torch.no_grad():
+        for pairs in passes:
+            for sample, step in zip(
+                pairs.sample.split(objective.batch_size), pairs.step.split(objective.batch_size), strict=True
+            ):
+                before[sample, step] = replay(sample, step)[1]
+    return before
 
 
 def _first_bad(bad: Tensor, loss: Tensor, pair: Tensor) -> Tensor:

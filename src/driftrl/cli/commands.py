@@ -67,6 +67,13 @@ def register(app: typer.Typer) -> None:
         guidance_scale: Annotated[
             float | None, typer.Option(help="By default that of the run.", min=0)
         ] = None,
+        deterministic: Annotated[
+            bool,
+            typer.Option(
+                "--deterministic",
+                help="No noise on the way (DDIM with eta = 0, the plain flow), as stock pipelines draw.",
+            ),
+        ] = False,
     ) -> None:
         """Draw images with a fine-tuned model, or any model.
 
@@ -78,7 +85,7 @@ def register(app: typer.Typer) -> None:
         """
         from driftrl.cli.sample import sample as work
 
-        work(source, prompt, count, seed, out, base, steps, guidance_scale)
+        work(source, prompt, count, seed, out, base, steps, guidance_scale, deterministic)
 
     @app.command()
     def evaluate(
@@ -181,6 +188,50 @@ def register(app: typer.Typer) -> None:
         from driftrl.cli.compare import compare as work
 
         work(runs, out, against)
+
+    @app.command("serve-reward")
+    def serve_reward(
+        name: Annotated[str, typer.Argument(help="A reward of the package, or module:function.")],
+        host: Annotated[
+            str, typer.Option(help="The address to listen on; by default this machine only.")
+        ] = "127.0.0.1",
+        port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8300,
+        device: Annotated[
+            str, typer.Option(help="'auto' takes a GPU if there is one; else 'cpu', 'cuda', 'cuda:1'.")
+        ] = "auto",
+        max_megabytes: Annotated[
+            int,
+            typer.Option(
+                help="The largest request that is read; clients send larger batches in parts.", min=1
+            ),
+        ] = 256,
+        batch_size: Annotated[
+            int | None,
+            typer.Option(help="Images scored at once; by default all of a request.", min=1),
+        ] = None,
+        token: Annotated[
+            str | None,
+            typer.Option(
+                envvar="DRIFTRL_REWARD_TOKEN",
+                show_envvar=True,
+                help="A bearer token that clients must send; other users can read it on the command line, not "
+                "in the environment variable.",
+            ),
+        ] = None,
+    ) -> None:
+        """Serve a reward over HTTP to a driftrl in another environment (docs/reward-server.md).
+
+        Examples:
+
+          driftrl serve-reward tiny-animals
+
+          driftrl serve-reward my_rewards:score --port 8301 --device cuda:1
+
+          driftrl train --set reward=http://127.0.0.1:8300
+        """
+        from driftrl.cli.serve_reward import serve_reward as work
+
+        work(name, host, port, device, max_megabytes, batch_size, token)
 
     @app.command()
     def doctor() -> None:

@@ -16,6 +16,7 @@ def sample(
     base: bool,
     steps: int | None,
     guidance_scale: float | None,
+    deterministic: bool = False,
 ) -> None:
     """Draw a grid, a row for each prompt, and write it as a PNG."""
     console = Console(stderr=True)
@@ -26,7 +27,7 @@ def sample(
         from driftrl.pictures import beside, grid, save_png
 
         logging.disable_progress_bar()  # its bars for loading weights would come between ours
-        policy, noise = open_policy(source, steps, guidance_scale)
+        policy, noise = open_policy(source, steps, guidance_scale, deterministic)
     with console.status(f"drawing {count} images for each of {len(prompts)} prompts", spinner="dots"):
         tuned = generate(policy, prompts, count, seed, prompt_noise=noise)
         if base:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from driftrl import checkpoint
@@ -105,6 +105,11 @@ class Settings(_Record):
     prompt_noise: float = 0.0
     """Strength of the noise on the tuned model's prompts; the base model never gets any."""
     noise_schedule: str = "linear"
+    flow_sampler: str | None = None
+    """Of flow models, with its noise level; diffusion models have eta."""
+    noise_level: float | None = None
+    size: tuple[int, int] | None = Field(None, strict=False)
+    """Height and width in pixels, where a run asked for other than the model's own."""
 
     def fingerprint(self) -> str:
         """A short name for these settings."""
@@ -274,6 +279,7 @@ def evaluate(
     named = list(dict.fromkeys([config.reward, *rewards]))
 
     policy, noise = open_policy(source, steps, guidance_scale)
+    sampler = policy.sampler
     settings = Settings(
         model=config.model.path if found else str(source),
         prompt_set=prompt_set,
@@ -281,14 +287,17 @@ def evaluate(
         images=count,
         seed=seed,
         steps=len(policy.timesteps),
-        guidance_scale=config.sampling.guidance_scale if guidance_scale is None else guidance_scale,
-        eta=config.sampling.eta,
+        guidance_scale=sampler.guidance_scale,
+        eta=sampler.eta,
         rewards=named,
         encoder=encoder or config.shaping.encoder,
         clip=("tiny-animals" if clip is None else str(clip)) if has_clip else None,
         neighbours=min(NEIGHBOURS, count - 1),
         prompt_noise=noise.eta,
         noise_schedule=noise.schedule,
+        flow_sampler=sampler.flow_sampler if policy.component == "transformer" else None,
+        noise_level=sampler.noise_level if policy.component == "transformer" else None,
+        size=None if sampler.height is None or sampler.width is None else (sampler.height, sampler.width),
     )
     known = {point.label: point for point in _previous(folder, settings)}
     identities = {path.name: sha256(path / "manifest.json") for path in paths}

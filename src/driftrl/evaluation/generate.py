@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from driftrl import checkpoint
-from driftrl.build import build_policy, default_batch, prompt_noise_of
+from driftrl.build import build_policy, default_batch, prompt_noise_of, usual_sampling
 from driftrl.checks import InputError
 from driftrl.config import ModelConfig, TrainConfig, load_config
+from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
 from driftrl.types import Policy
 
@@ -33,9 +34,15 @@ def run_of(source: str | Path) -> tuple[Path, Path | None] | None:
 
 
 def open_policy(
-    source: str | Path, steps: int | None = None, guidance_scale: float | None = None
-) -> tuple[Policy, PromptNoise]:
+    source: str | Path,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    deterministic: bool = False,
+) -> tuple[PipelinePolicy, PromptNoise]:
     """The policy of a run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'.
+
+    ``deterministic`` takes the noise out of the sampler: DDIM with eta = 0, or the plain Euler step of a flow,
+    as stock pipelines have it.
 
     Raises:
         InputError: if it is none of these, or the run has no checkpoint.
@@ -43,14 +50,18 @@ def open_policy(
     found = run_of(source)
     if found is None:
         config, noise, path = TrainConfig(model=ModelConfig(path=str(source))), NO_NOISE, None
+        usual = usual_sampling(str(source))
     else:
         run, path = found
         if path is None:
             raise InputError(f"{run}: this run has no checkpoint yet")
         config = load_config(run / "config.yaml")
-        noise = prompt_noise_of(config, "test")
-    changes = {"steps": steps, "guidance_scale": guidance_scale}
-    sampling = config.sampling.model_copy(update={k: v for k, v in changes.items() if v is not None})
+        noise, usual = prompt_noise_of(config, "test"), {}
+    asked = {"steps": steps, "guidance_scale": guidance_scale}
+    changes = usual | {k: v for k, v in asked.items() if v is not None}
+    if deterministic:
+        changes |= {"eta": 0.0, "noise_level": 0.0}
+    sampling = config.sampling.model_copy(update=changes)
     config = config.model_copy(update={"sampling": sampling})
     policy = build_policy(config)
     if path is not None:

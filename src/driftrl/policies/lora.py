@@ -44,19 +44,39 @@ def add_lora(network: nn.Module, rank: int, alpha: float, targets: list[str], se
             parameter.data = parameter.data.float()
 
 
-def trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The adapter's parameters by name, in a fixed order."""
-    return ((name, p) for name, p in network.named_parameters() if p.requires_grad)
+class LoRA:
+    """An adapter on a part of a pipeline: trainable, switched off for the reference."""
 
+    def __init__(
+        self,
+        pipeline: Any,
+        component: str,
+        network: Any,
+        rank: int,
+        alpha: float,
+        targets: list[str],
+        seed: int,
+    ) -> None:
+        """Add it; ``component`` is the name of ``network`` in ``pipeline``."""
+        self.pipeline, self.component, self.network = pipeline, component, network
+        add_lora(network, rank, alpha, targets, seed)
 
-@contextmanager
-def switched_off(network: Any) -> Iterator[None]:
-    """Within this context ``network`` computes what it did before the adapter was added."""
-    network.disable_adapters()
-    try:
-        yield
-    finally:
-        network.enable_adapters()
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within this context the network computes what it did before the adapter was added."""
+        self.network.disable_adapters()
+        try:
+            yield
+        finally:
+            self.network.enable_adapters()
+
+    def save(self, folder: Path) -> None:
+        """Write it in diffusers' LoRA format."""
+        save_lora(self.pipeline, self.component, self.network, folder)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        load_lora(self.component, self.network, folder)
 
 
 def save_lora(pipeline: Any, component: str, network: nn.Module, folder: Path) -> None:

@@ -1,33 +1,26 @@
-"""Stable Diffusion as a policy: a DDIM sampler with noise around a UNet, guidance in one batch."""
+"""Stable Diffusion 1.x, 2.x and XL as policies: a DDIM sampler with noise around a UNet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from driftrl.checks import InputError
-from driftrl.policies.lora import load_lora, save_lora, switched_off, trainable
+from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.transitions.ddim import PREDICTION_TYPES, ddim_tables, ddim_transition
 from driftrl.types import Conditioning, Transition
 
 
-class StableDiffusionPolicy:
-    """A `diffusers.StableDiffusionPipeline` seen as pi(x_{t-1} | x_t, prompt) = N(mean, std^2 I).
+class StableDiffusionPolicy(PipelinePolicy):
+    """`diffusers.StableDiffusionPipeline`: epsilon-, v- or sample-prediction.
 
-    Scheduler constants are looked up once; the UNet runs the unconditional and the conditional branch in one
-    batch where guidance is on; mean, std and x0 are float32.
+    Scheduler constants are looked up once; mean, std and x0 are float32.
     """
 
-    component = "unet"
-
-    def __init__(
-        self, pipeline: Any, steps: int, guidance_scale: float, eta: float, device: torch.device
-    ) -> None:
+    def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
         """Take over `pipeline`; its scheduler's configuration decides timesteps and prediction type.
 
         Raises:
@@ -35,11 +28,7 @@ class StableDiffusionPolicy:
         """
         from diffusers import DDIMScheduler
 
-        self.pipeline = pipeline.to(device)
-        self.pipeline.set_progress_bar_config(disable=True)
-        self.network = pipeline.unet
-        for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-            module.requires_grad_(False).eval()
+        super().__init__(pipeline, sampler, device)
         scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False, thresholding=False
         )
@@ -50,28 +39,15 @@ class StableDiffusionPolicy:
                 f"model.path: its scheduler predicts '{self.prediction_type}'; expected one of "
                 + ", ".join(PREDICTION_TYPES)
             )
-        self.guidance_scale, self.eta = guidance_scale, eta
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(sampler.steps)
         self.tables = ddim_tables(
             scheduler.alphas_cumprod.to(device),
             scheduler.timesteps.to(device),
             scheduler.final_alpha_cumprod,
-            eta,
+            sampler.eta,
             self.prediction_type,
         )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the policy computes."""
-        return next(self.network.parameters()).device
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Shape [C, H, W] of one latent."""
-        size = self.network.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.network.config.in_channels, height, width
 
     @property
     def timesteps(self) -> Tensor:
@@ -83,57 +59,53 @@ class StableDiffusionPolicy:
         """bool [T]: which steps have a density."""
         return self.tables.scored
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Embed prompts, and the empty one."""
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, null = self.pipeline.encode_prompt(list(prompts), self.device, 1, True)
         return Conditioning(embeds.float(), null[:1].float(), {})
 
+    def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        output: Tensor = self.network(latents, timesteps, embeds, return_dict=False)[0]
+        return output
+
     def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Transition:
         """The policy at latents [n, C, H, W], step numbers [n] and n rows of conditioning."""
-        timesteps, dtype = self.tables.timesteps[steps], self.network.dtype
-        inputs, embeds = latents.to(dtype), conditioning.embeds.to(dtype)
-        guided = self.guidance_scale != 1.0
-        if guided:
-            null = conditioning.null_embeds.to(dtype).expand_as(embeds)
-            inputs, timesteps, embeds = (
-                inputs.repeat(2, 1, 1, 1),
-                timesteps.repeat(2),
-                torch.cat([null, embeds]),
-            )
-        output = self.network(inputs, timesteps, embeds, return_dict=False)[0].float()
-        if guided:
-            unconditional, conditional = output.chunk(2)
-            output = unconditional + self.guidance_scale * (conditional - unconditional)
+        timesteps = self.tables.timesteps[steps]
+        output = self._guided(self._run, latents, timesteps, conditioning, self.sampler.guidance_scale)
         alpha, alpha_prev = self.tables.alpha[steps], self.tables.alpha_prev[steps]
         return Transition(
-            *ddim_transition(output, latents.float(), alpha, alpha_prev, self.eta, self.prediction_type)
+            *ddim_transition(
+                output, latents.float(), alpha, alpha_prev, self.sampler.eta, self.prediction_type
+            )
         )
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [n, C, H, W] as images float32 [n, 3, height, width] in 0..1."""
-        vae = self.pipeline.vae
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift, return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
 
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """The trainable parameters by name, in a fixed order."""
-        return trainable(self.network)
+class StableDiffusionXLPolicy(StableDiffusionPolicy):
+    """`diffusers.StableDiffusionXLPipeline`: two text encoders, pooled embeddings and size conditioning.
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The trainable parameters, in the same order."""
-        return [parameter for _, parameter in self.named_parameters()]
+    Original and target size are the size that is drawn, without crop. Prompt noise goes onto the token embeddings
+    and leaves the pooled one alone.
+    """
 
-    def reference(self) -> AbstractContextManager[None]:
-        """Within this context the policy is the one that training started from."""
-        return switched_off(self.network)
+    text_encoders = ("text_encoder", "text_encoder_2")
 
-    def save_adapter(self, folder: Path) -> None:
-        """Write the adapter in diffusers' LoRA format."""
-        save_lora(self.pipeline, self.component, self.network, folder)
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, null, pooled, null_pooled = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, do_classifier_free_guidance=True
+        )
+        pixels = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+        _, height, width = self.latent_shape
+        size = (height * pixels, width * pixels)
+        sizes = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self.device)
+        extra = {
+            "pooled": pooled.float(),
+            "null_pooled": null_pooled.float(),
+            "sizes": sizes.repeat(len(embeds), 1),
+        }
+        return Conditioning(embeds.float(), null[:1].float(), extra)
 
-    def load_adapter(self, folder: Path) -> None:
-        """Read what `save_adapter` wrote."""
-        load_lora(self.component, self.network, folder)
+    def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        added = {"text_embeds": extra["pooled"], "time_ids": extra["sizes"]}
+        output: Tensor = self.network(latents, timesteps, embeds, added_cond_kwargs=added, return_dict=False)[
+            0
+        ]
+        return output

@@ -34,7 +34,8 @@ class GuardedReward:
 
         Raises:
             InputError: if what the reward returned is no tensor of N numbers: it would do so again.
-            RunFailedError: if every attempt raised or took too long.
+            RunFailedError: if every attempt raised or took too long, or the reward raised this itself: it has
+                tried again on its own.
         """
         problem = ""
         for attempt in range(self.attempts):
@@ -42,7 +43,7 @@ class GuardedReward:
                 time.sleep(self.pause * 2 ** (attempt - 1))
             try:
                 return _checked(self._call(images, prompts), len(prompts))
-            except InputError:
+            except (InputError, RunFailedError):
                 raise
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
@@ -50,7 +51,8 @@ class GuardedReward:
         named = ", ".join(repr(p) for p in asked[:3]) + (
             f" and {len(asked) - 3} more" if len(asked) > 3 else ""
         )
-        raise RunFailedError(f"the reward failed {self.attempts} times for {named}; the last time: {problem}")
+        often = "once" if self.attempts == 1 else f"{self.attempts} times"
+        raise RunFailedError(f"the reward failed {often} for {named}; the last time: {problem}")
 
     def _call(self, images: Tensor, prompts: Sequence[str]) -> object:
         if self.timeout is None:

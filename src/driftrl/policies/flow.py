@@ -1,0 +1,158 @@
+"""Flow-matching models as policies: SD3 and FLUX with the Flow-GRPO SDE or coefficients-preserving sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from driftrl.checks import one_of
+from driftrl.policies.pipeline import PipelinePolicy, Sampler
+from driftrl.transitions.flow_sde import cps_transition, flow_sde_transition
+from driftrl.types import Conditioning, Transition
+
+SHARPEST = 0.01
+"""Steps with a smaller std are taken but not scored: the network's rounding would decide their ratio."""
+FLOW_SAMPLERS = {"sde": flow_sde_transition, "cps": cps_transition}
+
+
+class FlowPolicy(PipelinePolicy):
+    """A velocity-predicting transformer between noise (t = 1) and image (t = 0), made stochastic."""
+
+    component = "transformer"
+    num_train_timesteps = 1000
+
+    def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
+        """Take over `pipeline`; its scheduler decides the times, resolution-dependent shift included."""
+        super().__init__(pipeline, sampler, device)
+        one_of("sampling.flow_sampler", sampler.flow_sampler, tuple(FLOW_SAMPLERS))
+        self.num_train_timesteps = int(pipeline.scheduler.config.num_train_timesteps)
+        self._set_timesteps()
+        self.times = pipeline.scheduler.sigmas.float().to(device)
+        now, after = self.times[:-1], self.times[1:]
+        still = torch.zeros(len(now), 1, device=device)
+        _, std, _ = FLOW_SAMPLERS[sampler.flow_sampler](still, still, now, after, sampler.noise_level)
+        self._scored = std[:, 0] >= SHARPEST
+
+    def _sigmas(self, steps: int) -> list[float] | None:
+        """The times before shifting, where the pipeline does not leave them to its scheduler."""
+        return None
+
+    def _set_timesteps(self) -> None:
+        scheduler, steps = self.pipeline.scheduler, self.sampler.steps
+        sigmas = self._sigmas(steps)
+        arguments: dict[str, Any] = {} if sigmas is None else {"sigmas": sigmas}
+        if scheduler.config.get("use_dynamic_shifting"):
+            from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+            config, (_, height, width) = scheduler.config, self.latent_shape
+            arguments["mu"] = calculate_shift(
+                (height // 2) * (width // 2), config.get("base_image_seq_len", 256),
+                config.get("max_image_seq_len", 4096), config.get("base_shift", 0.5), config.get("max_shift", 1.15),
+            )  # fmt: skip
+        scheduler.set_timesteps(steps, **arguments)
+
+    def _patch(self) -> int:
+        return 2
+
+    @property
+    def timesteps(self) -> Tensor:
+        """float [T]: the training timestep of each denoising step."""
+        return self.times[:-1] * self.num_train_timesteps
+
+    @property
+    def scored(self) -> Tensor:
+        """bool [T]: which steps have a density."""
+        return self._scored
+
+    def _scale(self) -> float:
+        """Classifier-free guidance of two branches; 1 runs one."""
+        return self.sampler.guidance_scale
+
+    def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Transition:
+        """The policy at latents [n, C, H, W], step numbers [n] and n rows of conditioning."""
+        velocity = self._guided(self._run, latents, self.timesteps[steps], conditioning, self._scale())
+        move = FLOW_SAMPLERS[self.sampler.flow_sampler]
+        now, after = self.times[steps], self.times[steps + 1]
+        return Transition(*move(velocity, latents.float(), now, after, self.sampler.noise_level))
+
+
+class StableDiffusion3Policy(FlowPolicy):
+    """`diffusers.StableDiffusion3Pipeline`: SD3 and SD3.5, with or without the T5 encoder."""
+
+    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+    def _patch(self) -> int:
+        return int(self.network.config.patch_size)
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, null, pooled, null_pooled = self.pipeline.encode_prompt(
+            list(prompts), None, None, device=self.device, do_classifier_free_guidance=True
+        )
+        extra = {"pooled": pooled.float(), "null_pooled": null_pooled.float()}
+        return Conditioning(embeds.float(), null[:1].float(), extra)
+
+    def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        output: Tensor = self.network(
+            hidden_states=latents, timestep=timesteps, encoder_hidden_states=embeds,
+            pooled_projections=extra["pooled"], return_dict=False,
+        )[0]  # fmt: skip
+        return output
+
+
+class FluxPolicy(FlowPolicy):
+    """`diffusers.FluxPipeline`: FLUX.1.
+
+    The guidance scale goes in as an embedding where the model was distilled for it (dev); where it was not
+    (schnell), a scale other than 1 is classifier-free guidance of two branches. Prompt noise goes onto the T5
+    embeddings.
+    """
+
+    text_encoders = ("text_encoder", "text_encoder_2")
+
+    def _own_size(self) -> tuple[int, int]:
+        return self.pipeline.default_sample_size, self.pipeline.default_sample_size
+
+    def _channels(self) -> int:
+        return int(self.network.config.in_channels) // 4
+
+    def _sigmas(self, steps: int) -> list[float] | None:
+        if self.pipeline.scheduler.config.get("use_flow_sigmas"):
+            return None
+        sigmas: list[float] = np.linspace(1.0, 1 / steps, steps).tolist()
+        return sigmas
+
+    def _scale(self) -> float:
+        return 1.0 if self.network.config.guidance_embeds else self.sampler.guidance_scale
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.device)
+        null, null_pooled, _ = self.pipeline.encode_prompt([""], device=self.device)
+        extra = {"pooled": pooled.float(), "null_pooled": null_pooled.float().repeat(len(embeds), 1)}
+        return Conditioning(embeds.float(), null.float(), extra)
+
+    def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        n, channels, height, width = latents.shape
+        pipeline, device, dtype = self.pipeline, latents.device, latents.dtype
+        guidance = None
+        if self.network.config.guidance_embeds:
+            guidance = torch.full((n,), self.sampler.guidance_scale, device=device)
+        output = self.network(
+            hidden_states=pipeline._pack_latents(latents, n, channels, height, width),
+            timestep=timesteps.to(latents.dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=extra["pooled"],
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=device, dtype=dtype),
+            img_ids=pipeline._prepare_latent_image_ids(n, height // 2, width // 2, device, dtype),
+            return_dict=False,
+        )[0]
+        factor = pipeline.vae_scale_factor
+        unpacked: Tensor = pipeline._unpack_latents(output, height * factor, width * factor, factor)
+        return unpacked

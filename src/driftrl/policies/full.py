@@ -1,0 +1,57 @@
+"""Full fine-tuning: every weight of the network is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from driftrl.checks import InputError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class FullWeights:
+    """All weights of a diffusers model, kept in float32; the ones it came with wait in main memory."""
+
+    def __init__(self, network: Any) -> None:
+        """Make ``network`` trainable."""
+        self.network = network
+        self._start = {name: value.detach().cpu().clone() for name, value in network.named_parameters()}
+        torch.nn.Module.to(network, torch.float32)  # diffusers' own warns of what is meant here
+        network.requires_grad_(True)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within this context ``network`` has the weights that it came with."""
+        named = dict(self.network.named_parameters())
+        kept = {name: parameter.data for name, parameter in named.items()}
+        for name, parameter in named.items():
+            parameter.data = self._start[name].to(parameter.device, parameter.dtype)
+        try:
+            yield
+        finally:
+            for name, parameter in named.items():
+                parameter.data = kept[name]
+
+    def save(self, folder: Path) -> None:
+        """Write the network as diffusers does: ``type(network).from_pretrained(folder)`` reads it."""
+        self.network.save_pretrained(folder, max_shard_size="1TB")
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: if the file is missing or does not fit.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = folder / WEIGHTS
+        try:
+            self.network.load_state_dict(load_file(path))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise InputError(f"{path}: expected the weights of this network: {error}") from error

@@ -1,0 +1,219 @@
+"""What every diffusers pipeline has in common as a policy: weights, precision, guidance, decoding, saving."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from driftrl.checks import InputError
+from driftrl.policies.full import FullWeights
+from driftrl.policies.lora import LoRA
+from driftrl.types import Conditioning, Transition
+
+DECODED_PIXELS = 2**20
+"""Pixels that the autoencoder decodes at once: 4 images of 512 x 512."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a policy denoises."""
+
+    steps: int
+    guidance_scale: float
+    eta: float = 1.0
+    """Of DDIM, for diffusion models."""
+    flow_sampler: str = "sde"
+    """For flow models: 'sde' or 'cps'."""
+    noise_level: float = 0.7
+    """Of the flow samplers."""
+    height: int | None = None
+    """Pixels; None is what the model was made for."""
+    width: int | None = None
+
+
+class PipelinePolicy:
+    """A diffusers pipeline seen as pi(x_{t-1} | x_t, prompt) = N(mean, std^2 I).
+
+    Subclasses say how prompts are encoded, how the network is called, and which transition its output makes.
+    What is scored is float32, whatever the network computes in. Text encoders visit the device only to encode.
+    """
+
+    component = "unet"
+    """The pipeline's part that is trained."""
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    num_train_timesteps: int
+
+    def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
+        """Take over ``pipeline`` and freeze it.
+
+        Raises:
+            InputError: for an image size that the model cannot draw.
+        """
+        self.pipeline, self.sampler, self._device = pipeline, sampler, device
+        pipeline.set_progress_bar_config(disable=True)
+        self.network: Any = getattr(pipeline, self.component)
+        self.dtype: torch.dtype = self.network.dtype
+        for name in (*self.text_encoders, "vae", self.component):
+            module = getattr(pipeline, name, None)
+            if module is not None:
+                module.requires_grad_(False).eval()
+        if getattr(pipeline.vae.config, "force_upcast", False) and pipeline.vae.dtype == torch.float16:
+            pipeline.vae.to(torch.float32)  # SDXL's overflows in half precision
+        self.network.to(device)
+        pipeline.vae.to(device)
+        self.weights: LoRA | FullWeights | None = None
+        self._shape = self._latent_shape()
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        """Shape [C, H, W] of one latent."""
+        own = self._own_size()
+        factor = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+        asked = (self.sampler.height, self.sampler.width)
+        sides = []
+        for name, pixels, side in zip(("height", "width"), asked, own, strict=True):
+            if pixels is not None and (pixels % (factor * self._patch()) or pixels < 1):
+                raise InputError(
+                    f"sampling.{name}: expected a multiple of {factor * self._patch()} pixels; got {pixels}"
+                )
+            sides.append(side if pixels is None else pixels // factor)
+        return self._channels(), sides[0], sides[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy computes."""
+        return self._device
+
+    def _own_size(self) -> tuple[int, int]:
+        """Height and width of the latents that the model was made for."""
+        size = self.network.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def _channels(self) -> int:
+        return int(self.network.config.in_channels)
+
+    def _patch(self) -> int:
+        """Latents per side that the network takes together."""
+        return 1
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape [C, H, W] of one latent."""
+        return self._shape
+
+    @property
+    def timesteps(self) -> Tensor:
+        """[T]: the training timestep of each denoising step."""
+        raise NotImplementedError
+
+    @property
+    def scored(self) -> Tensor:
+        """bool [T]: which steps have a density."""
+        raise NotImplementedError
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        raise NotImplementedError
+
+    def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Transition:
+        """The policy at latents [n, C, H, W], step numbers [n] and n rows of conditioning."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Embed prompts, and the empty one; the text encoders are on the device only meanwhile."""
+        encoders = [e for e in (getattr(self.pipeline, n, None) for n in self.text_encoders) if e is not None]
+        for encoder in encoders:
+            encoder.to(self.device)
+        try:
+            return self._encode(prompts)
+        finally:
+            for encoder in encoders:
+                encoder.to("cpu")
+
+    def _guided(
+        self, run: Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor], latents: Tensor,
+        timesteps: Tensor, conditioning: Conditioning, guidance_scale: float,
+    ) -> Tensor:  # fmt: skip
+        """The network's output float32 [n, C, H, W], both branches of guidance in one batch.
+
+        ``run(latents, timesteps, embeds, extra)`` calls the network; entries of ``conditioning.extra`` named
+        ``null_...`` take the place of their counterparts on the unconditional branch.
+        """
+        inputs, embeds = latents.to(self.dtype), conditioning.embeds.to(self.dtype)
+        extra = {k: v for k, v in conditioning.extra.items() if not k.startswith("null_")}
+        if guidance_scale != 1.0:
+            null = conditioning.null_embeds.to(self.dtype).expand_as(embeds)
+            inputs, timesteps = inputs.repeat(2, 1, 1, 1), timesteps.repeat(2)
+            embeds = torch.cat([null, embeds])
+            extra = {k: torch.cat([conditioning.extra.get(f"null_{k}", v), v]) for k, v in extra.items()}
+        mixed = torch.autocast(
+            self.device.type, self.dtype if self.dtype != torch.float32 else None,
+            enabled=self._mixed,
+        )  # fmt: skip
+        with mixed, warnings.catch_warnings():
+            # Under autocast with float32 weights: that a fused kernel cannot be had.
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            output = run(inputs, timesteps, embeds, {k: v.to(self.dtype) for k, v in extra.items()}).float()
+        if guidance_scale != 1.0:
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + guidance_scale * (conditional - unconditional)
+        return output
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [n, C, H, W] as images float32 [n, 3, height, width] in 0..1."""
+        vae = self.pipeline.vae
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + shift
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        chunk = max(1, DECODED_PIXELS // (latents.shape[-2] * latents.shape[-1] * factor**2))
+        images = torch.cat([vae.decode(part, return_dict=False)[0].float() for part in scaled.split(chunk)])
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    def add_lora(self, rank: int, alpha: float, targets: list[str], seed: int) -> None:
+        """Train a LoRA.
+
+        Raises:
+            InputError: if a target names no layer of the network.
+        """
+        self.weights = LoRA(self.pipeline, self.component, self.network, rank, alpha, targets, seed)
+
+    def train_fully(self, seed: int = 0) -> None:
+        """Train every weight of the network, in float32; it computes in the precision it was loaded in."""
+        self.weights = FullWeights(self.network)
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The trainable parameters by name, in a fixed order."""
+        return ((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trainable parameters, in the same order."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    @property
+    def _mixed(self) -> bool:
+        """Whether float32 weights are computed with in half precision."""
+        return isinstance(self.weights, FullWeights) and self.dtype != torch.float32
+
+    def _trained(self) -> LoRA | FullWeights:
+        if self.weights is None:
+            raise InputError("this policy has no trainable weights: add a LoRA, or train it fully")
+        return self.weights
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within this context the policy is the one that training started from."""
+        return self._trained().reference()
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write what was trained: a LoRA in diffusers' format, or the whole network as diffusers saves it."""
+        self._trained().save(folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Read what `save_adapter` wrote."""
+        self._trained().load(folder)

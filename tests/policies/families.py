@@ -1,0 +1,120 @@
+"""Pipelines of every family at tiny size with random weights, saved to folders."""
+
+import string
+from pathlib import Path
+
+import torch
+
+from conftest import save_tokenizer, text_settings
+
+
+def autoencoder(channels: int, shift: float | None = None):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=channels, norm_num_groups=4, sample_size=16,
+        shift_factor=shift, scaling_factor=0.8,
+    )  # fmt: skip
+
+
+def clip_text(tokenizer, projection: bool, width: int = 16):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return kind(CLIPTextConfig(**text_settings(tokenizer, width)))
+
+
+def t5(folder: Path, width: int = 16):
+    """A T5 encoder and a tokenizer that spells everything out."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    raw = Tokenizer(models.Unigram([*pieces, *((c, -3.0) for c in string.ascii_lowercase)], unk_id=2))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = T5TokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_ids=0,
+        model_max_length=16,
+    )
+    tokenizer.save_pretrained(folder)
+    model = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    )
+    return model, T5TokenizerFast.from_pretrained(folder)
+
+
+def make_sdxl(folder: Path) -> Path:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    tokenizer = save_tokenizer(folder / "tokenizer")
+    StableDiffusionXLPipeline(
+        vae=autoencoder(4),
+        text_encoder=clip_text(tokenizer, False),
+        text_encoder_2=clip_text(tokenizer, True),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4),
+            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+            transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=6 * 8 + 16,
+            cross_attention_dim=32,
+        ),
+        scheduler=EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
+        ),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def make_sd3(folder: Path) -> Path:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(0)
+    tokenizer = save_tokenizer(folder / "tokenizer")
+    encoder_3, tokenizer_3 = t5(folder / "tokenizer_3", 32)
+    StableDiffusion3Pipeline(
+        vae=autoencoder(4, 0.1),
+        text_encoder=clip_text(tokenizer, True),
+        text_encoder_2=clip_text(tokenizer, True),
+        text_encoder_3=encoder_3,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=tokenizer_3,
+        transformer=SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def make_flux(folder: Path, guidance: bool = True) -> Path:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    tokenizer = save_tokenizer(folder / "tokenizer")
+    encoder_2, tokenizer_2 = t5(folder / "tokenizer_2")
+    FluxPipeline(
+        vae=autoencoder(4, 0.1),
+        text_encoder=clip_text(tokenizer, False),
+        text_encoder_2=encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        transformer=FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=guidance,
+            axes_dims_rope=(4, 4, 8),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

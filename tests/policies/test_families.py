@@ -1,0 +1,294 @@
+"""Every family of models through the same rollout, replay, training and saving."""
+
+import json
+
+import families
+import pytest
+import torch
+
+from driftrl import Trainer, noise
+from driftrl.build import GuidanceWarning, build_policy
+from driftrl.checks import InputError
+from driftrl.evaluation.generate import generate, open_policy
+from driftrl.rollout import PromptNoise, rollout, score_step
+from driftrl.transitions import gaussian
+from driftrl.update import Objective, update
+
+PROMPTS = ["a cat", "a dog"]
+KEYS = [(0, 3, 0), (0, 3, 1)]
+FAMILIES = ("sd", "sdxl", "sd3", "flux", "schnell")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, epsilon_folder):
+    root = tmp_path_factory.mktemp("families")
+    return {
+        "sd": epsilon_folder,
+        "sdxl": families.make_sdxl(root / "sdxl"),
+        "sd3": families.make_sd3(root / "sd3"),
+        "flux": families.make_flux(root / "flux"),
+        "schnell": families.make_flux(root / "schnell", guidance=False),
+    }
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def settings(config, folders):
+    """A configuration for a family; FLUX does not say its size in pixels, so it is given."""
+
+    def make(family, **changes):
+        size = {"sampling__height": 16, "sampling__width": 16}
+        return config(**({"model__path": str(folders[family])} | size | changes))
+
+    return make
+
+
+def replay(policy, conditioning, drawn, spec, batch):
+    latents, rows = drawn.latents.flatten(0, 1), torch.arange(2).repeat_interleave(drawn.latents.shape[1])
+    out = torch.zeros(latents.shape[0], latents.shape[1] - 1)
+    eps = None if drawn.prompt_noise is None else drawn.prompt_noise.flatten(0, 1)
+    for step in policy.scored.nonzero()[:, 0].tolist():
+        for part in torch.arange(len(latents)).split(batch):
+            own = None if eps is None else eps[part]
+            at = torch.full((len(part),), step)
+            move = score_step(policy, latents[part, step], at, conditioning.rows(rows[part]), own, spec)
+            out[part, step] = gaussian.log_prob(latents[part, step + 1], move.mean, move.std).detach()
+    return out.unflatten(0, drawn.log_probs.shape[:2])
+
+
+@pytest.mark.parametrize("sampler", ["sde", "cps"])
+def test_replay_has_ratio_one_also_with_gradient_checkpointing(settings, family, sampler):
+    """Guidance and prompt noise on; the replay has gradients and so does checkpoint."""
+    changes = {"sampling__flow_sampler": sampler, "model__gradient_checkpointing": True}
+    policy = build_policy(settings(family, **changes))
+    spec, conditioning = PromptNoise(0.05), policy.encode(PROMPTS)
+    drawn = rollout(policy, conditioning, KEYS, 5, 4, spec)
+    again = replay(policy, conditioning, drawn, spec, 3)
+    assert int(policy.scored.sum()) >= 3 - (family == "sd3")  # SD3's schedule ends in a step of std 0.008
+    assert (drawn.log_probs[..., policy.scored] != 0).all()
+    assert (again - drawn.log_probs).abs().max() <= 1e-6
+
+
+def test_guidance_and_every_condition_reach_the_network(settings, family):
+    """Images change with the guidance scale, the prompt, and each extra condition."""
+    policy = build_policy(settings(family))
+    conditioning = policy.encode(PROMPTS)
+    base = rollout(policy, conditioning, KEYS, 2, 4).images
+    other = build_policy(settings(family, sampling__guidance_scale=5.0))
+    assert (rollout(other, conditioning, KEYS, 2, 4).images - base).abs().max() > 1e-4
+    for name, value in conditioning.extra.items():
+        if family == "flux" and name.startswith("null_"):
+            continue  # guidance is distilled: there is no second branch
+        changed = {**conditioning.extra, name: value + 3 * (1 + value.abs())}
+        moved = type(conditioning)(conditioning.embeds, conditioning.null_embeds, changed)
+        assert (rollout(policy, moved, KEYS, 2, 4).images - base).abs().max() > 1e-6, name
+
+
+def stock(pipeline, family, guidance, draw, extra=None):
+    arguments = {"true_cfg_scale": guidance, "negative_prompt": [""] * 4} if family == "schnell" else {}
+    if family == "sdxl":
+        arguments["negative_prompt"] = None
+    return pipeline(
+        [p for p in PROMPTS for _ in range(2)], num_inference_steps=4, guidance_scale=guidance, height=16, width=16,
+        generator=draw, output_type="pt", **arguments, **(extra or {}),
+    ).images  # fmt: skip
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_without_noise_it_is_the_stock_pipeline(settings, family, guidance):
+    """eta = 0, or noise level 0: the scheduler's own step, diffusers' own images."""
+    changes = {
+        "sampling__noise_level": 0.0,
+        "sampling__flow_sampler": "cps",
+        "sampling__guidance_scale": guidance,
+    }
+    policy = build_policy(settings(family, **changes).model_copy(), adapter=False)
+    if family in ("sd", "sdxl"):  # their noise is eta, which a training configuration refuses to switch off
+        policy = type(policy)(policy.pipeline, _without_noise(policy.sampler), policy.device)
+    ours = rollout(policy, policy.encode(PROMPTS), KEYS, 2, 3).images.flatten(0, 1)
+    draw = [noise.generator(*key, n, "latents") for key in KEYS for n in range(2)]
+    theirs = stock(policy.pipeline, family, guidance, draw)
+    assert not bool(policy.scored.any())
+    torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=0)
+
+
+def _without_noise(sampler):
+    from dataclasses import replace
+
+    return replace(sampler, eta=0.0)
+
+
+def test_one_iteration_and_the_adapter_in_the_stock_pipeline(settings, family, folders, tmp_path):
+    """Train, then: what `driftrl sample --deterministic` draws is what stock diffusers draws with the adapter."""
+    import diffusers
+
+    run = tmp_path / "run"
+    Trainer(settings(family, iterations=1, optimizer__learning_rate=0.03), run).run()
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["policy/ratio_deviation"] <= 1e-6
+    assert metrics[0]["policy/grad_norm"] > 0
+
+    policy, _ = open_policy(run, deterministic=True)
+    ours = generate(policy, PROMPTS, 2).flatten(0, 1)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folders[family])
+    if family in ("sd", "sdxl"):
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    keys = [(0, 2**31, place, n) for place in range(2) for n in range(2)]
+
+    def draw():
+        return [noise.generator(*key, "latents") for key in keys]
+
+    before = stock(pipeline, family, 2.0, draw())
+    pipeline.load_lora_weights(run / "checkpoints" / "000001")
+    theirs = stock(pipeline, family, 2.0, draw())
+    torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=0)
+    assert (theirs - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_rescored_in_the_updates_own_batches(settings, family, dtype, capsys):
+    """What training compares agrees to a tenth of the clip range, whatever the rollout's batches were."""
+    torch.manual_seed(0)
+    config = settings(family, model__dtype=dtype)
+    policy = build_policy(config)
+    spec, conditioning = PromptNoise(0.05), policy.encode(PROMPTS)
+    drawn = rollout(policy, conditioning, KEYS, 4, 5, spec)
+    assert drawn.log_probs.dtype == drawn.latents.dtype == torch.float32
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    objective = Objective(batch_size=3, updates=2, rescore=True, loss_scale=2.0**14)
+    stats = update(policy, optimizer, drawn, torch.randn(2, 4), conditioning, objective, (0, 0), spec)
+    with capsys.disabled():
+        print(
+            f"\n{family} {dtype}: |log-ratio| {stats.ratio_deviation:.1e}, rescoring {stats.rescored_by:.1e}",
+            end=" ",
+        )
+    assert stats.ratio_deviation < 1e-5
+    assert stats.grad_norm > 0
+
+
+def test_rescoring_makes_up_for_a_network_that_depends_on_its_batch(settings):
+    """Without it the first step's ratios are off by more than the clip range; with it they are 1."""
+
+    class Moody:
+        def __init__(self, policy):
+            self.policy = policy
+
+        def __getattr__(self, name):
+            return getattr(self.policy, name)
+
+        def transition(self, latents, steps, conditioning):
+            move = self.policy.transition(latents, steps, conditioning)
+            return move._replace(mean=move.mean + 0.01 * move.std * len(latents))
+
+    found = {}
+    for rescore in (False, True):
+        policy = Moody(build_policy(settings("sd")))
+        conditioning = policy.encode(PROMPTS)
+        drawn = rollout(policy, conditioning, KEYS, 4, 8)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+        advantages = torch.tensor([[1.0, -1, 2, -2], [0.5, -1, 1, -0.5]])
+        objective = Objective(batch_size=4, updates=2, rescore=rescore)
+        found[rescore] = update(policy, optimizer, drawn, advantages, conditioning, objective, (0, 0))
+    assert found[False].ratio_deviation > 1e-3 > 1e-6 > found[True].ratio_deviation
+    assert found[True].rescored_by > 1e-3 and found[False].rescored_by == 0
+
+
+def test_the_loss_scale_changes_no_gradient(settings):
+    """A power of two, put in and taken out."""
+    norms = []
+    for scale in (1.0, 2.0**14):
+        policy = build_policy(settings("sd"))
+        conditioning = policy.encode(PROMPTS)
+        drawn = rollout(policy, conditioning, KEYS, 4, 8)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+        advantages = torch.tensor([[1.0, -1, 2, -2], [0.5, -1, 1, -0.5]])
+        norms.append(
+            update(policy, optimizer, drawn, advantages, conditioning, Objective(loss_scale=scale), (0, 0))
+        )
+    assert norms[0].grad_norm == pytest.approx(norms[1].grad_norm, rel=1e-6)
+
+
+def test_full_fine_tuning_trains_saves_and_resumes(settings, family, folders, tmp_path):
+    """The checkpoint is a network that diffusers loads; the base model stays at hand; resuming changes nothing."""
+    import diffusers
+
+    changes = {"adapter__kind": "full", "optimizer__learning_rate": 1e-3}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    Trainer(settings(family, iterations=2, **changes), whole).run()
+    Trainer(settings(family, iterations=1, **changes), parts).run()
+    Trainer(settings(family, iterations=2, **changes), parts, resume=True).run()
+    last = [run / "checkpoints" / "000002" / "diffusion_pytorch_model.safetensors" for run in (whole, parts)]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+    policy, _ = open_policy(whole)
+    loaded = type(policy.network).from_pretrained(last[0].parent)
+    base = getattr(diffusers.DiffusionPipeline.from_pretrained(folders[family]), policy.component)
+    for name, value in policy.network.named_parameters():
+        torch.testing.assert_close(loaded.get_parameter(name), value)
+    moved = [not torch.equal(base.get_parameter(n), v) for n, v in policy.network.named_parameters()]
+    assert sum(moved) > len(moved) / 2
+    with policy.reference():
+        assert all(torch.equal(base.get_parameter(n), v) for n, v in policy.network.named_parameters())
+    assert all(torch.equal(loaded.get_parameter(n), v) for n, v in policy.network.named_parameters())
+
+
+def test_full_fine_tuning_in_half_precision_keeps_float32_weights(settings, family):
+    policy = build_policy(settings(family, adapter__kind="full", model__dtype="bfloat16"))
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    drawn = rollout(policy, policy.encode(PROMPTS), KEYS, 2, 4)
+    assert torch.isfinite(drawn.images).all()
+
+
+def test_image_size_slicing_and_tiling(settings, family):
+    """A larger picture than the model was made for; slicing changes nothing but memory."""
+    policy = build_policy(settings(family, sampling__height=24, sampling__width=32))
+    drawn = rollout(policy, policy.encode(PROMPTS), KEYS, 2, 4)
+    assert drawn.images.shape[-2:] == (24, 32)
+    sliced = build_policy(settings(family, sampling__height=24, sampling__width=32, model__vae_slicing=True))
+    torch.testing.assert_close(sliced.decode(drawn.latents[0, :, -1]), drawn.images[0], atol=1e-5, rtol=0)
+    tiled = build_policy(settings(family, model__vae_tiling=True))
+    assert tiled.pipeline.vae.use_tiling
+
+
+def test_refuses_sizes_that_the_model_cannot_draw(settings, family):
+    with pytest.raises(InputError, match=r"sampling.width: expected a multiple of \d pixels; got 17"):
+        build_policy(settings(family, sampling__width=17))
+
+
+def test_refuses_adapters_that_fit_nothing(settings, family):
+    with pytest.raises(
+        InputError, match=r"adapter.targets: .* no linear or convolution layer named to_nowhere"
+    ):
+        build_policy(settings(family, adapter__targets=["to_q", "to_nowhere"]))
+
+
+def test_warns_of_training_without_guidance(settings, tmp_path):
+    with pytest.warns(GuidanceWarning, match="usually need about 4.5"):
+        Trainer(settings("sd3", iterations=0, sampling__guidance_scale=1.0), tmp_path / "run").run()
+
+
+def test_a_model_without_a_run_is_sampled_as_people_do(settings, folders):
+    policy, _ = open_policy(folders["sd3"])
+    assert (len(policy.timesteps), policy.sampler.guidance_scale) == (28, 4.5)
+    policy, _ = open_policy(folders["sd3"], steps=3)
+    assert (len(policy.timesteps), policy.sampler.guidance_scale) == (3, 4.5)
+
+
+def test_refuses_to_train_without_noise(settings, tmp_path):
+    with pytest.raises(InputError, match=r"none of the 4 denoising steps has noise"):
+        Trainer(settings("sd3", sampling__noise_level=0.0), tmp_path / "run").run()
+
+
+def test_names_what_a_folder_lacks(settings, folders, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["sd3"], broken)
+    shutil.rmtree(broken / "transformer")
+    with pytest.raises(InputError, match=r"model.path: .*broken lacks its transformer"):
+        build_policy(settings("sd3", model__path=str(broken)))
