@@ -200,7 +200,7 @@ class TrainingLoop:
 
         shaped = shape_at_reward(kept_rewards, bonus, method.shaping)
         advantages = advantages_of(shaped, method.advantage, rewards, memory.rows(which))
-        advantages = shape_at_advantage(advantages, bonus, method.shaping)
+        advantages = shape_at_advantage(advantages, bonus, method.shaping, self.policy.scored)
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
         stats = update(
             self.policy, self.optimizer, kept, advantages, conditioning, self.objective, (self.seed, number),
