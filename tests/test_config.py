@@ -59,6 +59,27 @@ def test_a_bad_base_is_one_message(tmp_path, files, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["advantage.baseline=running", "advantage.scale=global"], "advantage.scale"),
+        (["advantage.baseline=running", "advantage.history=8"], "at most advantage.history (8)"),
+        (["advantage.baseline=running", "shaping.level=reward"], "shaping.level"),
+        (["shaping.measure=nearest", "shaping.neighbors=8"], "less than selection.keep (8)"),
+        (["shaping.measure=entropy", "shaping.level=multiply"], "not negative"),
+        (["shaping.potential=stepwise", "shaping.level=reward"], "level must be 'advantage'"),
+        (["shaping.measure=cluster"], "did you mean 'clusters'"),
+        (["objective.kl_share=0"], "objective.kl_share"),
+        (["objective.kl_judges=[]"], "objective.kl_judges"),
+        (["objective.reference_every=0"], "objective.reference_every"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_one_message(overrides, message):
+    with pytest.raises(InputError) as caught:
+        load_config(None, overrides)
+    assert message in str(caught.value)
+
+
 def test_a_base_cannot_be_set_from_the_command_line(tmp_path):
     write(tmp_path, a="iterations: 1\n")
     with pytest.raises(InputError, match="base: no such key"):

@@ -276,6 +276,17 @@ def test_stepwise_pays_each_step_what_its_potentials_earn_from_there(gamma):
         torch.testing.assert_close(bonus[..., k], paid)
 
 
+def test_steps_that_are_not_scored_get_no_bonus_and_no_warning():
+    advantages, bonus = _uniform(2, 4), _uniform(2, 4, 3, seed=1)
+    bonus[..., 2] = 0.0  # an exact last step
+    on = Shaping(potential="stepwise", ratio=0.5)
+    shaped = shape_at_advantage(advantages, bonus, on, torch.tensor([True, True, False]))
+    torch.testing.assert_close(shaped[..., 2], advantages)
+    for step in (0, 1):
+        expected = advantages + 0.5 * intrinsic_advantage(bonus[..., step])
+        torch.testing.assert_close(shaped[..., step], expected)
+
+
 def test_stepwise_with_no_potential_before_the_image_is_terminal():
     distances = torch.zeros(2, 4, 5, 5, dtype=torch.float64)
     distances[:, -1] = _distances(2, 5)

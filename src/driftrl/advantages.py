@@ -43,6 +43,8 @@ class AdvantageRule:
     """Bound on the magnitude."""
     baseline: str = "group"
     """What an image is compared with, one of ``BASELINES``: its group, or the prompt's last rewards."""
+    history: int = 64
+    """Of ``running``: how many of a prompt's last rewards count."""
     min_history: int = 16
     """Of ``running``: with fewer rewards than this, the whole batch stands in for the prompt."""
 

@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
+from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import ModelConfig, TrainConfig
 from driftrl.files import read_json
+from driftrl.objectives.gate import Anchor
 from driftrl.policies.flow import FluxPolicy, StableDiffusion3Policy
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from driftrl.prompts import load_prompts
 from driftrl.rewards.guarded import GuardedReward
 from driftrl.rollout import PromptNoise
+from driftrl.shaping import Shaping
 from driftrl.trainer import Method, TrainingLoop
 from driftrl.types import Encoder, Policy, Reward
 from driftrl.update import Objective
@@ -234,6 +237,21 @@ def _model_reward(kind: str, weights: str, device: torch.device) -> Reward:
         ) from error
 
 
+def build_judges(config: TrainConfig, reward: Reward) -> tuple[Reward, ...]:
+    """The rewards whose disagreement with ``reward`` gates the divergence; none where all samples are held."""
+    objective, guards = config.objective, config.guards
+    if objective.kl_weight == 0 or objective.kl_share == 1:
+        return ()
+    device = device_of(config.model.device)
+
+    def judge(name: str) -> Reward:
+        if name == "mirrored":
+            return lambda images, prompts: reward(images.flip(-1), prompts)
+        return GuardedReward(build_reward(name, device), guards.reward_attempts, guards.reward_timeout)
+
+    return tuple(judge(name) for name in objective.kl_judges)
+
+
 def build_encoder(name: str, device: torch.device, policy: Policy | None = None) -> Encoder:
     """An image encoder by name.
 
@@ -318,11 +336,11 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
             config.selection.keep,
             config.selection.strategy,
             prompt_noise_of(config, "train"),
-            config.advantage.scale,
-            config.advantage.clip,
-            config.shaping.ratio,
-            config.shaping.clip,
-            config.shaping.level,
+            AdvantageRule(**config.advantage.model_dump()),
+            Shaping(**config.shaping.model_dump(exclude={"encoder"})),
+            Anchor(
+                config.objective.kl_share, config.objective.reference_kl, config.objective.reference_every
+            ),
         ),
         Objective(
             config.objective.clip_range,
@@ -335,6 +353,8 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
             config.optimizer.max_grad_norm,
             rescore=config.model.dtype != "float32",
             loss_scale=2.0**14 if config.model.dtype == "float16" else 1.0,
+            divergence=config.objective.divergence,
+            kl_schedule=config.objective.kl_schedule,
         ),
         optimizer,
         run / "checkpoints",
@@ -346,6 +366,7 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
         config.logging.keep_every,
         config.guards.max_failures,
         config.model_dump(mode="json"),
+        build_judges(config, reward),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,8 @@ from driftrl.files import new_folder, read_json, sha256, sort_header, write_json
 from driftrl.types import Policy
 
 FORMAT = 1
+MEMORY = "memory.safetensors"
+"""What a method remembers between iterations; absent where that is nothing."""
 
 
 class CheckpointWarning(UserWarning):
@@ -53,8 +56,12 @@ def save(
     optimizer: torch.optim.Optimizer,
     position: Position,
     configuration: dict[str, Any] | None = None,
+    memory: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write ``folder/000050`` for iteration 50, and return it; on any failure nothing is left behind."""
+    """Write ``folder/000050`` for iteration 50, and return it; on any failure nothing is left behind.
+
+    ``memory`` is whatever else the method needs to go on exactly.
+    """
     from safetensors.torch import save_file
 
     path = folder / f"{position.iteration:06d}"
@@ -69,6 +76,8 @@ def save(
         }
         tensors |= {f"{name}/value": p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
         save_file(tensors, place / "training.safetensors")
+        if memory:
+            save_file({k: v.detach().cpu().contiguous() for k, v in memory.items()}, place / MEMORY)
         for file in place.glob("*.safetensors"):
             sort_header(file)
         write_json(
@@ -114,6 +123,23 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None = N
                 }
     state = read_json(path / "state.json")
     return Position(int(state["iteration"]), int(state.get("failures", 0)))
+
+
+def load_memory(path: Path) -> dict[str, torch.Tensor]:
+    """What the method of a checkpoint remembered, by name; nothing if it keeps none. `load` checks the files.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (path / MEMORY).is_file():
+        return {}
+    try:
+        return {name: value.clone() for name, value in load_file(path / MEMORY).items()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path / MEMORY}: {error}") from error
 
 
 def configuration(path: Path) -> dict[str, Any] | None:

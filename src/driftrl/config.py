@@ -113,6 +113,13 @@ class AdvantageConfig(Section):
     batch, or nothing."""
     clip: float = Field(5.0, gt=0)
     """Bound on the magnitude of an advantage, as DDPO has it."""
+    baseline: Literal["group", "running"] = "group"
+    """What an image is compared with: the others of its group, or (`running`, DDPO) mean and standard deviation of
+    the prompt's last rewards, this iteration's candidates included."""
+    history: Positive = 64
+    """Of `running`: how many of a prompt's last rewards count."""
+    min_history: Positive = 16
+    """Of `running`: a prompt with fewer rewards than this is compared with the whole batch."""
 
 
 class ShapingConfig(Section):
@@ -121,8 +128,23 @@ class ShapingConfig(Section):
     ratio: float = Field(0.5, ge=0)
     """Lambda: weight of the intrinsic advantage. 0 switches shaping off."""
     clip: float = Field(1.0, ge=0)
-    """Sigma: bound on the intrinsic advantage."""
-    level: Literal["advantage", "reward"] = "advantage"
+    """Sigma: bound on the intrinsic advantage; at level `reward` on the bonus."""
+    level: Literal["advantage", "reward", "multiply"] = "advantage"
+    """Where the bonus enters: standardised and added to advantages; added to rewards as it is; or (`multiply`,
+    GARDO) as a factor on positive advantages."""
+    measure: Literal["pairwise", "nearest", "entropy", "clusters"] = "pairwise"
+    """What the bonus measures: mean distance to the group's others; distance to the nearest; its logarithm (an
+    estimate of entropy); or one over the size of the image's cluster."""
+    neighbors: Positive = 1
+    """Of `nearest` and `entropy`: to the how-many-th nearest."""
+    clusters: Positive = 3
+    """Of `clusters`: how many each group is split into."""
+    potential: Literal["terminal", "stepwise"] = "terminal"
+    """`terminal`: the image alone counts. `stepwise`: the group's variety among predicted clean latents at every
+    step is a potential, so each step has an advantage of its own; distances are between latents, averaged down to 8
+    x 8, for all steps and the image, and `encoder` is for the logs only."""
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Of `stepwise`: the discount."""
     encoder: str = "tiny-animals"
     """Image encoder whose cosine distances measure diversity: tiny-animals, dreamsim (or dreamsim:dino_vitb16 and
     other branches), policy:latents, policy:mid-block, or a model of transformers by folder or hub name."""
@@ -134,7 +156,22 @@ class ObjectiveConfig(Section):
     clip_range: float = Field(1e-4, gt=0)
     """Of the ratio, for log-probabilities that are means over latent dimensions."""
     kl_weight: float = Field(0.0, ge=0)
-    """Beta: weight of the KL divergence from the base model."""
+    """Beta: weight of the divergence from the reference: the base model, unless it moves."""
+    divergence: Literal["kl", "wasserstein"] = "kl"
+    """Its kind, in closed form: KL, or the squared 2-Wasserstein distance, which is the KL times twice the step's
+    variance. Both are means over latent dimensions."""
+    kl_schedule: Literal["uniform", "early"] = "uniform"
+    """What it weighs along the denoising steps: the same, or falling linearly from the first scored step to the
+    last; the mean over scored steps is 1."""
+    kl_share: float = Field(1.0, gt=0, le=1)
+    """Share of the kept samples that it applies to: those that the trained reward ranks above what `kl_judges` do."""
+    kl_judges: list[str] = Field(["mirrored"], min_length=1)
+    """Rewards to compare the trained one with: names as for `reward`, or `mirrored`, the trained reward of the
+    mirrored picture. Asked only if `kl_share` is below 1."""
+    reference_kl: float | None = Field(None, gt=0)
+    """The reference moves to the current policy after an iteration whose mean divergence is above this."""
+    reference_every: Positive | None = None
+    """The reference moves to the current policy after so many iterations."""
     timesteps: float = Field(0.34, gt=0, le=1)
     """Share of the scored denoising steps that each sample is trained on."""
     timestep_choice: Literal["noisiest", "random"] = "noisiest"
@@ -231,6 +268,36 @@ class TrainConfig(Section):
         if keep < 2:
             raise ValueError(
                 "selection.keep: expected at least 2, for advantages are relative to a group; got 1"
+            )
+        advantage, shaping = self.advantage, self.shaping
+        if advantage.baseline == "running":
+            if advantage.scale != "selected":
+                raise ValueError(
+                    f"advantage.scale: baseline 'running' divides by the history's standard deviation; got "
+                    f"{advantage.scale!r}; leave it at 'selected'"
+                )
+            if advantage.min_history > advantage.history:
+                raise ValueError(
+                    f"advantage.min_history: expected at most advantage.history ({advantage.history}); got "
+                    f"{advantage.min_history}"
+                )
+            if shaping.ratio > 0 and shaping.level == "reward":
+                raise ValueError(
+                    "shaping.level: 'reward' does not go with advantage.baseline 'running', whose history holds plain "
+                    "rewards; use 'advantage'"
+                )
+        if shaping.measure in ("nearest", "entropy") and shaping.neighbors >= keep:
+            raise ValueError(
+                f"shaping.neighbors: expected less than selection.keep ({keep}); got {shaping.neighbors}"
+            )
+        if shaping.measure == "entropy" and shaping.level == "multiply":
+            raise ValueError(
+                "shaping.level: 'multiply' needs a measure that is not negative; 'entropy' is a logarithm"
+            )
+        if shaping.potential == "stepwise" and shaping.level != "advantage":
+            raise ValueError(
+                f"shaping.level: potential 'stepwise' gives each step its own advantage, so level must be "
+                f"'advantage'; got {shaping.level!r}"
             )
         if self.sampling.eta == 0:
             raise ValueError(

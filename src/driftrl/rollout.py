@@ -56,6 +56,24 @@ def score_step(
     return policy.transition(latents, steps, conditioning)
 
 
+def latent_features(latents: Tensor, side: int = 8) -> Tensor:
+    """What stands for a clean latent in distances: averaged down to at most ``side`` x ``side`` places, flattened.
+
+    Small enough to keep for every step (1 KiB a step for four channels), and blind to fine detail, which a
+    prediction from much noise does not have.
+
+    Args:
+        latents: [n, C, H, W].
+        side: of the grid.
+
+    Returns:
+        float32 [n, C * min(H, side) * min(W, side)].
+    """
+    height, width = latents.shape[-2:]
+    size = (min(height, side), min(width, side))
+    return torch.nn.functional.adaptive_avg_pool2d(latents.float(), size).flatten(1)
+
+
 @torch.no_grad()
 def rollout(
     policy: Policy,
@@ -65,6 +83,7 @@ def rollout(
     batch_size: int,
     prompt_noise: PromptNoise = NO_NOISE,
     progress: Callable[[int], None] | None = None,
+    keep_clean: bool = False,
 ) -> Rollout:
     """Draw ``candidates`` images for each of P prompts.
 
@@ -76,6 +95,7 @@ def rollout(
         batch_size: candidates denoised at once; no sample depends on it.
         prompt_noise: the noise on the prompt embedding.
         progress: called with the number of images finished after each batch.
+        keep_clean: keep features of the predicted clean latents, for stepwise potentials.
 
     Returns:
         Trajectories, log-probabilities and images of all P x N candidates.
@@ -84,7 +104,7 @@ def rollout(
     device, shape = policy.device, policy.latent_shape
     scored = policy.scored.tolist()
     embed_shape = conditioning.embeds.shape[1:]
-    latents, log_probs, images, noises = [], [], [], []
+    latents, log_probs, images, noises, cleans = [], [], [], [], []
     flat = [(p, n) for p in range(prompts) for n in range(candidates)]
     for start in range(0, len(flat), batch_size):
         chunk = flat[start : start + batch_size]
@@ -96,10 +116,12 @@ def rollout(
             eps = noise.normal(own, embed_shape).to(device)
             noises.append(eps)
         x = noise.normal(draws, shape).to(device)
-        path, scores = [x], []
+        path, scores, clean = [x], [], []
         for step in range(steps):
             at = torch.full((len(chunk),), step, device=device)
             move = score_step(policy, x, at, rows, eps, prompt_noise)
+            if keep_clean:
+                clean.append(latent_features(move.x0))
             # Drawn even where nothing is added, as diffusers' scheduler does, so that both draw alike.
             x = gaussian.sample(move.mean, move.std, noise.normal(draws, shape).to(device))
             scores.append(
@@ -111,10 +133,15 @@ def rollout(
         latents.append(torch.stack(path, 1))
         log_probs.append(torch.stack(scores, 1))
         images.append(policy.decode(x))
+        if keep_clean:
+            cleans.append(torch.stack([*clean, latent_features(x)], 1))
         if progress is not None:
             progress(len(chunk))
 
     def grouped(parts: list[Tensor]) -> Tensor:
         return torch.cat(parts).unflatten(0, (prompts, candidates))
 
-    return Rollout(grouped(latents), grouped(log_probs), grouped(images), grouped(noises) if noises else None)
+    def maybe(parts: list[Tensor]) -> Tensor | None:
+        return grouped(parts) if parts else None
+
+    return Rollout(grouped(latents), grouped(log_probs), grouped(images), maybe(noises), maybe(cleans))

@@ -105,15 +105,23 @@ def shape_at_reward(rewards: Tensor, bonus: Tensor, shaping: Shaping) -> Tensor:
     return shape_rewards(rewards, bonus, shaping.ratio, shaping.clip)
 
 
-def shape_at_advantage(advantages: Tensor, bonus: Tensor, shaping: Shaping) -> Tensor:
+def shape_at_advantage(
+    advantages: Tensor, bonus: Tensor, shaping: Shaping, scored: Tensor | None = None
+) -> Tensor:
     """The advantages [P, G], with the bonus [P, G] or [P, G, T] if it enters there; else, or with ratio 0, as
-    they are.
+    they are. Of the steps only ``scored`` ones (bool [T], None for all) get a bonus: the last one is often exact,
+    so that its return is 0 for everyone.
     """
     if one_of("level", shaping.level, LEVELS) == "reward" or shaping.ratio == 0:
         return advantages
     if shaping.level == "multiply":
         return reweight_above_average(advantages, bonus, shaping.ratio)
-    return shape_advantages(advantages, intrinsic_advantage(bonus, shaping.clip), shaping.ratio)
+    if bonus.dim() == 2 or scored is None:
+        return shape_advantages(advantages, intrinsic_advantage(bonus, shaping.clip), shaping.ratio)
+    steps = scored.nonzero()[:, 0]
+    intrinsic = intrinsic_advantage(bonus[..., steps], shaping.clip)
+    spread = torch.zeros_like(bonus).index_copy(2, steps, intrinsic)
+    return shape_advantages(advantages, spread, shaping.ratio)
 
 
 def group_diversity(distances: Tensor) -> Tensor:

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from driftrl import checkpoint, prompts
-from driftrl.advantages import group_relative
+from driftrl.advantages import AdvantageRule, advantages_of
 from driftrl.checkpoint import Position
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
 from driftrl.diversity.functional import pairwise_distances
+from driftrl.memory import Memory
 from driftrl.noise import generator
+from driftrl.objectives.gate import Anchor, gate, reward_disagreement
 from driftrl.rollout import PromptNoise, rollout
 from driftrl.selection import select
-from driftrl.shaping import group_diversity, intrinsic_advantage, shape_advantages, shape_rewards
+from driftrl.shaping import Shaping, diversity_bonus, group_diversity, shape_at_advantage, shape_at_reward
 from driftrl.types import Conditioning, Encoder, Policy, Reward, Rollout
 from driftrl.update import Objective, update
 
@@ -37,11 +39,9 @@ class Method:
     keep: int
     strategy: str
     prompt_noise: PromptNoise
-    advantage_scale: str
-    advantage_clip: float
-    shaping_ratio: float
-    shaping_clip: float
-    shaping_level: str
+    advantage: AdvantageRule
+    shaping: Shaping
+    anchor: Anchor
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,11 @@ class TrainingLoop:
         keep_every: int | None = None,
         max_failures: int = 3,
         configuration: dict[str, Any] | None = None,
+        judges: tuple[Reward, ...] = (),
     ) -> None:
         """Take over built objects; ``checkpoints`` is the folder that checkpoints go to, each with
-        ``configuration``.
+        ``configuration``. ``judges`` are rewards whose disagreement with ``reward`` decides whom the divergence
+        holds (`driftrl.objectives.gate`); with none it holds every sample.
         """
         self.policy, self.reward, self.encoder, self.prompt_set = policy, reward, encoder, prompt_set
         self.method, self.objective, self.optimizer, self.checkpoints = (
@@ -104,8 +106,9 @@ class TrainingLoop:
         )
         self.seed, self.prompts_per_iteration, self.rollout_batch = seed, prompts_per_iteration, rollout_batch
         self.checkpoint_every, self.keep_last, self.keep_every = checkpoint_every, keep_last, keep_every
-        self.max_failures, self.configuration = max_failures, configuration
+        self.max_failures, self.configuration, self.judges = max_failures, configuration, judges
         self.position = Position(0)
+        self.memory = Memory.empty(method.advantage, len(prompt_set), policy.device)
         self._saved: int | None = None
         self.on_sampled: Callable[[int], None] | None = None
         """Called with the number of images finished after each rollout batch."""
@@ -115,6 +118,7 @@ class TrainingLoop:
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint."""
         self.position = checkpoint.load(path, self.policy, self.optimizer)
+        self.memory = self.memory.restored(checkpoint.load_memory(path), self.policy)
         self._saved = self.position.iteration
 
     def run(
@@ -176,6 +180,8 @@ class TrainingLoop:
         rewards = self.reward(sampled.images.flatten(0, 1), flat).float().view(len(texts), method.candidates)
         rewards = rewards.to(self.policy.device)
         _demand_finite("reward", rewards, texts)
+        disagreement = self._disagreement(rewards, sampled.images, flat, texts)
+        memory = self.memory.with_rewards(which, rewards)
         clock.lap("reward")
 
         chosen = select(
@@ -184,14 +190,23 @@ class TrainingLoop:
         kept = sampled.keep(chosen)
         kept_rewards = rewards.gather(1, chosen)
 
-        diversity = group_diversity(self._distances(kept.images))
+        distances = self._distances(kept.images)
+        diversity = group_diversity(distances)
+        bonus = diversity_bonus(
+            distances if kept.clean is None else pairwise_distances(kept.clean.transpose(1, 2)),
+            method.shaping,
+        )
         clock.lap("diversity")
 
-        advantages = self._advantages(kept_rewards, diversity, rewards)
+        shaped = shape_at_reward(kept_rewards, bonus, method.shaping)
+        advantages = advantages_of(shaped, method.advantage, rewards, memory.rows(which))
+        advantages = shape_at_advantage(advantages, bonus, method.shaping, self.policy.scored)
+        held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
         stats = update(
             self.policy, self.optimizer, kept, advantages, conditioning, self.objective, (self.seed, number),
-            method.prompt_noise, texts,
+            method.prompt_noise, texts, held, lambda: memory.reference_of(self.policy),
         )  # fmt: skip
+        self.memory = memory.after(stats.kl, method.anchor, self.policy)
         clock.lap("update")
 
         self.position = Position(number + 1)
@@ -213,6 +228,8 @@ class TrainingLoop:
             "policy/rescored_by": stats.rescored_by,
             "policy/grad_norm": stats.grad_norm,
             "policy/pairs": stats.pairs,
+            "reference/held": 1.0 if held is None else float(held.mean()),
+            "reference/moved": int(self.memory.reference is not memory.reference),
             "warning/constant_reward_groups": int((kept_rewards.std(1, correction=0) < 1e-6).sum()),
             "warning/skipped": 0,
             "warning/constant_diversity_groups": int((diversity.std(1, correction=0) < 1e-6).sum()),
@@ -231,7 +248,12 @@ class TrainingLoop:
     def save(self) -> Path:
         """Write a checkpoint now."""
         path = checkpoint.save(
-            self.checkpoints, self.policy, self.optimizer, self.position, self.configuration
+            self.checkpoints,
+            self.policy,
+            self.optimizer,
+            self.position,
+            self.configuration,
+            self.memory.tensors(),
         )
         checkpoint.prune(self.checkpoints, self.keep_last, self.keep_every)
         self._saved = self.position.iteration
@@ -245,25 +267,27 @@ class TrainingLoop:
     def _sample(self, conditioning: Conditioning, which: list[int], number: int) -> Rollout:
         keys = [(self.seed, number, prompt) for prompt in which]
         noise, count = self.method.prompt_noise, self.method.candidates
-        return rollout(self.policy, conditioning, keys, count, self.rollout_batch, noise, self.on_sampled)
+        stepwise = self.method.shaping.potential == "stepwise"
+        return rollout(
+            self.policy, conditioning, keys, count, self.rollout_batch, noise, self.on_sampled, stepwise
+        )
 
     def _distances(self, images: Tensor) -> Tensor:
         """Cosine distances [P, G, G] between the images [P, G, 3, H, W] of each group."""
         features = self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         return pairwise_distances(features.to(self.policy.device))
 
-    def _advantages(self, kept: Tensor, diversity: Tensor, candidates: Tensor) -> Tensor:
-        """Group-relative advantages [P, G], shaped by diversity (design 2.4)."""
-        m = self.method
-        if m.shaping_ratio > 0 and m.shaping_level == "reward":
-            kept = shape_rewards(kept, diversity, m.shaping_ratio, m.shaping_clip)
-        advantages = group_relative(kept, m.advantage_scale, candidates=candidates).clamp(
-            -m.advantage_clip, m.advantage_clip
-        )
-        if m.shaping_ratio > 0 and m.shaping_level == "advantage":
-            intrinsic = intrinsic_advantage(diversity, m.shaping_clip)
-            advantages = shape_advantages(advantages, intrinsic, m.shaping_ratio)
-        return advantages
+    def _disagreement(
+        self, rewards: Tensor, images: Tensor, flat: list[str], texts: list[str]
+    ) -> Tensor | None:
+        """How much higher ``rewards`` [P, N] rank each candidate than the judges do, if there are any."""
+        if not self.judges:
+            return None
+        others = [judge(images.flatten(0, 1), flat).float().view_as(rewards) for judge in self.judges]
+        others = [other.to(rewards.device) for other in others]
+        for other in others:
+            _demand_finite("judge's reward", other, texts)
+        return reward_disagreement(rewards, others)
 
 
 def _demand_finite(what: str, values: Tensor, texts: list[str]) -> None:

@@ -61,12 +61,18 @@ class Rollout:
     """float32 [P, N, 3, height, width] in 0..1."""
     prompt_noise: Tensor | None
     """[P, N, L, D], or None without noise-conditioned prompting."""
+    clean: Tensor | None = None
+    """float32 [P, N, T + 1, F]: features of the predicted clean latent at x_T, ..., x_1, and of x_0 itself; None
+    unless asked for."""
 
     def keep(self, indices: Tensor) -> Rollout:
         """Only the candidates ``indices`` [P, G] of each prompt."""
         p = torch.arange(len(indices), device=indices.device)[:, None]
         noise = None if self.prompt_noise is None else self.prompt_noise[p, indices]
-        return Rollout(self.latents[p, indices], self.log_probs[p, indices], self.images[p, indices], noise)
+        clean = None if self.clean is None else self.clean[p, indices]
+        return Rollout(
+            self.latents[p, indices], self.log_probs[p, indices], self.images[p, indices], noise, clean
+        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ class UpdateStats:
     loss: float
     surrogate: float
     kl: float
-    """Closed-form KL to the reference, mean over dimensions; 0 where it is not part of the objective."""
+    """Closed-form divergence from the reference, mean over dimensions and, as they are weighed, over the pairs it
+    applies to; 0 where it is not part of the objective."""
     approx_kl: float
     clip_fraction: float
     ratio_deviation: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from driftrl import noise
 from driftrl.checks import NotFiniteError
 from driftrl.objectives.clipped_surrogate import clipped_surrogate
-from driftrl.objectives.kl import kl_equal_variance
+from driftrl.objectives.kl import divergence, step_weights
 from driftrl.rollout import NO_NOISE, PromptNoise, score_step
 from driftrl.transitions import gaussian
 from driftrl.types import Conditioning, Policy, Rollout, Transition, UpdateStats
@@ -34,6 +35,9 @@ class Objective:
     network computes depends on its batch, by more than the clip range allows."""
     loss_scale: float = 1.0
     """Power of two that keeps half-precision gradients from vanishing; divided out before they are used."""
+    divergence: str = "kl"
+    """Its kind, and what it weighs at each step: `driftrl.objectives.kl`."""
+    kl_schedule: str = "uniform"
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,14 @@ def update(
     key: tuple[int, int],
     prompt_noise: PromptNoise = NO_NOISE,
     names: Sequence[str] | None = None,
+    gate: Tensor | None = None,
+    reference: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> UpdateStats:
     """Take `objective.updates` optimiser steps on a rollout.
 
     The loss of a step is the mean over its pairs of the clipped surrogate plus ``kl_weight`` times the
-    closed-form KL to the reference. It is summed up over micro-batches, so their size changes nothing but
-    rounding.
+    closed-form divergence from the reference, weighed by the gate and the schedule. It is summed up over
+    micro-batches, so their size changes nothing but rounding.
 
     Args:
         policy: what is trained.
@@ -100,6 +106,8 @@ def update(
         key: (seed, iteration).
         prompt_noise: as it was in the rollout.
         names: of the P prompts, for messages.
+        gate: [P, G], what the divergence weighs for each sample; None is 1.
+        reference: a context within which the policy is the reference; by default ``policy.reference``.
 
     Returns:
         Averages over all pairs.
@@ -115,11 +123,12 @@ def update(
     eps = None if rollout.prompt_noise is None else rollout.prompt_noise.flatten(0, 1)
     prompt_of = torch.arange(prompts, device=old.device).repeat_interleave(group)
     parameters, device = policy.parameters(), old.device
-    # Sums over pairs: loss, surrogate, kl, approx_kl, clip_fraction; they stay on the device until the end.
-    sums, norms = torch.zeros(5, device=device), []
-    deviation = torch.zeros((), device=device)
+    reference = reference or policy.reference
+    held = _held(step_weights(policy.scored, objective.kl_schedule), old, gate)
+    # Sums over pairs: loss, surrogate, kl and its weight, approx_kl, clip_fraction; on the device until the end.
+    sums, norms = torch.zeros(6, device=device), []
+    deviation, total = torch.zeros((), device=device), 0
     bad = torch.full((), -1, device=device)  # first pair whose loss is not finite: sample * steps + step
-    total = 0
 
     def replay(sample: Tensor, step: Tensor) -> tuple[Transition, Tensor]:
         own = None if eps is None else eps[sample]
@@ -150,30 +159,28 @@ def update(
             total += len(part)
             for micro in used.split(objective.batch_size) if len(used) else ():
                 sample, step = pairs.sample[micro], pairs.step[micro]
+                if objective.kl_weight > 0:  # first, for the policy's gradient wants its own weights in place
+                    with torch.no_grad(), reference():
+                        anchor, _ = replay(sample, step)
                 move, log_prob = replay(sample, step)
                 surrogate = clipped_surrogate(
                     log_prob, before[sample, step], per_step[sample, step], objective.clip_range
                 )
-                kl = torch.zeros_like(log_prob)
+                weight, kl = held[sample, step], torch.zeros_like(log_prob)
                 if objective.kl_weight > 0:
-                    with torch.no_grad(), policy.reference():
-                        reference, _ = replay(sample, step)
-                    kl = kl_equal_variance(move.mean, reference.mean, move.std)
+                    kl = weight * divergence(objective.divergence, move.mean, anchor.mean, move.std)
                 loss = surrogate.loss + objective.kl_weight * kl
                 bad = _first_bad(bad, loss.detach(), sample * old.shape[1] + step)
                 (loss.sum() * (objective.loss_scale / len(part))).backward()
                 with torch.no_grad():
                     share = len(micro)
-                    sums += torch.stack([loss.sum(), surrogate.loss.sum(), kl.sum(), share * surrogate.approx_kl,
-                                         share * surrogate.clip_fraction])  # fmt: skip
+                    sums += torch.stack([loss.sum(), surrogate.loss.sum(), kl.sum(), weight.sum(),
+                                         share * surrogate.approx_kl, share * surrogate.clip_fraction])  # fmt: skip
                     if number == 0 and epoch == 0:
                         deviation = torch.maximum(
                             deviation, ((log_prob - before[sample, step]).exp() - 1).abs().max()
                         )
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad /= objective.loss_scale  # a power of two: exact
+            _unscaled(parameters, objective.loss_scale)
             norm = nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm)
             if not bool(torch.isfinite(norm)):
                 optimizer.zero_grad(set_to_none=True)
@@ -181,11 +188,11 @@ def update(
             optimizer.step()
             norms.append(norm.detach())
     optimizer.zero_grad(set_to_none=True)
-    loss_, surrogate_, kl_, approx_kl, clipped = (sums / max(1, total)).tolist()
+    loss_, surrogate_, kl_, weighed, approx_kl, clipped = (sums / max(1, total)).tolist()
     return UpdateStats(
         loss_,
         surrogate_,
-        kl_,
+        kl_ / max(weighed, 1e-12),
         approx_kl,
         clipped,
         float(deviation),
@@ -193,6 +200,19 @@ def update(
         float(torch.stack(norms).mean()),
         total,
     )
+
+
+def _held(steps: Tensor, like: Tensor, gate: Tensor | None) -> Tensor:
+    """What the divergence weighs for each sample and step [P * G, T]."""
+    return steps.expand_as(like) if gate is None else steps * gate.flatten()[:, None]
+
+
+def _unscaled(parameters: list[nn.Parameter], loss_scale: float) -> None:
+    """Gradients of the loss itself, zero where there is none, so that the optimiser treats every step alike."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad /= loss_scale  # a power of two: exact
 
 
 def _rescored(

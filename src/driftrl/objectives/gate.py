@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from driftrl.checks import InputError, has_shape, is_finite
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Whom the divergence holds, and to what."""
+
+    share: float = 1.0
+    """Share of the kept samples that it applies to: the most suspect ones (`gate`)."""
+    threshold: float | None = None
+    """The reference moves to the policy once the divergence is above this; None never."""
+    every: int | None = None
+    """It moves after so many iterations; None never."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether the reference ever moves."""
+        return self.threshold is not None or self.every is not None
 
 
 def win_rates(rewards: Tensor) -> Tensor:

@@ -1,0 +1,101 @@
+"""What a method carries from one iteration to the next: past rewards, and a reference that moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from driftrl.advantages import AdvantageRule, History, no_history, remember
+from driftrl.checks import InputError
+from driftrl.objectives.gate import Anchor, reference_is_due
+from driftrl.types import Policy
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Empty for GRPO and DRIFT. Never changed in place: an iteration that is skipped leaves what there was."""
+
+    history: History | None = None
+    """The last rewards of each prompt of the set (DDPO)."""
+    reference: tuple[Tensor, ...] | None = None
+    """The adapter's parameters when the reference last moved (GARDO); None while it is the base model."""
+    age: int = 0
+    """Iterations since then."""
+
+    @staticmethod
+    def empty(rule: AdvantageRule, prompts: int, device: torch.device) -> Memory:
+        """At the start of a run over a set of ``prompts``."""
+        running = rule.baseline == "running"
+        return Memory(no_history(prompts, rule.history, device) if running else None)
+
+    def with_rewards(self, which: Sequence[int], rewards: Tensor) -> Memory:
+        """With what the prompts ``which`` earned now, ``rewards`` [P, N], if rewards are remembered at all."""
+        if self.history is None:
+            return self
+        return replace(self, history=remember(self.history, which, rewards))
+
+    def rows(self, which: Sequence[int]) -> History | None:
+        """The past of the prompts ``which``."""
+        return None if self.history is None else self.history.rows(which)
+
+    def after(self, divergence: float, anchor: Anchor, policy: Policy) -> Memory:
+        """After an update that ended ``divergence`` away from the reference: moved to ``policy`` if it is due."""
+        if not anchor.moves:
+            return self
+        if reference_is_due(divergence, self.age + 1, anchor.threshold, anchor.every):
+            return replace(self, reference=tuple(p.detach().clone() for p in policy.parameters()), age=0)
+        return replace(self, age=self.age + 1)
+
+    def reference_of(self, policy: Policy) -> AbstractContextManager[None]:
+        """Within this context ``policy`` is the reference; enter it outside of any gradient that is to be taken."""
+        if self.reference is None:
+            return policy.reference()
+        return _standing_in(policy.parameters(), self.reference)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, by name, for a checkpoint; nothing for an empty memory."""
+        found: dict[str, Tensor] = {}
+        if self.history is not None:
+            found |= {"history/values": self.history.values, "history/filled": self.history.filled}
+        found |= {f"reference/{i:05d}": value for i, value in enumerate(self.reference or ())}
+        if self.age or self.reference is not None:
+            found["age"] = torch.tensor(self.age)
+        return found
+
+    def restored(self, found: Mapping[str, Tensor], policy: Policy) -> Memory:
+        """This empty memory, with what `tensors` gave.
+
+        Raises:
+            InputError: if it belongs to another prompt set, adapter or method.
+        """
+        history, reference = self.history, None
+        if history is not None and "history/values" in found:
+            if found["history/values"].shape != history.values.shape:
+                raise InputError(
+                    f"the checkpoint remembers {list(found['history/values'].shape)} rewards; this run's prompt set "
+                    f"needs {list(history.values.shape)}: has the prompt file changed?"
+                )
+            history = History(*(found[f"history/{k}"].to(policy.device) for k in History._fields))
+        copies = [found[name].to(policy.device) for name in sorted(found) if name.startswith("reference/")]
+        if copies:
+            if [c.shape for c in copies] != [p.shape for p in policy.parameters()]:
+                raise InputError("the checkpoint's reference does not fit this model, rank or targets")
+            reference = tuple(copies)
+        return Memory(history, reference, int(found["age"]) if "age" in found else 0)
+
+
+@contextmanager
+def _standing_in(parameters: list[torch.nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Within this context the parameters hold ``values``; pointers are exchanged, nothing is copied."""
+    own = [p.data for p in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.data = value
