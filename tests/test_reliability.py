@@ -233,10 +233,10 @@ def test_a_full_disk_ends_the_run_with_a_message(config, tmp_path, monkeypatch):
     trainer = Trainer(config(iterations=3), tmp_path / "run")
     real = checkpoint.save
 
-    def full(folder, policy, optimizer, position, configuration=None):
+    def full(folder, policy, optimizer, position, *more):
         if position.iteration == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(folder, policy, optimizer, position, configuration)
+        return real(folder, policy, optimizer, position, *more)
 
     monkeypatch.setattr(checkpoint, "save", full)
     with pytest.raises(RunFailedError, match=r"No space left on device.*000001 is whole"):
