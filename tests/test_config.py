@@ -1,9 +1,13 @@
 """Configurations based on others: merged key by key, resolved, strictly checked, never in a circle."""
 
+from pathlib import Path
+
 import pytest
 
 from driftrl.checks import InputError
 from driftrl.config import TrainConfig, dump_config, load_config
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
 def write(folder, **files):
@@ -80,3 +84,8 @@ def test_a_base_cannot_be_set_from_the_command_line(tmp_path):
     write(tmp_path, a="iterations: 1\n")
     with pytest.raises(InputError, match="base: no such key"):
         load_config(tmp_path / "a.yaml", ["base=a.yaml"])
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_experiment_is_a_configuration(path):
+    assert load_config(path).selection.keep <= load_config(path).sampling.candidates

@@ -30,7 +30,11 @@ from driftrl.update import Objective
 
 TINY_ANIMALS = Path(str(resources.files("driftrl") / "assets" / "tiny-animals"))
 POLICY_ENCODERS = ("policy:latents", "policy:mid-block")
-REWARDS = ("tiny-animals", "compressibility", "incompressibility")
+REWARDS = (
+    "tiny-animals", "pickscore", "hpsv2", "clipscore", "aesthetic", "compressibility", "incompressibility",
+)  # fmt: skip
+WEIGHTS = {"pickscore": "yuvalkirstain/PickScore_v1", "clipscore": "openai/clip-vit-base-patch32"}
+"""Where a reward's weights come from, unless it is asked for as NAME@FOLDER; the others are always asked so."""
 PIPELINES: dict[str, type[PipelinePolicy]] = {
     "StableDiffusionPipeline": StableDiffusionPolicy,
     "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
@@ -181,6 +185,9 @@ def build_reward(name: str, device: torch.device) -> Reward:
         from driftrl.rewards.clip import CLIPReward
 
         return CLIPReward(TINY_ANIMALS / "scorer", device)
+    kind, _, weights = name.partition("@")
+    if kind in ("pickscore", "hpsv2", "clipscore", "aesthetic"):
+        return _model_reward(kind, weights or WEIGHTS.get(kind, ""), device)
     if name in REWARDS:
         from driftrl.rewards import compressibility
 
@@ -203,6 +210,31 @@ def build_reward(name: str, device: torch.device) -> Reward:
         f"reward: expected one of {', '.join(known)}, module:function, or http://host:port; "
         f"got {name!r}{nearest(name, known)}"
     )
+
+
+def _model_reward(kind: str, weights: str, device: torch.device) -> Reward:
+    from driftrl.rewards.aesthetic import AestheticReward
+    from driftrl.rewards.clip import CLIPReward
+
+    if not weights:
+        raise InputError(
+            f"reward: {kind} has no weights on the hub in a format that is safe to load; expected {kind}@FOLDER "
+            "(docs/rewards.md says how to make one)"
+        )
+    try:
+        return (
+            AestheticReward(weights, device)
+            if kind == "aesthetic"
+            else CLIPReward(weights, device, kind=kind)
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"reward: {kind} cannot be loaded from {weights}: {reason}; download it, and name its folder: "
+            f"{kind}@FOLDER"
+        ) from error
 
 
 def build_judges(config: TrainConfig, reward: Reward) -> tuple[Reward, ...]:

@@ -241,7 +241,8 @@ class TrainConfig(Section):
     prompts: PromptConfig = PromptConfig()
     sampling: SamplingConfig = SamplingConfig()
     reward: str = "tiny-animals"
-    """A reward of the package, a function of yours as module:function, or a reward server as http://host:port."""
+    """A reward of the package, as NAME or NAME@FOLDER (docs/rewards.md), a function of yours as module:function, or a
+    reward server as http://host:port."""
     selection: SelectionConfig = SelectionConfig()
     prompt_noise: PromptNoiseConfig = PromptNoiseConfig()
     advantage: AdvantageConfig = AdvantageConfig()

@@ -9,19 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from driftrl.checks import one_of
 from driftrl.preprocess import preprocessing_of
+
+KINDS = ("pickscore", "hpsv2", "clipscore")
+CLIPSCORE_WEIGHT, CLIPSCORE_PREFIX = 2.5, "A photo depicts "
 
 
 class CLIPReward:
-    """``exp(logit_scale) * cosine(image, text)`` under a `transformers.CLIPModel`, as PickScore has it.
+    """A `transformers.CLIPModel`'s cosine of image and prompt, as PickScore, HPSv2 or CLIPScore scale it.
+
+    - ``pickscore``: ``exp(logit_scale) cosine`` (arXiv 2305.01569, section 4; the embedded reward is of this kind);
+    - ``hpsv2``: the cosine itself (arXiv 2306.09341; its published code leaves the scale out);
+    - ``clipscore``: ``2.5 max(cosine, 0)``, the prompt behind "A photo depicts" (arXiv 2104.08718, section 3).
 
     Each prompt is embedded once and kept. Also gives the image embeddings, for CLIP diversity.
     """
 
-    def __init__(self, folder: Path | str, device: torch.device | str = "cpu", batch_size: int = 64) -> None:
-        """Load model and tokenizer from a folder or the hub, in float32."""
+    def __init__(
+        self,
+        folder: Path | str,
+        device: torch.device | str = "cpu",
+        batch_size: int = 64,
+        kind: str = "pickscore",
+    ) -> None:
+        """Load model and tokenizer from a folder or the hub, in float32.
+
+        Raises:
+            InputError: for a kind that does not exist.
+        """
         from transformers import CLIPModel, CLIPTokenizer
 
+        self.kind = one_of("kind", kind, KINDS)
         model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32)
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -34,7 +53,10 @@ class CLIPReward:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score N images [N, 3, H, W] in 0..1 against N prompts: float32 [N]."""
         image, text = self.embed_images(images), self.embed_prompts(prompts)
-        return self.model.logit_scale.exp() * (image * text).sum(-1)
+        cosine = (image * text).sum(-1)
+        if self.kind == "clipscore":
+            return CLIPSCORE_WEIGHT * cosine.clamp(min=0)
+        return cosine if self.kind == "hpsv2" else self.model.logit_scale.exp() * cosine
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
@@ -51,8 +73,13 @@ class CLIPReward:
         """Unit vectors float32 [N, D] of N prompts."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         if new:
+            prefix = CLIPSCORE_PREFIX if self.kind == "clipscore" else ""
             tokens = self.tokenizer(
-                new, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+                [prefix + prompt for prompt in new],
+                padding="max_length",
+                truncation=True,
+                max_length=self.length,
+                return_tensors="pt",
             ).to(self.device)
             pooled = self.model.text_model(**tokens).pooler_output
             embeds = torch.nn.functional.normalize(self.model.text_projection(pooled).float(), dim=-1)
