@@ -209,7 +209,7 @@ def running_relative(
     Raises:
         InputError: for wrong shapes or values that are not finite.
 
-    Source: DDPO (arXiv 2305.13301, section 4, per-prompt normalisation).
+    Source: DDPO (arXiv 2305.13301), for running statistics per prompt; docs/methods.md has what we chose.
 
     Example:
         >>> import torch

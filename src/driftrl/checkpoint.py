@@ -1,6 +1,7 @@
 """Checkpoints: adapter, optimiser and position as safetensors and JSON, whole or absent.
 
-Noise is keyed by iteration, so there is no generator state to keep: the position is the state.
+Noise is keyed by iteration, so there is no generator state to keep: the position is the state, and for some methods
+what they remember of earlier iterations.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def reward_disagreement(rewards: Tensor, others: Sequence[Tensor]) -> Tensor:
     Raises:
         InputError: for no others, other shapes, or values that are not finite.
 
-    Source: GARDO (arXiv 2512.24138) takes the disagreement with two light rewards as uncertainty; ranks within
-    the prompt's candidates are ours.
+    Source: GARDO (arXiv 2512.24138) takes the disagreement with light rewards as uncertainty; ranks within the
+    prompt's candidates are ours.
 
     Example:
         >>> import torch
