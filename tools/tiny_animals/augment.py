@@ -150,6 +150,23 @@ class Pictures:
             background = torch.cat([background, self.pool["background"][pick]])
         return images, which, background
 
+    def draw_twice(
+        self, n: int, generator: torch.Generator, strength: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw `n` pictures and the same again, half of them on another background; and their drawings [n]."""
+        m = 0 if self.pool is None else round(self.share * n)
+        rgba, which = self.bank.draw(n - m, generator, TRAIN_POSES)
+        rgba = move(rgba.float() / 255, generator, strength) * 255
+        style = self.bank.style[which]
+        one, two = composite(rgba, style, generator)[0], composite(rgba, style, generator)[0]
+        two = torch.where(some(n - m, 0.5, generator), two, one)
+        if m:
+            pick = torch.randint(len(self.pool["pixels"]), (m,), generator=generator)
+            seen = move(self.pool["pixels"][pick].float() / 255, generator, 0.5 * strength, border=True)
+            one, two = torch.cat([one, seen]), torch.cat([two, seen])
+            which = torch.cat([which, self.pool["drawing"][pick]])
+        return one, two, which
+
     def junk(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw `n` pictures of nothing in particular: noise, shuffled or blurred pictures, halves, empty pages."""
         images, which, _ = self.draw(n, generator)

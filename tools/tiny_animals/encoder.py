@@ -58,8 +58,9 @@ def settle(model: nn.Module, pictures: Pictures, batches: int = 40) -> None:
 def train(bank: Bank, cache: Path, out: Path, images: int, batch: int = 160) -> None:
     """Train on two views of each picture; write the ResNet folder `out` and report.
 
-    The two views differ in a small change of pose, colours and blur; background, colours, drawing style,
-    animal and pose at large are the picture's own, so all of them keep counting as differences.
+    The two views differ in a small change of pose, colours and blur, and half of them in the background, which else
+    would count for more than what is drawn on it; colours, drawing style, animal and pose at large are the picture's
+    own, so all of them keep counting as differences.
     """
     join_processes()
     torch.manual_seed(2)
@@ -70,15 +71,15 @@ def train(bank: Bank, cache: Path, out: Path, images: int, batch: int = 160) -> 
     )
 
     def loss(n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        x, which, colour = pictures.draw(n, generator, 0.5)
+        x, other, which = pictures.draw_twice(n, generator, 0.5)
         views = [
-            disturb(tint(move(x, generator, 0.5, border=True), generator, 0.5), generator, 0.2) for _ in "ab"
+            disturb(tint(move(view, generator, 0.5, border=True), generator, 0.5), generator, 0.2)
+            for view in (x, other)
         ]
         with torch.autocast("cpu", torch.bfloat16):
             z = model(torch.cat(views).contiguous(memory_format=torch.channels_last))
         logits = z @ z.T / TEMPERATURE
-        # The same drawing on the same colour is no difference to learn: never a negative.
-        same = (which[:, None] == which) & (colour[:, None] == colour)
+        same = which[:, None] == which  # the same drawing is no difference to learn: never a negative
         own = torch.arange(n)
         partner = torch.cat([own + n, own])
         mask = same.repeat(2, 2)
