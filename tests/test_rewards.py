@@ -13,6 +13,7 @@ from driftrl.checks import InputError
 from driftrl.preprocess import CLIP_MEAN, CLIP_STD, Preprocessing
 from driftrl.rewards.clip import CLIPReward
 from driftrl.rewards.compressibility import compressibility
+from driftrl.rewards.tower import CLIPTower
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_clip_reward_is_scaled_cosine(clip_folder):
     tokens = tokenizer(prompts, padding="max_length", max_length=16, return_tensors="pt")
     with torch.no_grad():
         expected = model(pixel_values=(images - mean) / std, **tokens).logits_per_image.diag()
-    reward = CLIPReward(clip_folder, batch_size=2)
+    reward = CLIPReward(CLIPTower(clip_folder, batch_size=2))
     torch.testing.assert_close(reward(images, prompts), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(reward(images.flip(0), prompts[::-1]).flip(0), expected, atol=1e-4, rtol=0)
 

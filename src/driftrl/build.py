@@ -22,6 +22,7 @@ from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from driftrl.prompts import load_prompts
 from driftrl.rewards.guarded import GuardedReward
+from driftrl.rewards.tower import CLIPTower
 from driftrl.rollout import PromptNoise
 from driftrl.shaping import Shaping
 from driftrl.trainer import Method, TrainingLoop
@@ -31,10 +32,13 @@ from driftrl.update import Objective
 TINY_ANIMALS = Path(str(resources.files("driftrl") / "assets" / "tiny-animals"))
 POLICY_ENCODERS = ("policy:latents", "policy:mid-block")
 REWARDS = (
-    "tiny-animals", "pickscore", "hpsv2", "clipscore", "aesthetic", "compressibility", "incompressibility",
+    "tiny-animals", "pickscore", "hpsv2", "imagereward", "clipscore", "aesthetic", "compressibility",
+    "incompressibility",
 )  # fmt: skip
 WEIGHTS = {"pickscore": "yuvalkirstain/PickScore_v1", "clipscore": "openai/clip-vit-base-patch32"}
 """Where a reward's weights come from, unless it is asked for as NAME@FOLDER; the others are always asked so."""
+Towers = dict[tuple[str, str, str, bool], CLIPTower]
+"""CLIP models by folder, device, dtype and whether they pad, for rewards to share."""
 PIPELINES: dict[str, type[PipelinePolicy]] = {
     "StableDiffusionPipeline": StableDiffusionPolicy,
     "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
@@ -170,9 +174,17 @@ def build_policy(config: TrainConfig, adapter: bool = True) -> PipelinePolicy:
     return policy
 
 
-def build_reward(name: str, device: torch.device) -> Reward:
+def build_reward(
+    name: str, device: torch.device, dtype: str = "float32", towers: Towers | None = None
+) -> Reward:
     """A reward of the package, of an entry point in the group ``driftrl.rewards``, ``module:function``, or the
     URL of a reward server.
+
+    Args:
+        name: as above.
+        device: where it computes.
+        dtype: of a reward of the package that has a network: ``float32``, ``bfloat16``, or ``auto`` (bfloat16 on CUDA).
+        towers: CLIP models that rewards built earlier stand on; this one shares them, or adds its own.
 
     Raises:
         InputError: if there is none of that name.
@@ -181,13 +193,16 @@ def build_reward(name: str, device: torch.device) -> Reward:
         from driftrl.rewards.http import HTTPReward
 
         return HTTPReward(name)
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    towers = {} if towers is None else towers
+    kind, _, weights = name.partition("@")
     if name == "tiny-animals":
         from driftrl.rewards.clip import CLIPReward
 
-        return CLIPReward(TINY_ANIMALS / "scorer", device)
-    kind, _, weights = name.partition("@")
-    if kind in ("pickscore", "hpsv2", "clipscore", "aesthetic"):
-        return _model_reward(kind, weights or WEIGHTS.get(kind, ""), device)
+        return CLIPReward(tower_of(TINY_ANIMALS / "scorer", device, dtype, towers))
+    if kind in ("pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward"):
+        return _model_reward(kind, weights or WEIGHTS.get(kind, ""), device, dtype, towers)
     if name in REWARDS:
         from driftrl.rewards import compressibility
 
@@ -212,9 +227,10 @@ def build_reward(name: str, device: torch.device) -> Reward:
     )
 
 
-def _model_reward(kind: str, weights: str, device: torch.device) -> Reward:
-    from driftrl.rewards.aesthetic import AestheticReward
+def _model_reward(kind: str, weights: str, device: torch.device, dtype: str, towers: Towers) -> Reward:
+    from driftrl.rewards.aesthetic import AestheticReward, demand_head
     from driftrl.rewards.clip import CLIPReward
+    from driftrl.rewards.imagereward import ImageReward
 
     if not weights:
         raise InputError(
@@ -222,11 +238,12 @@ def _model_reward(kind: str, weights: str, device: torch.device) -> Reward:
             "(docs/rewards.md says how to make one)"
         )
     try:
-        return (
-            AestheticReward(weights, device)
-            if kind == "aesthetic"
-            else CLIPReward(weights, device, kind=kind)
-        )
+        if kind == "imagereward":
+            return ImageReward(weights, device, dtype=dtype)
+        if kind == "aesthetic":
+            demand_head(weights)
+            return AestheticReward(tower_of(weights, device, dtype, towers))
+        return CLIPReward(tower_of(weights, device, dtype, towers, pad=kind == "hpsv2"), kind)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
@@ -235,6 +252,17 @@ def _model_reward(kind: str, weights: str, device: torch.device) -> Reward:
             f"reward: {kind} cannot be loaded from {weights}: {reason}; download it, and name its folder: "
             f"{kind}@FOLDER"
         ) from error
+
+
+def tower_of(
+    folder: Path | str, device: torch.device, dtype: str, towers: Towers, pad: bool = False
+) -> CLIPTower:
+    """The CLIP model of a folder or hub name: the one in ``towers``, or a new one, which is put there."""
+    place = str(Path(folder).resolve()) if Path(folder).exists() else str(folder)
+    key = (place, str(device), dtype, pad)
+    if key not in towers:
+        towers[key] = CLIPTower(folder, device, dtype=dtype, pad=pad)
+    return towers[key]
 
 
 def build_judges(config: TrainConfig, reward: Reward) -> tuple[Reward, ...]:

@@ -24,19 +24,30 @@ class Preprocessing:
     """What happens to images [N, 3, H, W] in 0..1 before a network sees them."""
 
     resize: int | tuple[int, int] | None
-    """The length of the shorter side, or (height, width) whatever the aspect; None leaves the size alone."""
+    """The length of the shorter side (with ``pad`` of the longer one), or (height, width) whatever the aspect; None
+    leaves the size alone."""
     crop: tuple[int, int] | None
     """(height, width) cut from the centre."""
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     mode: str = "bicubic"
+    pad: bool = False
+    """Instead of a crop: the whole picture, black around it to a square of side ``resize``."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Resize with antialiasing, crop, normalise: float32 [N, 3, height, width]."""
+        """Resize with antialiasing, crop or pad, normalise: float32 [N, 3, height, width].
+
+        Values that resizing puts outside 0..1 are cut off, as in 8-bit pictures; not with ``pad``, for the code that
+        pads (HPSv2's) resizes floats.
+        """
         x = images.float()
         target = self._target(x.shape[-2], x.shape[-1])
         if target != tuple(x.shape[-2:]):
-            x = F.interpolate(x, target, mode=self.mode, antialias=True, align_corners=False).clamp(0, 1)
+            x = F.interpolate(x, target, mode=self.mode, antialias=True, align_corners=False)
+            x = x if self.pad else x.clamp(0, 1)
+        if self.pad and isinstance(self.resize, int):
+            down, right = self.resize - x.shape[-2], self.resize - x.shape[-1]
+            x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
         if self.crop is not None:
             top, left = (x.shape[-2] - self.crop[0]) // 2, (x.shape[-1] - self.crop[1]) // 2
             x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
@@ -48,8 +59,12 @@ class Preprocessing:
             return height, width
         if isinstance(self.resize, tuple):
             return self.resize
-        scale = self.resize / min(height, width)
-        return max(self.resize, round(height * scale)), max(self.resize, round(width * scale))
+        if self.pad:
+            scale = self.resize / max(height, width)
+            return max(1, round(height * scale)), max(1, round(width * scale))
+        short, long = sorted((height, width))
+        side = int(self.resize * long / short)  # rounded down, as torchvision and transformers do
+        return (self.resize, side) if height <= width else (side, self.resize)
 
 
 def preprocessing_of(name: Path | str, size: int | None) -> Preprocessing:

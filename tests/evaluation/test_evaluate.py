@@ -135,7 +135,7 @@ def test_a_model_alone(pipeline_folder, encoder_folder, prompts_file, clip_folde
     from driftrl.evaluation import evaluate as module
 
     monkeypatch.setattr(
-        module, "build_reward", lambda name, device: lambda images, prompts: images.mean((1, 2, 3))
+        module, "build_reward", lambda name, device, **_: lambda images, prompts: images.mean((1, 2, 3))
     )
     folder = evaluate(
         pipeline_folder,

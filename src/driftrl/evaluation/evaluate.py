@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from driftrl import checkpoint
-from driftrl.build import TINY_ANIMALS, build_encoder, build_reward, default_batch
+from driftrl.build import TINY_ANIMALS, Towers, build_encoder, build_reward, default_batch, tower_of
 from driftrl.checkpoint import CheckpointWarning
 from driftrl.checks import InputError, is_finite
 from driftrl.config import load_config, parse_config
@@ -438,18 +438,20 @@ class _Studio:
 def _instruments(settings: Settings, clip_folder: Path | None, policy: Policy) -> Instruments:
     device = policy.device
     first, *others = settings.rewards
-    rewards = {"reward": build_reward(first, device)}
-    rewards |= {f"reward/{name}": build_reward(name, device) for name in others}
+    towers: Towers = {}
+    rewards = {"reward": build_reward(first, device, towers=towers)}
+    rewards |= {f"reward/{name}": build_reward(name, device, towers=towers) for name in others}
     encoder, clip = build_encoder(settings.encoder, policy.device, policy), None
     if clip_folder is not None:
         from driftrl.rewards.clip import CLIPReward
 
         try:
-            model = CLIPReward(clip_folder, device)
+            tower = tower_of(clip_folder, device, "float32", towers)
+            model = CLIPReward(tower)
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"{clip_folder}: expected a CLIP model: {reason}") from error
-        clip = model.embed_images
+        clip = tower.embed_images
         if "tiny-animals" not in settings.rewards:
             rewards["similarity"] = model
     return Instruments(rewards, encoder, clip)
