@@ -43,10 +43,14 @@ def test_clip_reward_is_scaled_cosine(clip_folder):
     torch.testing.assert_close(reward(images.flip(0), prompts[::-1]).flip(0), expected, atol=1e-4, rtol=0)
 
 
-def test_preprocessing_resizes_as_pil_does():
-    image = torch.rand(1, 3, 48, 64)
+@pytest.mark.parametrize("width", [64, 67])  # 67 / 2 is rounded down, as in transformers and torchvision
+def test_preprocessing_resizes_as_pil_does(width):
+    from transformers.image_transforms import get_resize_output_image_size
+
+    image = torch.rand(1, 3, 48, width)
     ours = Preprocessing(24, (24, 24), (0, 0, 0), (1, 1, 1))(image)
-    channels = [Image.fromarray(c.numpy()).resize((32, 24), Image.Resampling.BICUBIC) for c in image[0]]
+    size = get_resize_output_image_size(image[0].numpy(), 24, default_to_square=False)
+    channels = [Image.fromarray(c.numpy()).resize(size[::-1], Image.Resampling.BICUBIC) for c in image[0]]
     theirs = torch.from_numpy(np.stack([np.asarray(c) for c in channels]))[:, :, 4:28]
     torch.testing.assert_close(ours[0], theirs.clamp(0, 1), atol=2e-3, rtol=0)
 

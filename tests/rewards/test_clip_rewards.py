@@ -10,8 +10,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import save_tokenizer, text_settings
-from driftrl.build import build_reward
+from driftrl.build import Towers, build_reward
 from driftrl.checks import InputError
+from driftrl.preprocess import CLIP_MEAN, CLIP_STD
+from driftrl.rewards import tower as rewards_tower
+from driftrl.rewards.tower import CLIPTower
 
 PROMPTS = ["a cat", "a dog", "a cat", "two zebras"]
 CPU = torch.device("cpu")
@@ -45,18 +48,28 @@ def folder(tmp_path_factory):
     return place
 
 
+def clip_model(folder):
+    from transformers import CLIPModel
+
+    return CLIPModel.from_pretrained(folder)
+
+
+def clip_tokens(folder, texts):
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder)(
+        texts, padding="max_length", truncation=True, max_length=48, return_tensors="pt"
+    )
+
+
 def reference(folder, images, texts):
     """Unit embeddings by transformers' own processor and model, through PIL."""
-    from transformers import CLIPModel, CLIPTokenizer
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     pictures = [Image.fromarray(np.uint8((x.permute(1, 2, 0) * 255).round().numpy())) for x in images]
     pixels = CLIPImageProcessorPil.from_pretrained(folder)(pictures, return_tensors="pt").pixel_values
-    tokens = CLIPTokenizer.from_pretrained(folder)(
-        texts, padding="max_length", truncation=True, max_length=48, return_tensors="pt"
-    )
     with torch.no_grad():
-        found = CLIPModel.from_pretrained(folder)(**tokens, pixel_values=pixels)
+        found = clip_model(folder)(**clip_tokens(folder, texts), pixel_values=pixels)
     return found.image_embeds, found.text_embeds, found.logits_per_image
 
 
@@ -82,6 +95,95 @@ def test_the_aesthetic_predictor(folder):
     score = build_reward(f"aesthetic@{folder}", CPU)(images, PROMPTS)
     torch.testing.assert_close(score, x[:, 0], atol=1e-4, rtol=1e-4)
     assert score.std() > 1e-3
+
+
+@pytest.mark.parametrize("size", [(24, 40), (40, 24), (16, 7), (16, 16)])
+def test_hpsv2_pads_pictures_that_are_not_square(folder, size):
+    """The longer side to 16, the rest black, as the published code has it; resized here by PIL, in floats."""
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    height, width = (round(side * 16 / max(size)) for side in size)
+    padded = np.zeros((2, 3, 16, 16), np.float32)
+    top, left = (16 - height) // 2, (16 - width) // 2
+    for picture, image in zip(padded, images, strict=True):
+        for channel, values in zip(picture, image, strict=True):
+            small = Image.fromarray(values.numpy()).resize((width, height), Image.Resampling.BICUBIC)
+            channel[top : top + height, left : left + width] = np.asarray(small)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    pixels = (torch.from_numpy(padded) - mean) / std
+    reward = build_reward(f"hpsv2@{folder}", CPU)
+    torch.testing.assert_close(reward.tower.preprocess(images), pixels, atol=2e-5, rtol=0)
+    model, tokens = clip_model(folder), clip_tokens(folder, PROMPTS[:2])
+    with torch.no_grad():
+        found = model(**tokens, pixel_values=pixels)
+    expected = (found.image_embeds * found.text_embeds).sum(-1)
+    torch.testing.assert_close(reward(images, PROMPTS[:2]), expected, atol=1e-4, rtol=0)
+    if height != width:
+        cropped = build_reward(f"clipscore@{folder}", CPU).tower.preprocess(images)
+        assert cropped.shape == pixels.shape and not torch.allclose(cropped, pixels, atol=0.1)
+
+
+class Counter:
+    """Counts the images that pass through the image encoders of towers."""
+
+    def __init__(self, *towers):
+        self.images = self.texts = 0
+        for tower in towers:
+            tower.model.vision_model.register_forward_hook(self.seen)
+            tower.model.text_model.register_forward_hook(self.read)
+
+    def seen(self, module, inputs, output):
+        self.images += len(output.pooler_output)
+
+    def read(self, module, inputs, output):
+        self.texts += len(output.pooler_output)
+
+
+def test_an_image_is_embedded_once_for_all_rewards_on_a_folder(folder):
+    towers: Towers = {}
+    names = [f"{kind}@{folder}" for kind in ("pickscore", "clipscore", "aesthetic")]
+    rewards = [build_reward(name, CPU, towers=towers) for name in names]
+    alone = [build_reward(name, CPU) for name in names]
+    (tower,) = towers.values()
+    counter = Counter(tower)
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    for reward, single in zip(rewards, alone, strict=True):
+        assert torch.equal(reward(images, PROMPTS), single(images, PROMPTS))
+    assert counter.images == 4
+    assert counter.texts == 6  # three prompts, each as it is and behind CLIPScore's prefix
+    before = rewards[2](images, PROMPTS)
+    images[0].zero_()  # the same tensor, but not the same images
+    assert rewards[2](images, PROMPTS)[0] != before[0]
+    assert counter.images == 8
+    with torch.inference_mode():
+        images = torch.rand(4, 3, 16, 16)  # what is written into it is not counted, so nothing is remembered
+        assert not torch.equal(rewards[2](images, PROMPTS), rewards[2](images.zero_(), PROMPTS))
+
+
+def test_prompts_are_embedded_once_and_the_oldest_forgotten(folder, monkeypatch):
+    monkeypatch.setattr(rewards_tower, "PROMPTS_KEPT", 3)
+    tower = CLIPTower(folder, batch_size=2)
+    counter = Counter(tower)
+    first = tower.embed_prompts(["a", "b", "a", "c"])
+    assert counter.texts == 3
+    assert torch.equal(tower.embed_prompts(["c", "a"]), first[[3, 0]])
+    assert counter.texts == 3
+    five = tower.embed_prompts(["d", "a", "e", "f", "b"])  # more than are kept, b among them
+    assert counter.texts == 6
+    assert torch.equal(five[[1, 4]], first[:2])
+    tower.embed_prompts(["e", "f", "b"])
+    assert counter.texts == 6
+    tower.embed_prompts(["a"])
+    assert counter.texts == 7
+
+
+@pytest.mark.parametrize("kind", ["pickscore", "hpsv2", "clipscore", "aesthetic"])
+def test_in_bfloat16_a_reward_differs_by_rounding(folder, kind):
+    images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    exact = build_reward(f"{kind}@{folder}", CPU)(images, PROMPTS * 2)
+    rounded = build_reward(f"{kind}@{folder}", CPU, "bfloat16")(images, PROMPTS * 2)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.05 * exact.std()
+    assert torch.equal(build_reward(f"{kind}@{folder}", CPU, "auto")(images, PROMPTS * 2), exact)
 
 
 def test_what_cannot_be_loaded_is_one_message(folder, tmp_path):
