@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from driftrl.advantages import group_relative
-from driftrl.build import build_encoder, build_policy, build_reward
+from driftrl.build import build_encoder, build_policy, build_training_reward, parts_of
 from driftrl.config import TrainConfig, load_config
 from driftrl.diversity.functional import pairwise_distances
+from driftrl.mixture import mixed
 from driftrl.prompts import load_prompts
 from driftrl.rollout import NO_NOISE, rollout, score_step
 from driftrl.selection import select
@@ -51,8 +52,8 @@ def draw(config: TrainConfig, count: int) -> Samples:
         conditioning = policy.encode(list(texts))
     drawn = rollout(policy, conditioning, [(5, 0, p) for p in range(prompts)], candidates, 32)
     flat = drawn.images.flatten(0, 1)
-    rewards = build_reward(config.reward, policy.device)(flat, [t for t in texts for _ in range(candidates)])
-    rewards = rewards.view(prompts, candidates)
+    scores = build_training_reward(config)(flat, [t for t in texts for _ in range(candidates)])
+    rewards = mixed(scores.unflatten(0, (prompts, candidates)), parts_of(config.reward))
     features = build_encoder(config.shaping.encoder, policy.device, policy)(flat).unflatten(0, rewards.shape)
     steps = policy.scored.nonzero()[:, 0].tolist()
     adapted = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Sequence
 from importlib import resources
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,14 +15,16 @@ import torch
 
 from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
-from driftrl.config import ModelConfig, TrainConfig
+from driftrl.config import ModelConfig, RewardPart, TrainConfig
 from driftrl.files import read_json
+from driftrl.mixture import Part
 from driftrl.objectives.gate import Anchor
 from driftrl.policies.flow import FluxPolicy, StableDiffusion3Policy
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from driftrl.prompts import load_prompts
 from driftrl.rewards.guarded import GuardedReward
+from driftrl.rewards.several import SeveralRewards
 from driftrl.rewards.tower import CLIPTower
 from driftrl.rollout import PromptNoise
 from driftrl.shaping import Shaping
@@ -265,17 +268,34 @@ def tower_of(
     return towers[key]
 
 
-def build_judges(config: TrainConfig, reward: Reward) -> tuple[Reward, ...]:
+def build_training_reward(config: TrainConfig, towers: Towers | None = None) -> Reward:
+    """The reward that a configuration trains on, guarded; of several, each guarded, a column each."""
+    towers = {} if towers is None else towers
+    if isinstance(config.reward, str):
+        return _guarded(config, config.reward, towers)
+    return SeveralRewards([_guarded(config, part.name, towers, part.name) for part in config.reward])
+
+
+def parts_of(reward: str | Sequence[RewardPart]) -> tuple[Part, ...]:
+    """How several rewards become one; nothing for a single one."""
+    return () if isinstance(reward, str) else tuple(Part(**part.model_dump()) for part in reward)
+
+
+def _guarded(config: TrainConfig, name: str, towers: Towers, title: str = "") -> GuardedReward:
+    reward = build_reward(name, device_of(config.model.device), config.reward_dtype, towers)
+    return GuardedReward(reward, config.guards.reward_attempts, config.guards.reward_timeout, name=title)
+
+
+def build_judges(config: TrainConfig, reward: Reward, towers: Towers | None = None) -> tuple[Reward, ...]:
     """The rewards whose disagreement with ``reward`` gates the divergence; none where all samples are held."""
-    objective, guards = config.objective, config.guards
+    objective, towers = config.objective, {} if towers is None else towers
     if objective.kl_weight == 0 or objective.kl_share == 1:
         return ()
-    device = device_of(config.model.device)
 
     def judge(name: str) -> Reward:
         if name == "mirrored":
             return lambda images, prompts: reward(images.flip(-1), prompts)
-        return GuardedReward(build_reward(name, device), guards.reward_attempts, guards.reward_timeout)
+        return _guarded(config, name, towers)
 
     return tuple(judge(name) for name in objective.kl_judges)
 
@@ -327,11 +347,8 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
             f"prompts.per_iteration: expected at most the {len(prompt_set)} prompts of {config.prompts.set}; "
             f"got {config.prompts.per_iteration}"
         )
-    reward = GuardedReward(
-        build_reward(config.reward, device_of(config.model.device)),
-        config.guards.reward_attempts,
-        config.guards.reward_timeout,
-    )
+    towers: Towers = {}
+    reward = build_training_reward(config, towers)
     policy = build_policy(config)
     encoder = build_encoder(config.shaping.encoder, policy.device, policy)
     if not bool(policy.scored.any()):
@@ -369,6 +386,7 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
             Anchor(
                 config.objective.kl_share, config.objective.reference_kl, config.objective.reference_every
             ),
+            parts_of(config.reward),
         ),
         Objective(
             config.objective.clip_range,
@@ -394,7 +412,7 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
         config.logging.keep_every,
         config.guards.max_failures,
         config.model_dump(mode="json"),
-        build_judges(config, reward),
+        build_judges(config, reward, towers),
     )
 
 

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from driftrl.checks import InputError, nearest
 
@@ -82,6 +91,48 @@ class SamplingConfig(Section):
     """Images drawn per prompt, 2G."""
     batch_size: Positive | None = None
     """Candidates denoised at once; changes speed and memory, no sample. Null: 32 on a CPU, else 128."""
+
+
+class RewardPart(Section):
+    """One of several rewards that are trained on together."""
+
+    name: str
+    """As for a single reward."""
+    weight: float = 1.0
+    """What it is multiplied by once it is normalised. Below 0 training lowers it, at 0 it is only logged."""
+    normalize: Literal["none", "prompt", "batch", "fixed"] = "none"
+    """To mean 0 and standard deviation 1 over the candidates of its prompt, or of the whole iteration; by the fixed
+    numbers below; or not at all."""
+    mean: float = 0.0
+    """Of `fixed`: what is subtracted."""
+    std: float = Field(1.0, gt=0)
+    """Of `fixed`: what divides."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RewardPart:
+        if self.normalize != "fixed" and (self.mean, self.std) != (0.0, 1.0):
+            raise ValueError(
+                f"reward: mean and std go with normalize 'fixed'; {self.name} has normalize {self.normalize!r}"
+            )
+        return self
+
+
+_TAGS = ("<name>", "<parts>")
+
+
+def _kind_of_reward(value: Any) -> str | None:
+    return _TAGS[0] if isinstance(value, str) else _TAGS[1] if isinstance(value, list) else None
+
+
+RewardSetting = Annotated[
+    Annotated[str, Tag(_TAGS[0])] | Annotated[list[RewardPart], Field(min_length=1), Tag(_TAGS[1])],
+    Discriminator(
+        _kind_of_reward,
+        custom_error_type="reward_kind",
+        custom_error_message="Input should be a name, or a list of {name, weight, normalize}",
+    ),
+]
+"""The name of a reward, or several with their weights."""
 
 
 class SelectionConfig(Section):
@@ -240,9 +291,11 @@ class TrainConfig(Section):
     adapter: AdapterConfig = AdapterConfig()
     prompts: PromptConfig = PromptConfig()
     sampling: SamplingConfig = SamplingConfig()
-    reward: str = "tiny-animals"
+    reward: RewardSetting = "tiny-animals"
     """A reward of the package, as NAME or NAME@FOLDER (docs/rewards.md), a function of yours as module:function, or a
-    reward server as http://host:port."""
+    reward server as http://host:port; or several, as a list of {name, weight, normalize}."""
+    reward_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision that the package's reward networks compute in; `auto` is bfloat16 on CUDA, else float32."""
     selection: SelectionConfig = SelectionConfig()
     prompt_noise: PromptNoiseConfig = PromptNoiseConfig()
     advantage: AdvantageConfig = AdvantageConfig()
@@ -252,6 +305,19 @@ class TrainConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     guards: GuardsConfig = GuardsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("reward")
+    @classmethod
+    def _different_rewards(cls, reward: str | list[RewardPart]) -> str | list[RewardPart]:
+        names = [] if isinstance(reward, str) else [part.name for part in reward]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"reward: expected each name once; {', '.join(twice)} is there twice: add its weights"
+            )
+        if names and not any(part.weight for part in reward if isinstance(part, RewardPart)):
+            raise ValueError("reward: expected a weight other than 0; got 0 for all of them")
+        return reward
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -280,6 +346,14 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"advantage.min_history: expected at most advantage.history ({advantage.history}); got "
                     f"{advantage.min_history}"
+                )
+            relative = [
+                p for p in self.reward if isinstance(p, RewardPart) and p.normalize in ("prompt", "batch")
+            ]
+            if relative:
+                raise ValueError(
+                    f"reward: baseline 'running' compares with earlier iterations, {relative[0].name} with this one "
+                    f"only, for it has normalize {relative[0].normalize!r}; use 'fixed' or 'none'"
                 )
             if shaping.ratio > 0 and shaping.level == "reward":
                 raise ValueError(
@@ -427,16 +501,17 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    place = [part for part in problem["loc"] if part not in _TAGS]
+    key = ".".join(str(part) for part in place)
     given, context = problem.get("input"), problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
-        section: Any = TrainConfig
-        for part in problem["loc"][:-1]:
+        section: Any = RewardPart if place[0] == "reward" else TrainConfig
+        for part in [] if section is RewardPart else place[:-1]:
             section = section.model_fields[part].annotation
         names = list(section.model_fields)
-        return (
-            f"{key}: no such key{nearest(str(problem['loc'][-1]), names)}; allowed here: {', '.join(names)}"
-        )
+        return f"{key}: no such key{nearest(str(place[-1]), names)}; allowed here: {', '.join(names)}"
+    if problem["type"] == "missing":
+        return f"{key}: is missing, and has no default"
     if problem["type"] == "value_error":
         return str(context.get("error", problem["msg"]))
     hint = ""

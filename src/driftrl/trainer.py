@@ -22,6 +22,7 @@ from driftrl.checkpoint import Position
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
 from driftrl.diversity.functional import pairwise_distances
 from driftrl.memory import Memory
+from driftrl.mixture import Part, columns, mixed
 from driftrl.noise import generator
 from driftrl.objectives.gate import Anchor, gate, reward_disagreement
 from driftrl.rollout import PromptNoise, rollout
@@ -42,6 +43,8 @@ class Method:
     advantage: AdvantageRule
     shaping: Shaping
     anchor: Anchor
+    rewards: tuple[Part, ...] = ()
+    """How several rewards become one; empty where there is only one."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Iteration:
     images: Tensor
     """[P, N, 3, height, width] in 0..1: all candidates."""
     rewards: Tensor
-    """[P, N]."""
+    """[P, N]: of several rewards what they became together."""
     chosen: Tensor
     """[P, G]: the candidates that were learned from."""
 
@@ -177,10 +180,14 @@ class TrainingLoop:
         clock.lap("rollout")
 
         flat = [text for text in texts for _ in range(method.candidates)]
-        rewards = self.reward(sampled.images.flatten(0, 1), flat).float().view(len(texts), method.candidates)
-        rewards = rewards.to(self.policy.device)
+        pictures = sampled.images.flatten(0, 1)
+        scores = self._scores(self.reward, pictures, flat)
+        parts = columns(scores, method.rewards)
+        for name, part in parts.items():
+            _demand_finite(f"reward ({name})", part, texts)
+        rewards = mixed(scores, method.rewards)
         _demand_finite("reward", rewards, texts)
-        disagreement = self._disagreement(rewards, sampled.images, flat, texts)
+        disagreement = self._disagreement(rewards, pictures, flat, texts)
         memory = self.memory.with_rewards(which, rewards)
         clock.lap("reward")
 
@@ -213,6 +220,7 @@ class TrainingLoop:
         metrics = {
             "iteration": number + 1,
             "reward/mean": float(rewards.mean()),
+            **{f"reward/{name}/mean": float(part.mean()) for name, part in parts.items()},
             "reward/std_within_prompt": float(rewards.std(1, correction=0).mean()),
             "reward/kept_mean": float(kept_rewards.mean()),
             "reward/kept_std": float(kept_rewards.std(1, correction=0).mean()),
@@ -277,14 +285,19 @@ class TrainingLoop:
         features = self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         return pairwise_distances(features.to(self.policy.device))
 
+    def _scores(self, reward: Reward, pictures: Tensor, flat: list[str]) -> Tensor:
+        """What ``reward`` gives all candidates: [P, N], or [P, N, R] of R rewards."""
+        scores = reward(pictures, flat).float().unflatten(0, (-1, self.method.candidates))
+        return scores.to(self.policy.device)
+
     def _disagreement(
-        self, rewards: Tensor, images: Tensor, flat: list[str], texts: list[str]
+        self, rewards: Tensor, pictures: Tensor, flat: list[str], texts: list[str]
     ) -> Tensor | None:
         """How much higher ``rewards`` [P, N] rank each candidate than the judges do, if there are any."""
         if not self.judges:
             return None
-        others = [judge(images.flatten(0, 1), flat).float().view_as(rewards) for judge in self.judges]
-        others = [other.to(rewards.device) for other in others]
+        others = [self._scores(judge, pictures, flat) for judge in self.judges]
+        others = [mixed(other, self.method.rewards) for other in others]
         for other in others:
             _demand_finite("judge's reward", other, texts)
         return reward_disagreement(rewards, others)

@@ -96,7 +96,7 @@ class UpdateStats:
 
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
-"""(images float32 [N, 3, H, W] in 0..1, N prompts) -> rewards [N]."""
+"""(images float32 [N, 3, H, W] in 0..1, N prompts) -> rewards [N], or [N, R] of R at once (`driftrl.mixture`)."""
 
 Encoder = Callable[[Tensor], Tensor]
 """images float32 [N, 3, H, W] in 0..1 -> features [N, D]."""

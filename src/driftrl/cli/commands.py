@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,6 +13,7 @@ Set = Annotated[
         "--set", metavar="KEY=VALUE", help="Change a setting, such as [cyan]optimizer.learning_rate=2e-3[/]."
     ),
 ]
+RewardDtype = Literal["auto", "float32", "bfloat16"]
 
 
 def register(app: typer.Typer) -> None:
@@ -199,6 +200,12 @@ def register(app: typer.Typer) -> None:
         device: Annotated[
             str, typer.Option(help="'auto' takes a GPU if there is one; else 'cpu', 'cuda', 'cuda:1'.")
         ] = "auto",
+        dtype: Annotated[
+            RewardDtype,
+            typer.Option(
+                help="What the package's networks compute in; 'auto' is bfloat16 on CUDA, else float32."
+            ),
+        ] = "auto",
         max_megabytes: Annotated[
             int,
             typer.Option(
@@ -231,7 +238,7 @@ def register(app: typer.Typer) -> None:
         """
         from driftrl.cli.serve_reward import serve_reward as work
 
-        work(name, host, port, device, max_megabytes, batch_size, token)
+        work(name, host, port, device, dtype, max_megabytes, batch_size, token)
 
     @app.command()
     def doctor() -> None:

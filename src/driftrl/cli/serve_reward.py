@@ -18,6 +18,7 @@ def serve_reward(
     host: str,
     port: int,
     device: str,
+    dtype: str,
     max_megabytes: int,
     batch_size: int | None,
     token: str | None,
@@ -45,7 +46,7 @@ def serve_reward(
             from transformers.utils import logging
 
             logging.disable_progress_bar()  # its bars for loading weights would come between ours
-        reward = build_reward(name, where)
+        reward = build_reward(name, where, dtype)
         status.stop()
 
         def tell(line: str) -> None:

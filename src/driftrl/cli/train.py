@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -61,13 +62,19 @@ def train(
     )  # fmt: skip
     task = progress.add_task("train", total=parsed.iterations, completed=start, figures="")
     first: dict[str, float] = {}
+    # Of several rewards each: their sum may be 0 throughout, being normalised.
+    several = (
+        {} if isinstance(parsed.reward, str) else {p.name: f"reward/{p.name}/mean" for p in parsed.reward}
+    )
+    shown = several or {"reward": "reward/mean"}
 
     def watch(iteration: Iteration) -> None:
         m = iteration.metrics
         if not first:
             first.update(m)
-        gain = m["reward/mean"] - first["reward/mean"]
-        figures = f"reward {m['reward/mean']:.3f} ({gain:+.3f})  diversity {m['diversity/kept_mean']:.3f}"
+        now = {title: m.get(key, math.nan) for title, key in shown.items()}
+        told = [f"{title} {x:.3f} ({x - first.get(shown[title], math.nan):+.3f})" for title, x in now.items()]
+        figures = "  ".join([*told, f"diversity {m['diversity/kept_mean']:.3f}"])
         progress.update(task, completed=iteration.number, figures=figures)
         if not quiet and not console.is_terminal:
             console.print(f"iteration {iteration.number}/{parsed.iterations}  {figures}", highlight=False)

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from driftrl import checkpoint
-from driftrl.build import TINY_ANIMALS, Towers, build_encoder, build_reward, default_batch, tower_of
+from driftrl.build import (
+    TINY_ANIMALS,
+    Towers,
+    build_encoder,
+    build_reward,
+    default_batch,
+    parts_of,
+    tower_of,
+)
 from driftrl.checkpoint import CheckpointWarning
 from driftrl.checks import InputError, is_finite
-from driftrl.config import load_config, parse_config
+from driftrl.config import RewardPart, load_config, parse_config
 from driftrl.diversity.functional import manifold, mean_pairwise_distance, vendi_score
 from driftrl.evaluation.generate import EVALUATION, open_policy, run_of
 from driftrl.evaluation.pareto import bootstrap_interval
 from driftrl.files import read_json, sha256, write_json, write_text
+from driftrl.mixture import mixed
 from driftrl.pictures import save_png, to_pil
 from driftrl.prompts import load_prompts
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
@@ -97,7 +106,8 @@ class Settings(_Record):
     guidance_scale: float
     eta: float
     rewards: list[str]
-    """The first is the one that training raised; its figure is called 'reward', the others' 'reward/NAME'."""
+    """The first is the one that training raised; its figure is called 'reward', the others' 'reward/NAME'. Of several
+    at once the first is their formula; the figures of its parts are 'reward/NAME' too."""
     encoder: str
     clip: str | None
     """None where CLIP diversity was not measured, for want of a model."""
@@ -111,9 +121,15 @@ class Settings(_Record):
     size: tuple[int, int] | None = Field(None, strict=False)
     """Height and width in pixels, where a run asked for other than the model's own."""
 
+    mixture: list[RewardPart] = []
+    """The parts of the reward that training raised, where they were several."""
+
     def fingerprint(self) -> str:
         """A short name for these settings."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        data = self.model_dump(mode="json")
+        if not self.mixture:  # as it was before there were any
+            del data["mixture"]
+        text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -186,6 +202,35 @@ class Instruments:
         return Readings(
             rewards, _features("encoder's features", self.encoder, flat).unflatten(0, shape), clip
         )
+
+
+def with_mixture(readings: Readings, reference: Readings, mixture: Sequence[RewardPart]) -> Readings:
+    """With the reward that several rewards make together, if there are several, put first as 'reward'.
+
+    What is normalised over a prompt's candidates, or a batch, in training is so here by the base model's: in units of
+    its standard deviation, from its mean (``reference``, its other draw), so that models are on one scale.
+    """
+    if not mixture:
+        return readings
+    scores, among = (
+        torch.stack([each.rewards[f"reward/{part.name}"] for part in mixture], dim=-1)
+        for each in (readings, reference)
+    )
+    return replace(readings, rewards={"reward": mixed(scores, parts_of(mixture), among)} | readings.rewards)
+
+
+def formula(reward: str | Sequence[RewardPart]) -> str:
+    """A reward's name, or what several add up to, such as ``pickscore [prompt] + 0.5 aesthetic [fixed 5.5, 1]``."""
+    if isinstance(reward, str):
+        return reward
+    terms = []
+    for part in reward:
+        weight = "" if part.weight == 1 else f"{part.weight:.12g} "
+        numbers = f" {part.mean:.12g}, {part.std:.12g}" if part.normalize == "fixed" else ""
+        terms.append(
+            f"{weight}{part.name}" + ("" if part.normalize == "none" else f" [{part.normalize}{numbers}]")
+        )
+    return " + ".join(terms)
 
 
 def measure(readings: Readings, reference: Tensor, neighbours: int = NEIGHBOURS) -> dict[str, list[float]]:
@@ -276,7 +321,9 @@ def evaluate(
     if clip is not None and not has_clip:
         raise InputError(f"{clip}: no CLIP model folder, for it has no config.json")
     texts = load_prompts(prompt_set)
-    named = list(dict.fromkeys([config.reward, *rewards]))
+    mixture = [] if isinstance(config.reward, str) else config.reward
+    parts = {part.name for part in mixture}
+    named = list(dict.fromkeys([formula(config.reward), *(name for name in rewards if name not in parts)]))
 
     policy, noise = open_policy(source, steps, guidance_scale)
     sampler = policy.sampler
@@ -298,6 +345,7 @@ def evaluate(
         flow_sampler=sampler.flow_sampler if policy.component == "transformer" else None,
         noise_level=sampler.noise_level if policy.component == "transformer" else None,
         size=None if sampler.height is None or sampler.width is None else (sampler.height, sampler.width),
+        mixture=mixture,
     )
     known = {point.label: point for point in _previous(folder, settings)}
     identities = {path.name: sha256(path / "manifest.json") for path in paths}
@@ -318,13 +366,14 @@ def evaluate(
         total=total,
     )
     with policy.reference():
-        reference = studio.shoot("reference", seed + REFERENCE).features
+        reference = studio.shoot("reference", seed + REFERENCE)
     for label, path in todo.items():
         if path is not None:
             checkpoint.load(path, policy)
         with policy.reference() if path is None else nullcontext():
             readings = studio.shoot(label, seed, NO_NOISE if path is None else noise, folder, keep_images)
-        values = measure(readings, reference, settings.neighbours)
+        readings = with_mixture(readings, reference, mixture)
+        values = measure(readings, reference.features, settings.neighbours)
         base = known.get("base")
         identity, iteration = identities.get(label, ""), 0 if path is None else int(path.name)
         known[label] = Point(
@@ -439,8 +488,9 @@ def _instruments(settings: Settings, clip_folder: Path | None, policy: Policy) -
     device = policy.device
     first, *others = settings.rewards
     towers: Towers = {}
-    rewards = {"reward": build_reward(first, device, towers=towers)}
-    rewards |= {f"reward/{name}": build_reward(name, device, towers=towers) for name in others}
+    parts = [part.name for part in settings.mixture]
+    rewards = {} if parts else {"reward": build_reward(first, device, towers=towers)}
+    rewards |= {f"reward/{name}": build_reward(name, device, towers=towers) for name in (*parts, *others)}
     encoder, clip = build_encoder(settings.encoder, policy.device, policy), None
     if clip_folder is not None:
         from driftrl.rewards.clip import CLIPReward
@@ -452,7 +502,7 @@ def _instruments(settings: Settings, clip_folder: Path | None, policy: Policy) -
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"{clip_folder}: expected a CLIP model: {reason}") from error
         clip = tower.embed_images
-        if "tiny-animals" not in settings.rewards:
+        if "tiny-animals" not in (*parts, *settings.rewards):
             rewards["similarity"] = model
     return Instruments(rewards, encoder, clip)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -38,6 +39,8 @@ from driftrl.files import write_text
 from driftrl.prompts import prompt_sets
 
 COLOURS = 6
+PART = re.compile(r"reward/.+/mean")
+"""One of several rewards in metrics.jsonl."""
 FIRST = 8
 """Prompts whose pictures are open; the others are one click away."""
 
@@ -108,10 +111,16 @@ def describe(name: str, settings: Settings) -> Metric:
         known = METRICS[name]
         return Metric(f"reward: {settings.rewards[0]}", known.meaning, known.headline)
     if name.startswith("reward/"):
-        return Metric(
-            f"reward: {name.removeprefix('reward/')}", "Not trained on; scored beside the one that was."
-        )
+        title = f"reward: {name.removeprefix('reward/')}"
+        if name in _trained(settings):
+            return Metric(title, "Part of what training raised, as it is: neither normalised nor weighed.")
+        return Metric(title, "Not trained on; scored beside the one that was.")
     return METRICS.get(name) or Metric(name, "")
+
+
+def _trained(settings: Settings) -> list[str]:
+    """The figures of the rewards that training raised together, if they were several."""
+    return [f"reward/{part.name}" for part in settings.mixture if part.weight]
 
 
 def write_report(folder: Path) -> Path:
@@ -296,7 +305,12 @@ def _notices(
     """The warnings of design 2.6 that fired, as (what, what it means)."""
     notices = []
     if tuned is not None and _direction(tuned.figures["reward"]) > 0:
-        others = [name for name in tuned.figures if name.startswith("reward/") or name == "similarity"]
+        trained = _trained(evaluation.settings)
+        others = [
+            name
+            for name in tuned.figures
+            if name == "similarity" or (name.startswith("reward/") and name not in trained)
+        ]
         stuck = [
             describe(name, evaluation.settings).title
             for name in others
@@ -375,15 +389,24 @@ def _whiskers(base: Point, point: Point, name: str) -> tuple[float, float, float
 
 def _training_curves(log: list[dict[str, float]]) -> list[tuple[str, Markup]]:
     curves = []
-    for key, title in (("reward/mean", "reward"), ("diversity/kept_mean", "diversity")):
-        points = [(float(line["iteration"]), float(line[key])) for line in log if _number(line.get(key))]
-        if len(points) < 2:
-            continue
+    for title, points in _series(log):
         smooth = _smoothed(points)
         described = f"{title} over {len(points)} iterations of training, from {smooth[0][1]:.3f} to {smooth[-1][1]:.3f}"
         lines = [Line(points, 0, "faint"), Line(smooth, 0, "bold")]
         curves.append((f"{title}, over training", plot(lines, "iteration", described, integer_x=True)))
     return curves
+
+
+def _series(log: list[dict[str, float]]) -> list[tuple[str, list[tuple[float, float]]]]:
+    """What is drawn over training: reward and diversity; of several rewards each, for their sum may be 0 throughout."""
+    keys = [key for key in dict.fromkeys(k for line in log for k in line) if PART.fullmatch(key)]
+    titles = {key: key.removesuffix("/mean").removeprefix("reward/") for key in keys or ["reward/mean"]}
+    titles["diversity/kept_mean"] = "diversity"
+    series = [
+        (title, [(float(line["iteration"]), float(line[key])) for line in log if _number(line.get(key))])
+        for key, title in titles.items()
+    ]
+    return [(title, points) for title, points in series if len(points) > 1]
 
 
 def _number(value: object) -> bool:
@@ -609,11 +632,8 @@ def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
         *([(f"after {tuned.iteration} iterations", tuned)] if tuned else []),
     ]
     log = read_metrics(folder / "metrics.jsonl")
-    series = [
-        (title, [(float(line["iteration"]), float(line[key])) for line in log if _number(line.get(key))])
-        for key, title in (("reward/mean", "reward"), ("diversity/kept_mean", "diversity"))
-    ]
-    series = [(title, points) for title, points in series if len(points) > 1]
+    series = _series(log)
+    series = [*series[:2], series[-1]] if len(series) > 3 else series  # three fit
 
     ink, muted, accent = "#23211d", "#6b665d", "#0f766e"
     columns = min(images, evaluation.settings.images, SHOWN)

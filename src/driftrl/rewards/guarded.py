@@ -17,7 +17,12 @@ class GuardedReward:
     """Retries a reward that raises or takes too long, then reports it with its prompts."""
 
     def __init__(
-        self, reward: Reward, attempts: int = 3, timeout: float | None = None, pause: float = 1.0
+        self,
+        reward: Reward,
+        attempts: int = 3,
+        timeout: float | None = None,
+        pause: float = 1.0,
+        name: str = "",
     ) -> None:
         """Wrap ``reward``.
 
@@ -26,8 +31,10 @@ class GuardedReward:
             attempts: how often it is tried, at least once.
             timeout: seconds for one try; None waits for ever.
             pause: seconds before the second try; doubled before each further one.
+            name: which of several rewards this is, for messages.
         """
         self.reward, self.attempts, self.timeout, self.pause = reward, attempts, timeout, pause
+        self.name, self.title = name, f"reward {name}".strip()
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score N images: float32 [N], detached.
@@ -42,9 +49,11 @@ class GuardedReward:
             if attempt:
                 time.sleep(self.pause * 2 ** (attempt - 1))
             try:
-                return _checked(self._call(images, prompts), len(prompts))
-            except (InputError, RunFailedError):
-                raise
+                return _checked(self._call(images, prompts), len(prompts), self.title)
+            except (InputError, RunFailedError) as error:
+                if self.name in str(error):  # the empty name is in every one
+                    raise
+                raise type(error)(f"{self.title}: {error}") from error
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
         asked = list(dict.fromkeys(prompts))
@@ -52,7 +61,7 @@ class GuardedReward:
             f" and {len(asked) - 3} more" if len(asked) > 3 else ""
         )
         often = "once" if self.attempts == 1 else f"{self.attempts} times"
-        raise RunFailedError(f"the reward failed {often} for {named}; the last time: {problem}")
+        raise RunFailedError(f"the {self.title} failed {often} for {named}; the last time: {problem}")
 
     def _call(self, images: Tensor, prompts: Sequence[str]) -> object:
         if self.timeout is None:
@@ -76,13 +85,13 @@ class GuardedReward:
         return answer[0]
 
 
-def _checked(value: object, count: int) -> Tensor:
+def _checked(value: object, count: int, title: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise InputError(
-            f"reward: expected a tensor of {count} numbers, one per image; got {type(value).__name__}"
+            f"{title}: expected a tensor of {count} numbers, one per image; got {type(value).__name__}"
         )
     if value.shape != (count,) or value.is_complex():
         raise InputError(
-            f"reward: expected a tensor of {count} numbers, one per image; got shape {list(value.shape)}, {value.dtype}"
+            f"{title}: expected a tensor of {count} numbers, one per image; got shape {list(value.shape)}, {value.dtype}"
         )
     return value.detach().to(torch.float32)
