@@ -72,7 +72,7 @@ def test_a_constant_reward_adds_nothing_not_noise():
 def test_statistics_of_another_model():
     x, base = scores(), scores(seed=1)
     parts = [Part("a", 1.0, "prompt"), Part("b", 1.0, "batch"), Part("c", 0.01)]
-    a, b, c = base.double().unbind(-1)
+    a, b, _ = base.double().unbind(-1)
     mean, std = a.mean(1, keepdim=True), a.std(1, keepdim=True, correction=0)
     expected = (x[..., 0] - mean) / std + (x[..., 1] - b.mean()) / b.std(correction=0) + 0.01 * x[..., 2]
     torch.testing.assert_close(mixed(x, parts, base).double(), expected, atol=1e-5, rtol=0)

@@ -38,6 +38,7 @@ REWARDS = (
     "tiny-animals", "pickscore", "hpsv2", "imagereward", "clipscore", "aesthetic", "compressibility",
     "incompressibility",
 )  # fmt: skip
+REWARD_DTYPES = ("auto", "float32", "bfloat16")
 WEIGHTS = {"pickscore": "yuvalkirstain/PickScore_v1", "clipscore": "openai/clip-vit-base-patch32"}
 """Where a reward's weights come from, unless it is asked for as NAME@FOLDER; the others are always asked so."""
 Towers = dict[tuple[str, str, str, bool], CLIPTower]
@@ -196,7 +197,7 @@ def build_reward(
         from driftrl.rewards.http import HTTPReward
 
         return HTTPReward(name)
-    if dtype == "auto":
+    if one_of("dtype", dtype, REWARD_DTYPES) == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     towers = {} if towers is None else towers
     kind, _, weights = name.partition("@")

@@ -548,6 +548,6 @@ def test_others_can_reach_it_only_when_asked(monkeypatch, capsys, host, token, w
             bound.append(sockets[0].getsockname())
 
     monkeypatch.setattr(server, "server_of", lambda app, on_stop: Nothing())
-    serve_reward.serve_reward("compressibility", host, 0, "cpu", 1, None, token)
+    serve_reward.serve_reward("compressibility", host, 0, "cpu", "auto", 1, None, token)
     assert ("no authentication" in capsys.readouterr().err) is warned
     assert bound[0][0] in (host, "127.0.0.1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -13,7 +13,6 @@ Set = Annotated[
         "--set", metavar="KEY=VALUE", help="Change a setting, such as [cyan]optimizer.learning_rate=2e-3[/]."
     ),
 ]
-RewardDtype = Literal["auto", "float32", "bfloat16"]
 
 
 def register(app: typer.Typer) -> None:
@@ -201,9 +200,9 @@ def register(app: typer.Typer) -> None:
             str, typer.Option(help="'auto' takes a GPU if there is one; else 'cpu', 'cuda', 'cuda:1'.")
         ] = "auto",
         dtype: Annotated[
-            RewardDtype,
+            str,
             typer.Option(
-                help="What the package's networks compute in; 'auto' is bfloat16 on CUDA, else float32."
+                help="Of the package's networks: 'float32', 'bfloat16', or 'auto', which is that on CUDA."
             ),
         ] = "auto",
         max_megabytes: Annotated[

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from rich.console import Console
 from rich.markup import escape
 
-from driftrl.checks import InputError
+from driftrl.checks import InputError, one_of
 
 
 def serve_reward(
@@ -32,11 +32,11 @@ def serve_reward(
         )
     console = Console(stderr=True)
     with console.status(f"loading {escape(name)}", spinner="dots") as status, ExitStack() as stack:
-        from driftrl.build import build_reward, device_of
+        from driftrl.build import REWARD_DTYPES, build_reward, device_of
         from driftrl.rewards.protocol import TOKEN_VARIABLE, Limits, token_of
         from driftrl.rewards.server import RewardService, create_app, listen, server_of
 
-        token = token_of(token)
+        token, dtype = token_of(token), one_of("--dtype", dtype, REWARD_DTYPES)
         listener = stack.enter_context(listen(host, port))  # a taken port should not wait for the model
         try:
             where = device_of(device)
