@@ -125,7 +125,7 @@ def _kind_of_reward(value: Any) -> str | None:
 
 
 RewardSetting = Annotated[
-    Annotated[str, Tag(_TAGS[0])] | Annotated[list[RewardPart], Field(min_length=1), Tag(_TAGS[1])],
+    Annotated[str, Tag(_TAGS[0])] | Annotated[list[RewardPart], Tag(_TAGS[1])],
     Discriminator(
         _kind_of_reward,
         custom_error_type="reward_kind",
@@ -309,14 +309,16 @@ class TrainConfig(Section):
     @field_validator("reward")
     @classmethod
     def _different_rewards(cls, reward: str | list[RewardPart]) -> str | list[RewardPart]:
-        names = [] if isinstance(reward, str) else [part.name for part in reward]
+        if isinstance(reward, str):
+            return reward
+        if not any(part.weight for part in reward):
+            raise ValueError("reward: expected at least one reward whose weight is not 0; got none")
+        names = [part.name for part in reward]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(
                 f"reward: expected each name once; {', '.join(twice)} is there twice: add its weights"
             )
-        if names and not any(part.weight for part in reward if isinstance(part, RewardPart)):
-            raise ValueError("reward: expected a weight other than 0; got 0 for all of them")
         return reward
 
     @model_validator(mode="after")
@@ -510,6 +512,8 @@ def _explain(problem: Any) -> str:
             section = section.model_fields[part].annotation
         names = list(section.model_fields)
         return f"{key}: no such key{nearest(str(place[-1]), names)}; allowed here: {', '.join(names)}"
+    if problem["type"] == "model_type":
+        return f"{key}: expected keys and values; got {given!r}"
     if problem["type"] == "missing":
         return f"{key}: is missing, and has no default"
     if problem["type"] == "value_error":
