@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,41 +14,59 @@ from driftrl.preprocess import CLIP_MEAN, CLIP_STD
 from driftrl.rewards.imagereward import convert
 
 CPU = torch.device("cpu")
-IMAGE, TEXT, PATCH, SIDE, WORDS = 128, 64, 8, 16, 64
+
+
+class Size(NamedTuple):
+    image: int = 128
+    image_layers: int = 2
+    image_inner: int = 96
+    text: int = 64
+    text_layers: int = 2
+    text_inner: int = 80
+    patch: int = 8
+    side: int = 16
+    words: int = 64
+    positions: int = 40
+
+
+SMALL, PUBLISHED = Size(), Size(1024, 24, 4096, 768, 12, 3072, 16, 224, 30524, 512)
+SIDE = SMALL.side
 PROMPTS = ["a cat", "two zebras on a red sofa", "a cat", "a dog" * 40]
 
 
-def published(seed: int = 0) -> dict[str, torch.Tensor]:
-    """A state dict with the names of the authors' code: two layers each, heads of width 64."""
+def published(size: Size = SMALL) -> dict[str, torch.Tensor]:
+    """A state dict with the names of the authors' code."""
+    eye, reader, image, text = "blip.visual_encoder", "blip.text_encoder", size.image, size.text
     shapes = {
-        "blip.visual_encoder.cls_token": (1, 1, IMAGE),
-        "blip.visual_encoder.pos_embed": (1, 1 + (SIDE // PATCH) ** 2, IMAGE),
-        "blip.visual_encoder.patch_embed.proj.weight": (IMAGE, 3, PATCH, PATCH),
-        "blip.visual_encoder.patch_embed.proj.bias": (IMAGE,),
-        "blip.text_encoder.embeddings.word_embeddings.weight": (WORDS, TEXT),
-        "blip.text_encoder.embeddings.position_embeddings.weight": (40, TEXT),
-        "blip.vision_proj.weight": (16, IMAGE),
-        "blip.text_proj.weight": (16, TEXT),
+        f"{eye}.cls_token": (1, 1, image),
+        f"{eye}.pos_embed": (1, 1 + (size.side // size.patch) ** 2, image),
+        f"{eye}.patch_embed.proj.weight": (image, 3, size.patch, size.patch),
+        f"{eye}.patch_embed.proj.bias": (image,),
+        f"{reader}.embeddings.word_embeddings.weight": (size.words, text),
+        f"{reader}.embeddings.position_embeddings.weight": (size.positions, text),
+        "blip.vision_proj.weight": (16, image),
+        "blip.text_proj.weight": (16, text),
     }
     linear = {}
-    norms = {"blip.visual_encoder.norm": IMAGE, "blip.text_encoder.embeddings.LayerNorm": TEXT}
-    for k in range(2):
-        block, layer = f"blip.visual_encoder.blocks.{k}", f"blip.text_encoder.encoder.layer.{k}"
-        linear |= {f"{block}.attn.qkv": (3 * IMAGE, IMAGE), f"{block}.attn.proj": (IMAGE, IMAGE)}
-        linear |= {f"{block}.mlp.fc1": (96, IMAGE), f"{block}.mlp.fc2": (IMAGE, 96)}
-        norms |= {f"{block}.norm1": IMAGE, f"{block}.norm2": IMAGE}
-        for name, width in (("attention", TEXT), ("crossattention", IMAGE)):
-            linear |= {
-                f"{layer}.{name}.self.query": (TEXT, TEXT),
-                f"{layer}.{name}.output.dense": (TEXT, TEXT),
-            }
-            linear |= {f"{layer}.{name}.self.{x}": (TEXT, width) for x in ("key", "value")}
-            norms[f"{layer}.{name}.output.LayerNorm"] = TEXT
-        linear |= {f"{layer}.intermediate.dense": (80, TEXT), f"{layer}.output.dense": (TEXT, 80)}
-        norms[f"{layer}.output.LayerNorm"] = TEXT
-    for number, (a, b) in zip((0, 2, 4, 6, 7), pairwise((TEXT, 1024, 128, 64, 16, 1)), strict=True):
+    norms = {f"{eye}.norm": image, f"{reader}.embeddings.LayerNorm": text}
+    for block in (f"{eye}.blocks.{k}" for k in range(size.image_layers)):
+        linear |= {f"{block}.attn.qkv": (3 * image, image), f"{block}.attn.proj": (image, image)}
+        linear |= {
+            f"{block}.mlp.fc1": (size.image_inner, image),
+            f"{block}.mlp.fc2": (image, size.image_inner),
+        }
+        norms |= {f"{block}.norm1": image, f"{block}.norm2": image}
+    for layer in (f"{reader}.encoder.layer.{k}" for k in range(size.text_layers)):
+        for part, width in ((f"{layer}.attention", text), (f"{layer}.crossattention", image)):
+            linear |= {f"{part}.self.query": (text, text), f"{part}.output.dense": (text, text)}
+            linear |= {f"{part}.self.key": (text, width), f"{part}.self.value": (text, width)}
+            norms[f"{part}.output.LayerNorm"] = text
+        linear[f"{layer}.intermediate.dense"] = (size.text_inner, text)
+        linear[f"{layer}.output.dense"] = (text, size.text_inner)
+        norms[f"{layer}.output.LayerNorm"] = text
+    for number, (a, b) in zip((0, 2, 4, 6, 7), pairwise((text, 1024, 128, 64, 16, 1)), strict=True):
         linear[f"mlp.layers.{number}"] = (b, a)
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(0)
     state = {name: 0.5 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
     for name, (out, inside) in linear.items():
         state[f"{name}.weight"] = torch.randn(out, inside, generator=draw) / inside**0.5
@@ -55,7 +74,7 @@ def published(seed: int = 0) -> dict[str, torch.Tensor]:
     for name, width in norms.items():
         state[f"{name}.weight"] = 1 + 0.1 * torch.randn(width, generator=draw)
         state[f"{name}.bias"] = 0.1 * torch.randn(width, generator=draw)
-    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
+    state[f"{reader}.embeddings.position_ids"] = torch.arange(size.positions)[None]
     return state
 
 
@@ -105,11 +124,15 @@ def formula(state, pixels, prompts):
             scores = scores.masked_fill(~counts[:, None, None], -torch.inf)
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
+    def count(prefix):
+        return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
+
     eye = "blip.visual_encoder"
-    patches = F.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2)
+    patch = state[f"{eye}.patch_embed.proj.weight"].shape[-1]
+    patches = F.unfold(pixels, patch, stride=patch).transpose(1, 2)
     x = patches @ state[f"{eye}.patch_embed.proj.weight"].flatten(1).T + state[f"{eye}.patch_embed.proj.bias"]
     x = torch.cat([state[f"{eye}.cls_token"].expand(len(x), 1, -1), x], 1) + state[f"{eye}.pos_embed"]
-    for k in range(2):
+    for k in range(count(f"{eye}.blocks.")):
         block = f"{eye}.blocks.{k}"
         q, key, v = linear(norm(x, f"{block}.norm1", 1e-6), f"{block}.attn.qkv").chunk(3, -1)
         x = x + linear(attend(q, key, v), f"{block}.attn.proj")
@@ -123,7 +146,7 @@ def formula(state, pixels, prompts):
     h = state[f"{reader}.embeddings.word_embeddings.weight"][ids]
     h = h + state[f"{reader}.embeddings.position_embeddings.weight"][:35]
     h = norm(h, f"{reader}.embeddings.LayerNorm", 1e-12)
-    for k in range(2):
+    for k in range(count(f"{reader}.encoder.layer.")):
         layer = f"{reader}.encoder.layer.{k}"
         for name, source, valid in (("attention", None, counts), ("crossattention", seen, None)):
             part, given = f"{layer}.{name}", h if source is None else source
@@ -153,6 +176,18 @@ def test_the_published_formula(folder):
     # Both the picture and the words are read.
     assert (reward(images.flip(0), PROMPTS) - expected)[1:3].abs().min() > 1e-3
     assert (reward(images, PROMPTS[1:] + PROMPTS[:1]) - expected).abs().min() > 1e-3
+
+
+@pytest.mark.slow
+def test_the_published_size(tmp_path):
+    """446 million random weights; it takes 6 GB of memory."""
+    state = published(PUBLISHED)
+    convert(state, tmp_path)
+    save_bert_tokenizer(tmp_path)
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    expected = formula(state, normalised(images), PROMPTS[:2])
+    reward = build_reward(f"imagereward@{tmp_path}", CPU)
+    torch.testing.assert_close(reward(images, PROMPTS[:2]), expected, atol=1e-4, rtol=0)
 
 
 def test_wide_pictures_are_cropped(folder):
