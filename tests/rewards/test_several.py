@@ -206,7 +206,7 @@ def test_evaluation_measures_parts_and_mixes_them_in_units_of_the_base_model(con
         "reward", "reward/incompressibility", "reward/several_rewards:brightness", "reward/compressibility",
         "reward/tiny-animals",
     ]  # fmt: skip
-    named = "incompressibility [prompt] + 0.5 several_rewards:brightness [fixed 0.4, 0.1] + 0 compressibility"
+    named = "incompressibility (prompt) + 0.5 several_rewards:brightness (fixed 0.4, 0.1) + 0 compressibility"
     assert evaluation.settings.rewards == [named, "tiny-animals"]
     fixed = "reward/several_rewards:brightness"
     rest = torch.tensor([
@@ -264,7 +264,7 @@ def test_settings_of_a_single_reward_have_the_names_they_had():
 
 def test_formulas_tell_mixtures_apart():
     base = [RewardPart(name="a"), RewardPart(name="b", weight=-0.5, normalize="batch")]
-    assert formula(base) == "a + -0.5 b [batch]"
+    assert formula(base) == "a + -0.5 b (batch)"
     assert formula("a") == formula([RewardPart(name="a")]) == "a"
     others = [
         {"weight": 2.0},

@@ -220,7 +220,7 @@ def with_mixture(readings: Readings, reference: Readings, mixture: Sequence[Rewa
 
 
 def formula(reward: str | Sequence[RewardPart]) -> str:
-    """A reward's name, or what several add up to, such as ``pickscore [prompt] + 0.5 aesthetic [fixed 5.5, 1]``."""
+    """A reward's name, or what several add up to, such as ``pickscore (prompt) + 0.5 aesthetic (fixed 5.5, 1)``."""
     if isinstance(reward, str):
         return reward
     terms = []
@@ -228,7 +228,7 @@ def formula(reward: str | Sequence[RewardPart]) -> str:
         weight = "" if part.weight == 1 else f"{part.weight:.12g} "
         numbers = f" {part.mean:.12g}, {part.std:.12g}" if part.normalize == "fixed" else ""
         terms.append(
-            f"{weight}{part.name}" + ("" if part.normalize == "none" else f" [{part.normalize}{numbers}]")
+            f"{weight}{part.name}" + ("" if part.normalize == "none" else f" ({part.normalize}{numbers})")
         )
     return " + ".join(terms)
 

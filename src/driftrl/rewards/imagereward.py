@@ -52,7 +52,7 @@ class ImageReward:
             folder: where they are.
             device: where it computes.
             batch_size: images at once.
-            dtype: ``bfloat16`` computes under autocast: weights, norms, softmax and the last layers stay float32.
+            dtype: ``bfloat16`` computes under autocast: weights and the last layers stay float32.
 
         Raises:
             InputError: if the weights are missing, or are others.

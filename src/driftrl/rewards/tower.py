@@ -40,7 +40,7 @@ class CLIPTower:
             folder: where model, tokenizer and ``preprocessor_config.json`` are.
             device: where it computes.
             batch_size: images, or prompts, at once.
-            dtype: ``bfloat16`` embeds images under autocast: weights, norms, softmax and what comes out stay float32.
+            dtype: ``bfloat16`` embeds images under autocast: weights and what comes out stay float32.
             pad: pictures that are not square are padded with black, not cropped.
         """
         from transformers import CLIPModel
