@@ -20,7 +20,7 @@ from driftrl.policies.full import FullWeights
 from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.rollout import latent_features, rollout
 from driftrl.trainer import TrainingLoop
-from driftrl.types import Conditioning, Transition
+from driftrl.types import Conditioning, Rollout, Transition
 from driftrl.update import update
 
 REPEATS = 3
@@ -31,12 +31,24 @@ PATIENCE = 20.0
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of one call, and the most bytes in use meanwhile above what was there before the probe: on a CPU with
-    what the allocator kept from earlier work, as in a run.
-    """
+    """What one piece of work took."""
 
+    count: int
+    """Things that it was tried on: fewer than in the run where a CPU would take long."""
     seconds: float
+    held: int
+    """Bytes that were in use before it, above those before the probe: on a CPU what the allocator kept, as in a run."""
     bytes: int
+    """Most bytes in use meanwhile, above those."""
+
+    @property
+    def each(self) -> float:
+        """Seconds of one thing."""
+        return self.seconds / self.count
+
+    def working(self, count: int) -> float:
+        """Bytes for ``count`` things: what comes and goes grows with the batch."""
+        return self.held + self.bytes * count / self.count
 
 
 def plan_of(loop: TrainingLoop) -> Plan:
@@ -87,12 +99,15 @@ def standing_of(loop: TrainingLoop) -> Standing:
     if on_cpu and isinstance(policy.weights, FullWeights):
         model += gradients_of(loop)  # the weights that training started from wait in main memory
     rewards = (loop.reward, *loop.judges, loop.encoder)
-    instruments = _bytes([m for r in rewards for m in _modules(r) if m not in parts])
+    instruments = [m for r in rewards for m in _modules(r) if m not in parts]
     tensors = [conditioning.embeds, conditioning.null_embeds, *conditioning.extra.values()]
     embeddings = sum(t.numel() * t.element_size() for t in tensors)
-    known = model + instruments + embeddings
-    program = max(0, memory(policy.device) - known) if on_cpu else 0
-    return Standing(program, model, instruments, embeddings, 2 * gradients_of(loop))
+    known = model + _bytes(instruments) + embeddings
+    program = 0
+    if on_cpu:
+        _read(parts + instruments)  # files that are mapped but not yet read are not in memory
+        program = max(0, memory(policy.device) - known)
+    return Standing(program, model, _bytes(instruments), embeddings, 2 * gradients_of(loop))
 
 
 def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None) -> Costs:
@@ -106,12 +121,11 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
         RunFailedError: where memory does not suffice, naming the phase and what to change.
     """
     plan, policy, device = plan_of(loop), _policy(loop), loop.policy.device
-    before = memory(device)
-    brief = _Brief(policy)
+    before, brief = memory(device), _Brief(policy)
     one, row = loop.conditioning.rows(torch.zeros(1, dtype=torch.long, device=device)), loop.prompt_set[0]
     stepwise = loop.method.shaping.potential == "stepwise"
 
-    def attempt(phase: str, work: Callable[[int], Any], count: int) -> tuple[Measured, int]:
+    def attempt(phase: str, work: Callable[[int], Any], count: int) -> Measured:
         told(phase)
         try:
             return _measured(work, count, device, before)
@@ -120,17 +134,18 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
                 raise
             raise RunFailedError(_too_large(phase, count, loop, plan, device)) from None
 
-    def draw(count: int) -> Any:
+    def draw(count: int) -> Rollout:
         keys = [(loop.seed, 0, 0)]
         return rollout(brief, one, keys, count, count, loop.method.prompt_noise, keep_clean=stepwise)
 
-    denoising, drawn_at_once = attempt("denoising", draw, min(plan.rollout_batch, plan.images))
-    drawn = draw(drawn_at_once)
+    at_once, together = min(plan.rollout_batch, plan.images), min(plan.update_batch, max(plan.parts))
+    denoising = attempt("denoising", draw, at_once)
+    drawn = draw(denoising.count)
     latents = drawn.latents[0, :, -1]
-    decoding, decoded = attempt("decoding", lambda n: policy.decode(latents[:n]), drawn_at_once)
-    images = policy.decode(latents[:decoded])
-    rewarding, rewarded = attempt("reward", lambda n: loop.reward(images[:n], [row] * n), decoded)
-    encoding, encoded = attempt("diversity", lambda n: loop.encoder(images[:n]), min(decoded, plan.kept))
+    decoding = attempt("decoding", lambda n: policy.decode(latents[:n]), denoising.count)
+    images = policy.decode(latents[: decoding.count])
+    rewarding = attempt("reward", lambda n: loop.reward(images[:n], [row] * n), decoding.count)
+    encoding = attempt("diversity", lambda n: loop.encoder(images[:n]), min(decoding.count, plan.kept))
 
     objective = replace(
         loop.objective, updates=1, epochs=1, timesteps=1 / brief.count, timestep_choice="noisiest"
@@ -138,31 +153,27 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
     waiting = _Stopwatch(loop.optimizer, device)
 
     def learn(count: int) -> None:
-        kept = drawn.keep(torch.arange(count, device=device)[None] % drawn_at_once)
+        kept = drawn.keep(torch.arange(count, device=device)[None] % denoising.count)
         update(
             brief, loop.optimizer, kept, torch.ones(1, count, device=device), one, objective, (loop.seed, 0),
             loop.method.prompt_noise, reference=lambda: loop.memory.reference_of(policy),
         )  # fmt: skip
 
-    learning, learned = attempt("update", learn, min(plan.update_batch, max(plan.parts)))
+    learning = attempt("update", learn, together)
     optimizer = statistics.median(waiting.seconds[1:] or waiting.seconds)
-
-    def scaled(found: Measured, measured: int, full: int) -> float:
-        return found.bytes * full / measured  # what comes and goes grows with the batch
-
     return Costs(
-        step=denoising.seconds / drawn_at_once / brief.count,
-        decode=decoding.seconds / decoded,
-        reward=rewarding.seconds / rewarded,
-        encode=encoding.seconds / encoded,
-        pair=(learning.seconds - optimizer) / learned,
+        step=denoising.each / brief.count,
+        decode=decoding.each,
+        reward=rewarding.each,
+        encode=encoding.each,
+        pair=max(0.0, learning.seconds - optimizer) / learning.count,
         optimizer=optimizer,
         working=Phases(
-            scaled(denoising, drawn_at_once, min(plan.rollout_batch, plan.images)),
-            scaled(decoding, decoded, min(plan.rollout_batch, plan.images)),
-            rewarding.bytes,
-            encoding.bytes,
-            max(0.0, scaled(learning, learned, min(plan.update_batch, max(plan.parts))) - gradients_of(loop)),
+            denoising.working(at_once),
+            decoding.working(at_once),
+            rewarding.working(rewarding.count),
+            encoding.working(encoding.count),
+            max(0.0, learning.working(together) - gradients_of(loop)),
         ),
     )
 
@@ -260,18 +271,21 @@ class _Stopwatch:
         self.seconds.append(time.perf_counter() - self._start)
 
 
-def _measured(
-    work: Callable[[int], Any], count: int, device: torch.device, before: int
-) -> tuple[Measured, int]:
-    """``work`` on ``count`` things, or as many as a CPU does in `PATIENCE` seconds; and on how many."""
-    _timed(work, 1, device)  # what is only done once: kernels chosen, texts embedded, states made
-    single = _timed(work, 1, device)
+def _measured(work: Callable[[int], Any], count: int, device: torch.device, before: int) -> Measured:
+    """``work`` on ``count`` things, or as many as a CPU does in `PATIENCE` seconds."""
+    single = _timed(
+        work, 1, device
+    )  # with what is done only once: kernels chosen, texts embedded, states made
     if device.type == "cpu":
+        if single < PATIENCE / 4:
+            single = _timed(work, 1, device)
         count = max(1, min(count, int(PATIENCE / max(single, 1e-9))))
+    start = memory(device)
     start_peak(device)
-    first = _timed(work, count, device)
-    times = [_timed(work, count, device) for _ in range(REPEATS)] if first < PATIENCE / 2 else [first]
-    return Measured(statistics.median(times), max(0, peak(device) - before)), count
+    times = [_timed(work, count, device)]
+    if times[0] < PATIENCE / 4:
+        times = [_timed(work, count, device) for _ in range(REPEATS)]
+    return Measured(count, statistics.median(times), max(0, start - before), max(0, peak(device) - start))
 
 
 def _timed(work: Callable[[int], Any], count: int, device: torch.device) -> float:
@@ -301,6 +315,13 @@ def _bytes(modules: list[Any]) -> int:
         t.data_ptr(): t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers())
     }
     return sum(tensors.values())
+
+
+def _read(modules: list[Any]) -> None:
+    """Look at every page of the weights."""
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.detach().flatten()[::1024].sum()
 
 
 def _modules(owner: Any) -> list[nn.Module]:
