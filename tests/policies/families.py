@@ -118,3 +118,36 @@ def make_flux(folder: Path, guidance: bool = True) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance),
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def make_sd15(folder: Path) -> Path:
+    """Stable Diffusion 1.5 at full size: the published configurations of its parts, the tokenizer but for."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    tokenizer = save_tokenizer(folder / "tokenizer", 77)
+    text = {
+        "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "max_position_embeddings": 77, "projection_dim": 768, "hidden_act": "quick_gelu",
+    }  # fmt: skip
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+        ),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**(text_settings(tokenizer) | text))),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768,
+            attention_head_dim=8,
+            down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+            up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        ),
+        scheduler=PNDMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1,
+            set_alpha_to_one=False,
+        ),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

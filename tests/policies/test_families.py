@@ -292,3 +292,13 @@ def test_names_what_a_folder_lacks(settings, folders, tmp_path):
     shutil.rmtree(broken / "transformer")
     with pytest.raises(InputError, match=r"model.path: .*broken lacks its transformer"):
         build_policy(settings("sd3", model__path=str(broken)))
+
+
+def test_the_network_computes_as_many_rows_as_estimated(settings, family):
+    """Two a sample with guidance, one where it is distilled into the network."""
+    policy, rows = build_policy(settings(family)), []
+    policy.network.register_forward_hook(lambda module, inputs, output: rows.append(len(output[0])))
+    drawn = rollout(policy, policy.encode(PROMPTS), KEYS, 2, 4)
+    assert rows == [4 * policy.branches] * 4
+    assert policy.branches == 1 + (family != "flux")
+    assert drawn.images.shape[2:] == policy.image_shape

@@ -45,6 +45,35 @@ def register(app: typer.Typer) -> None:
         work(config, settings or [], out, resume, quiet)
 
     @app.command()
+    def estimate(
+        config: Annotated[
+            Path | None, typer.Argument(help="A YAML file; without one, DRIFT on the embedded model.")
+        ] = None,
+        settings: Set = None,
+        no_probe: Annotated[
+            bool,
+            typer.Option(
+                "--no-probe", help="Count only: no times, and no memory of what is computed meanwhile."
+            ),
+        ] = False,
+    ) -> None:
+        """Say what a run will take, in time and memory, before it is paid for.
+
+        Loads what the run would, tries a little of each phase on the run's device and multiplies. Writes nothing.
+
+        Examples:
+
+          driftrl estimate experiments/demo.yaml
+
+          driftrl estimate experiments/paper/sd15-pickscore.yaml --set sampling.batch_size=8
+
+          driftrl estimate --no-probe --set prompts.per_iteration=16
+        """
+        from driftrl.cli.estimate import estimate as work
+
+        work(config, settings or [], not no_probe)
+
+    @app.command()
     def sample(
         source: Annotated[
             str,

@@ -68,10 +68,6 @@ class FlowPolicy(PipelinePolicy):
         """bool [T]: which steps have a density."""
         return self._scored
 
-    def _scale(self) -> float:
-        """Classifier-free guidance of two branches; 1 runs one."""
-        return self.sampler.guidance_scale
-
     def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
         raise NotImplementedError
 

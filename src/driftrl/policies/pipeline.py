@@ -108,6 +108,21 @@ class PipelinePolicy:
         return self._shape
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape [3, height, width] of one image."""
+        factor = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+        return 3, self._shape[1] * factor, self._shape[2] * factor
+
+    def _scale(self) -> float:
+        """Classifier-free guidance of two branches; 1 runs one."""
+        return self.sampler.guidance_scale
+
+    @property
+    def branches(self) -> int:
+        """Rows that the network computes for each sample: 2 with guidance."""
+        return 1 if self._scale() == 1.0 else 2
+
+    @property
     def timesteps(self) -> Tensor:
         """[T]: the training timestep of each denoising step."""
         raise NotImplementedError

@@ -70,7 +70,7 @@ class StableDiffusionPolicy(PipelinePolicy):
     def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Transition:
         """The policy at latents [n, C, H, W], step numbers [n] and n rows of conditioning."""
         timesteps = self.tables.timesteps[steps]
-        output = self._guided(self._run, latents, timesteps, conditioning, self.sampler.guidance_scale)
+        output = self._guided(self._run, latents, timesteps, conditioning, self._scale())
         alpha, alpha_prev = self.tables.alpha[steps], self.tables.alpha_prev[steps]
         return Transition(
             *ddim_transition(

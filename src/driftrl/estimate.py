@@ -1,0 +1,236 @@
+"""What a run will take: counts, bytes and seconds by arithmetic; `driftrl.probe` measures what it multiplies.
+
+Symbols as in `driftrl.types`: P prompts, N candidates of each, G of them kept, T denoising steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+FLOAT = 4
+"""Bytes of what is stored, trained and optimised: float32, whatever the network computes in."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of one iteration that decide what it takes."""
+
+    prompts: int
+    candidates: int
+    keep: int
+    steps: int
+    scored: int
+    """Denoising steps with a density."""
+    trained: float
+    """Share of the scored steps that each sample is trained on."""
+    branches: int
+    """Rows of the network for each sample: 2 with classifier-free guidance."""
+    rollout_batch: int
+    updates: int
+    epochs: int
+    update_batch: int
+    reference: bool
+    """Whether the update asks the reference too (KL)."""
+    rescored: bool
+    """Whether samples are scored again before the update (half precision)."""
+    judges: int
+    """Further rewards that every image is scored by."""
+
+    @property
+    def images(self) -> int:
+        """Images that are drawn: P x N."""
+        return self.prompts * self.candidates
+
+    @property
+    def kept(self) -> int:
+        """Images that are learned from: P x G."""
+        return self.prompts * self.keep
+
+    @property
+    def pairs(self) -> int:
+        """(sample, timestep) pairs of one pass over the kept images."""
+        return self.kept * max(1, round(self.trained * self.scored))
+
+    @property
+    def parts(self) -> list[int]:
+        """Pairs of each optimiser step of one pass."""
+        return batches(self.pairs, math.ceil(self.pairs / self.updates))
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Calls of the network in one iteration, by purpose, and optimiser steps."""
+
+    rollout: int
+    update: int
+    """Forward and backward."""
+    reference: int
+    rescoring: int
+    optimizer: int
+
+    @property
+    def forward(self) -> int:
+        """All calls of the network."""
+        return self.rollout + self.update + self.reference + self.rescoring
+
+
+def batches(count: int, size: int) -> list[int]:
+    """The sizes that ``count`` things are split into, ``size`` at a time.
+
+    Example:
+        >>> from driftrl.estimate import batches
+        >>> batches(10, 4)
+        [4, 4, 2]
+    """
+    whole, rest = divmod(count, size)
+    return [size] * whole + ([rest] if rest else [])
+
+
+def calls(plan: Plan) -> Calls:
+    """How often one iteration calls the network.
+
+    Without KL the update leaves out pairs of zero advantage; this is what it calls where there are none.
+    """
+    update = plan.epochs * sum(len(batches(part, plan.update_batch)) for part in plan.parts)
+    return Calls(
+        rollout=len(batches(plan.images, plan.rollout_batch)) * plan.steps,
+        update=update,
+        reference=update if plan.reference else 0,
+        rescoring=plan.epochs * len(batches(plan.pairs, plan.update_batch)) if plan.rescored else 0,
+        optimizer=plan.epochs * len(plan.parts),
+    )
+
+
+def stored_bytes(
+    plan: Plan, latent: tuple[int, ...], image: tuple[int, ...], noise: tuple[int, ...] = (), clean: int = 0
+) -> int:
+    """Bytes of an iteration's `driftrl.types.Rollout`.
+
+    Args:
+        plan: the iteration.
+        latent: shape [C, H, W] of one latent.
+        image: shape [3, height, width] of one image.
+        noise: shape [L, D] of a candidate's prompt noise; () without.
+        clean: features kept of each predicted clean latent; 0 without stepwise potentials.
+    """
+    path = (plan.steps + 1) * (math.prod(latent) + clean) + plan.steps
+    return FLOAT * plan.images * (path + math.prod(image) + (math.prod(noise) if noise else 0))
+
+
+@dataclass(frozen=True)
+class Phases:
+    """A figure for each phase of an iteration."""
+
+    denoising: float
+    decoding: float
+    reward: float
+    diversity: float
+    update: float
+
+    def items(self) -> list[tuple[str, float]]:
+        """(phase, figure) in the order of an iteration."""
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was measured: seconds of one piece of work, and bytes that come and go with each phase."""
+
+    step: float
+    """Seconds of one denoising step of one image."""
+    decode: float
+    """Of one image; and so are the next two."""
+    reward: float
+    encode: float
+    pair: float
+    """Of one pair's share of the update: forward, backward, reference and rescoring."""
+    optimizer: float
+    """Of one optimiser step."""
+    working: Phases
+    """Bytes above what stays, with batches as large as the run's; the update's without its gradients."""
+
+
+def seconds(plan: Plan, costs: Costs) -> Phases:
+    """Seconds of each phase of one iteration."""
+    return Phases(
+        denoising=costs.step * plan.images * plan.steps,
+        decoding=costs.decode * plan.images,
+        reward=costs.reward * plan.images * (1 + plan.judges),
+        diversity=costs.encode * plan.kept,
+        update=costs.pair * plan.pairs * plan.epochs + costs.optimizer * calls(plan).optimizer,
+    )
+
+
+def evaluation_seconds(plan: Plan, costs: Costs, images: int) -> float:
+    """Seconds to draw, score and embed ``images`` images."""
+    return images * (plan.steps * costs.step + costs.decode + costs.reward + costs.encode)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Bytes that stay for the whole run."""
+
+    program: int
+    """Python and its libraries; 0 on a GPU, whose figures are those of torch's allocator."""
+    model: int
+    """Network and autoencoder, and on a CPU the text encoders; LoRA weights included."""
+    instruments: int
+    """Reward and encoder, as far as their weights can be found."""
+    conditioning: int
+    """Embeddings of the whole prompt set."""
+    optimizer: int
+    """Two moments of every trained weight."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.program + self.model + self.instruments + self.conditioning + self.optimizer
+
+
+def peaks(plan: Plan, standing: Standing, stored: int, gradients: int, working: Phases) -> Phases:
+    """Most bytes in use during each phase of an iteration.
+
+    Trajectories are joined at the end of the rollout, and for that moment are there twice; the kept ones are copied.
+    """
+    kept = stored * (1 + plan.keep / plan.candidates)
+    return Phases(
+        denoising=standing.total + stored + working.denoising,
+        decoding=standing.total + max(2 * stored, stored + working.decoding),
+        reward=standing.total + stored + working.reward,
+        diversity=standing.total + kept + working.diversity,
+        update=standing.total + kept + gradients + working.update,
+    )
+
+
+def remedies(
+    phase: str, plan: Plan, *, checkpointing: bool, slicing: bool, half: bool, full: bool
+) -> list[str]:
+    """Settings to change where ``phase`` does not fit, the cheapest first; none that is as small as it gets.
+
+    Args:
+        phase: one of `Phases`.
+        plan: the iteration.
+        checkpointing: whether `model.gradient_checkpointing` is on already.
+        slicing: whether `model.vae_slicing` is.
+        half: whether the network computes in half precision.
+        full: whether every weight is trained.
+    """
+    found = []
+    batch = min(plan.rollout_batch, plan.images)
+    if phase == "update":
+        if not checkpointing:
+            found.append("model.gradient_checkpointing=true")
+        if plan.update_batch > 1:
+            found.append(f"optimizer.batch_size={max(1, min(plan.update_batch, plan.pairs) // 2)}")
+    if phase == "decoding" and not slicing:
+        found.append("model.vae_slicing=true")
+    if phase in ("denoising", "decoding") and batch > 1:
+        found.append(f"sampling.batch_size={batch // 2}")
+    if phase != "update" and plan.prompts > 1:
+        found.append(f"prompts.per_iteration={plan.prompts // 2}")
+    if not half:
+        found.append("model.dtype=bfloat16")
+    if full:
+        found.append("adapter.kind=lora")
+    return found

@@ -1,0 +1,127 @@
+"""The guides: their Python runs, their commands and configurations are valid, and what they promise of the adapter holds."""
+
+import itertools
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import torch
+import yaml
+
+from driftrl import TrainConfig, Trainer
+from driftrl.build import load_pipeline
+from driftrl.config import load_config, parse_config
+
+GUIDES = Path(__file__).parents[1] / "docs" / "guide"
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(guide, language):
+    """What stands between ```language and ``` in a guide."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (GUIDES / guide).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run_python(guide):
+    """Run a guide's Python from top to bottom, here; a block that begins with a file's name is that file."""
+    names = {"__name__": guide}
+    for block in blocks(guide, "python"):
+        if first := re.match(r"# (\w+\.py)\n", block):
+            Path(first[1]).write_text(block)
+        exec(compile(block, guide, "exec"), names)
+    return names
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("my_rewards", None)
+
+
+def first_run(here, **adapter):
+    """As the guide of the adapter has it, with an adapter that can be seen."""
+    settings = {
+        "iterations": 1, "prompts": {"per_iteration": 2}, "selection": {"keep": 3}, "optimizer": {"learning_rate": 0.05},
+        "sampling": {"steps": 4, "candidates": 4}, "logging": {"trackers": []}, "adapter": adapter,
+    }  # fmt: skip
+    return Trainer(parse_config(settings), here / "runs" / "first").run() / "checkpoints" / "000001"
+
+
+def picture(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    draw = torch.Generator().manual_seed(0)
+    return pipe("a cat", generator=draw, num_inference_steps=4, guidance_scale=1.0, output_type="pt").images
+
+
+@pytest.mark.filterwarnings("ignore")  # what diffusers says of its own loading
+def test_use_the_adapter(here):
+    """Also with an alpha that is not the rank, which the converted file has to carry."""
+    checkpoint = first_run(here, rank=4, alpha=8.0)
+    names = run_python("use-the-adapter.md")
+    model = TrainConfig().model
+    pictures = {
+        "base": picture(load_pipeline(model)),
+        "merged": picture(type(names["pipe"]).from_pretrained("merged")),
+    }
+    for name, source in {"ours": checkpoint, "kohya": "first-kohya.safetensors"}.items():
+        pipe = load_pipeline(model)
+        pipe.load_lora_weights(source)
+        pictures[name] = picture(pipe)
+    assert (pictures["ours"] - pictures["base"]).abs().max() > 0.01
+    torch.testing.assert_close(pictures["kohya"], pictures["ours"], atol=2e-5, rtol=0)
+    torch.testing.assert_close(pictures["merged"], pictures["ours"], atol=1e-3, rtol=0)
+    assert picture(names["pipe"]).shape == pictures["ours"].shape
+    sizes = {name: image.getextrema() for name, image in names.items() if name in ("tuned", "half", "base")}
+    assert len(sizes) == 3
+
+
+def test_your_own_reward(here):
+    run_python("your-own-reward.md")
+    assert (here / "runs/red-quick/checkpoints/000001/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_your_own_prompts(here, capsys):
+    run_python("your-own-prompts.md")
+    assert "min.txt" in capsys.readouterr().out
+
+
+def test_the_sizes_of_the_large_models(here, capsys):
+    """The table says what the snippet prints."""
+    run_python("sdxl-and-flux.md")
+    printed = dict(re.findall(r"^(.+): .* ([\d.]+ GiB) in bf16$", capsys.readouterr().out, re.MULTILINE))
+    text = (GUIDES / "sdxl-and-flux.md").read_text()
+    assert all(f"| {name} | {printed[name]} |" in text for name in ("SDXL", "SD3 medium", "FLUX.1"))
+    assert f"{printed['T5-XXL']} (T5-XXL)" in text
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_configurations_of_the_large_models(here, encoder_folder, number):
+    """As they stand they are valid; on a tiny pipeline of their classes they train."""
+    data = yaml.safe_load(blocks("sdxl-and-flux.md", "yaml")[number])
+    parse_config(data)
+    make = (families.make_sdxl, families.make_sd3, families.make_flux)[number]
+    data["model"]["path"] = str(make(here / "pipeline"))
+    data |= {"iterations": 1, "reward": "incompressibility", "shaping": {"encoder": str(encoder_folder)}}
+    data |= {"selection": {"keep": 3}, "logging": {"trackers": []}}
+    data["prompts"]["per_iteration"] = 1
+    data["sampling"] |= {"steps": 4, "candidates": 4, "height": 16, "width": 16}
+    run = Trainer(parse_config(data), here / "run").run()
+    assert (run / "checkpoints/000001/pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("guide", sorted(path.name for path in GUIDES.glob("*.md")))
+def test_commands_have_settings_that_exist(guide, monkeypatch):
+    """Files are there, and every --set is a key with a value of its type."""
+    monkeypatch.chdir(ROOT)
+    for line in "".join(blocks(guide, "bash")).splitlines():
+        words = shlex.split(line)
+        if "driftrl" not in words or words[words.index("driftrl") + 1] not in ("train", "estimate"):
+            continue
+        arguments = words[words.index("driftrl") + 2 :]
+        files = [Path(word) for word in arguments if word.endswith(".yaml")]
+        settings = [value for flag, value in itertools.pairwise(arguments) if flag == "--set"]
+        load_config(files[0] if files else None, settings)
