@@ -11,14 +11,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 from PIL import Image
 
-from driftrl import __version__
 from driftrl.checks import InputError
 from driftrl.config import dump_config
 from driftrl.evaluation import compare as comparing
@@ -32,6 +30,7 @@ from driftrl.evaluation.evaluate import (
     load_evaluation,
     sheet_columns,
 )
+from driftrl.evaluation.page import minus, render
 from driftrl.evaluation.pareto import upper_envelope
 from driftrl.evaluation.plots import Line, plot
 from driftrl.files import write_text
@@ -124,7 +123,11 @@ def write_report(folder: Path) -> Path:
     tuned = evaluation.tuned[-1] if evaluation.tuned else None
     log = read_metrics(folder / "metrics.jsonl")
     config = folder / "config.yaml"
-    page = _page(
+    page = render(
+        "report.html.j2",
+        describe=describe,
+        first=FIRST,
+        short=_short,
         kind="run",
         title=evaluation.name,
         evaluation=evaluation,
@@ -170,7 +173,11 @@ def write_comparison(folders: Sequence[Path], out: Path, against: str | None = N
         tables.append(
             (describe(name, settings), [(m.name, gains.get(m.name), volumes[m.name]) for m in methods])
         )
-    page = _page(
+    page = render(
+        "report.html.j2",
+        describe=describe,
+        first=FIRST,
+        short=_short,
         kind="comparison",
         title=" and ".join(m.name for m in methods) if len(methods) < 4 else f"{len(methods)} methods",
         evaluation=evaluation,
@@ -206,30 +213,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         if isinstance(line, dict) and isinstance(line.get("iteration"), int):
             lines.append(line)
     return lines
-
-
-def minus(value: float, digits: int = 3, sign: bool = False) -> str:
-    """A number with a true minus sign."""
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = f"{0:.{digits}f}"
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def _page(**values: Any) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = str(resources.files("driftrl") / "assets")
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["n"] = minus
-    environment.globals.update(version=__version__, describe=describe, first=FIRST, short=_short)
-    return environment.get_template("report.html.j2").render(**values)
 
 
 def _asked(settings: Settings) -> str:
