@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from importlib import resources
 from typing import Any
 
@@ -14,6 +15,11 @@ def minus(value: float, digits: int = 3, sign: bool = False) -> str:
     if float(text) == 0:
         text = f"{0:.{digits}f}"
     return text.replace("-", "\N{MINUS SIGN}")
+
+
+def webp_uri(picture: bytes) -> str:
+    """A WebP file as the address of an image, so that a page needs no other file."""
+    return "data:image/webp;base64," + base64.b64encode(picture).decode("ascii")
 
 
 def render(template: str, **values: Any) -> str:

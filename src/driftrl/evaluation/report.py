@@ -6,7 +6,6 @@ hold, and leaves out what is not there.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from PIL import Image
 
 from driftrl.checks import InputError
 from driftrl.config import dump_config
@@ -28,9 +26,9 @@ from driftrl.evaluation.evaluate import (
     Point,
     Settings,
     load_evaluation,
-    sheet_columns,
+    sheet_cells,
 )
-from driftrl.evaluation.page import minus, render
+from driftrl.evaluation.page import minus, render, webp_uri
 from driftrl.evaluation.pareto import upper_envelope
 from driftrl.evaluation.plots import Line, plot
 from driftrl.files import write_text
@@ -409,7 +407,7 @@ def _all_figures(evaluation: Evaluation, tuned: Point | None) -> list[tuple[Metr
 
 def _data_uri(path: Path) -> str | None:
     try:
-        return "data:image/webp;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+        return webp_uri(path.read_bytes())
     except OSError:
         return None
 
@@ -612,7 +610,7 @@ def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
         colour = muted if s == 0 else accent
         figure.text(x0 / width, 1 - 0.27 / height, name, color=colour, fontsize=11, weight="bold")
         for r, row in enumerate(picked):
-            cells = _cells(evaluation.sheet(folder, point, row["place"]), evaluation.settings.images)[
+            cells = sheet_cells(evaluation.sheet(folder, point, row["place"]), evaluation.settings.images)[
                 :columns
             ]
             for c, picture in enumerate(cells):
@@ -643,20 +641,6 @@ def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
     figure.savefig(temporary, format="png", facecolor="#ffffff")
     temporary.replace(path)
     return path
-
-
-def _cells(sheet: Path, images: int) -> list[Image.Image]:
-    """The single images of a sheet; none if it is not there."""
-    try:
-        with Image.open(sheet) as file:
-            whole = file.convert("RGB")
-    except OSError:
-        return []
-    count = min(SHOWN, images)
-    columns = sheet_columns(count)
-    width, height = whole.width // columns, whole.height // -(-count // columns)
-    corners = [((k % columns) * width, (k // columns) * height) for k in range(count)]
-    return [whole.crop((x, y, x + width, y + height)) for x, y in corners]
 
 
 def check_out(out: Path) -> Path:
