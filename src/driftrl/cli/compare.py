@@ -36,10 +36,9 @@ def _blind(
         from driftrl.evaluation.blind import KEY, write_blind
 
         page = write_blind(runs, folder, seed)
-    console.print(f"give raters {page}, which is complete in itself", highlight=False, soft_wrap=True)
-    console.print(
-        f"keep {folder / KEY} from them: it says which set is whose", highlight=False, soft_wrap=True
-    )
-    console.print(
-        f"then: driftrl judge {folder} answers.json [more answers ...]", highlight=False, soft_wrap=True
-    )
+    for line in (
+        f"give raters {page}, which is complete in itself",
+        f"keep {folder / KEY} from them: it says which set is whose",
+        f"then: driftrl judge {folder} answers.json [more answers ...]",
+    ):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
