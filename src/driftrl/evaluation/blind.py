@@ -31,7 +31,7 @@ PAGE, KEY = "index.html", "key.json"
 CELL, GAP = 256, 0.04
 """Greatest side of an image on the page in pixels; the gap between two as a share of an image's side."""
 QUESTIONS = {
-    "coherence": "Which set shows the prompt better, with fewer broken pictures?",
+    "coherence": "Which set fits the words better, with fewer broken pictures?",
     "distinctiveness": "In which set do the pictures differ more from one another?",
 }
 Choice = Literal["left", "right", "same"]

@@ -421,12 +421,17 @@ def _gallery(
     shown = min(SHOWN, evaluation.settings.images)
     for row in rows:
         pictures = []
-        for name, where, point in sides:
+        for number, (name, where, point) in enumerate(sides):
             uri = _data_uri(evaluation.sheet(where, point, row["place"]))
             if uri is not None:
                 prompt = row["prompt"]
                 pictures.append(
-                    {"name": name, "uri": uri, "alt": f"{shown} images of \u201c{prompt}\u201d by {name}"}
+                    {
+                        "name": name,
+                        "colour": (number - 1) % COLOURS if number else -1,
+                        "uri": uri,
+                        "alt": f"{shown} images of \u201c{prompt}\u201d by {name}",
+                    }
                 )
         if len(pictures) == len(sides):
             note = ""
@@ -555,11 +560,16 @@ def _comparison_gallery(methods: list[Method]) -> list[dict[str, Any]]:
     shown = min(SHOWN, first.evaluation.settings.images)
     for place, prompt in enumerate(first.evaluation.settings.prompts):
         pictures = []
-        for name, folder, evaluation, point in sides:
+        for number, (name, folder, evaluation, point) in enumerate(sides):
             uri = _data_uri(evaluation.sheet(folder, point, place))
             if uri is not None:
                 pictures.append(
-                    {"name": name, "uri": uri, "alt": f"{shown} images of \u201c{prompt}\u201d by {name}"}
+                    {
+                        "name": name,
+                        "colour": (number - 1) % COLOURS if number else -1,
+                        "uri": uri,
+                        "alt": f"{shown} images of \u201c{prompt}\u201d by {name}",
+                    }
                 )
         if len(pictures) == len(sides):
             cards.append({"prompt": prompt, "pictures": pictures, "note": ""})
