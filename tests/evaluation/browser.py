@@ -15,7 +15,15 @@ from types import TracebackType
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40, "Backspace": 8, "Enter": 13, "Escape": 27, "Tab": 9}
+KEYS = {
+    "ArrowLeft": 37,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+    "Backspace": 8,
+    "Enter": 13,
+    "Escape": 27,
+    "Tab": 9,
+}
 OPTIONS = (
     "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
     "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -57,7 +65,9 @@ class Browser:
     def __enter__(self) -> Browser:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ):
         os.killpg(self.process, signal.SIGKILL)
         os.waitpid(self.process, 0)
         os.close(self.commands)
@@ -138,7 +148,9 @@ class Page:
     @property
     def outside(self) -> list[str]:
         """What was asked for beyond the page itself and what is in it."""
-        return [url for url in self.requests if url != self.address and not url.startswith(("data:", "blob:"))]
+        return [
+            url for url in self.requests if url != self.address and not url.startswith(("data:", "blob:"))
+        ]
 
     def load(self) -> None:
         self.send("Page.navigate", url=self.address)
@@ -160,7 +172,11 @@ class Page:
 
     def resize(self, width: int, height: int = 900) -> None:
         self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
         )
 
     def press(self, key: str) -> None:

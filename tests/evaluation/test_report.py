@@ -17,7 +17,6 @@ from driftrl.evaluation.plots import label, ticks
 from driftrl.evaluation.report import write_comparison, write_picture, write_report
 
 
-
 def test_the_page_of_a_run_stands_alone(tmp_path):
     page = write_report(make_run(tmp_path / "run")).read_text()
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page)

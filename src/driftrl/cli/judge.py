@@ -50,4 +50,6 @@ def judge(folder: Path, answers: Sequence[Path]) -> None:
                 f"; raters agree in {finding.agreement.share:.0%}, {finding.agreement.kind}'s kappa {value}"
             )
         console.print(told, highlight=False)
-    console.print(f"wrote {folder / FILE} and {folder / PICTURE}", highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        f"wrote {folder / FILE} and {folder / PICTURE}", highlight=False, soft_wrap=True, markup=False
+    )
