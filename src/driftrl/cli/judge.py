@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from driftrl.evaluation.judge import Rate
 
 
 def judge(folder: Path, answers: Sequence[Path]) -> None:
@@ -26,17 +30,16 @@ def judge(folder: Path, answers: Sequence[Path]) -> None:
     )
     for name in ("question", "method"):
         table.add_column(name)
-    for name in ("win rate (over prompts)", "prompts ahead", "of those decided (exact)", "sign test p"):
+    for name in ("win rate", "prompts", "of decided", "p"):
         table.add_column(name, justify="right")
     for finding in analysis.findings:
         for number, standing in enumerate(finding.standings):
-            win, ahead = standing.win_rate, standing.prompt_rate
             table.add_row(
                 "" if number else finding.question,
                 escape(standing.method),
-                f"{win.mean:.0%} ({win.low:.0%} to {win.high:.0%})",
+                _share(standing.win_rate),
                 str(standing.prompts),
-                "" if ahead is None else f"{ahead.mean:.0%} ({ahead.low:.0%} to {ahead.high:.0%})",
+                _share(standing.prompt_rate),
                 "" if number else f"{finding.p_value:.3g}",
             )
     console.print(table)
@@ -53,3 +56,7 @@ def judge(folder: Path, answers: Sequence[Path]) -> None:
     console.print(
         f"wrote {folder / FILE} and {folder / PICTURE}", highlight=False, soft_wrap=True, markup=False
     )
+
+
+def _share(rate: Rate | None) -> str:
+    return "" if rate is None else f"{rate.mean:.0%} ({100 * rate.low:.0f}\u2013{100 * rate.high:.0f}%)"

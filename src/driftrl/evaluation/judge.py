@@ -215,11 +215,11 @@ def _agreement(chosen: Sequence[Sequence[str | None]]) -> Agreement | None:
 
 
 def _draw(analysis: Analysis, path: Path) -> None:
-    """Shares of the choices as a bar for each question, with the interval of where the tie begins."""
+    """Shares of the choices as a bar for each question; below it the intervals of where each method's part ends."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    ink, muted, colours, neutral = "#23211d", "#6b665d", ("#c2571a", "#0f766e"), "#ddd6c8"
+    ink, muted, colours, neutral = "#23211d", "#6b665d", ("#0f766e", "#c2571a"), "#ddd6c8"
     figure = Figure(figsize=(7.2, 0.75 + 0.85 * len(analysis.findings)), dpi=150, facecolor="#ffffff")
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.19, 0.17, 0.78, 0.66))
@@ -240,10 +240,9 @@ def _draw(analysis: Analysis, path: Path) -> None:
                     fontsize=9.5,
                     color=ink if colour == neutral else "#ffffff",
                 )
-        for standing, at, colour in ((first, 1, colours[0]), (second, -1, colours[1])):
-            ends = (standing.win_rate.low, standing.win_rate.high)
-            ends = ends if at > 0 else (1 - ends[1], 1 - ends[0])
-            axes.plot(ends, (row + 0.34, row + 0.34), color=colour, linewidth=2, solid_capstyle="butt")
+        ends = (first.win_rate.low, first.win_rate.high), (1 - second.win_rate.high, 1 - second.win_rate.low)
+        for span, below, colour in zip(ends, (0.33, 0.41), colours, strict=True):
+            axes.plot(span, (row + below, row + below), color=colour, linewidth=2, solid_capstyle="butt")
         axes.text(
             1,
             row - 0.33,

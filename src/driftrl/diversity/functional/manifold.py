@@ -50,7 +50,7 @@ def manifold(reference: Tensor, generated: Tensor, k: int = 5) -> Manifold:
     reference set's median. Wherever rounding could decide a comparison, the pair is computed again as
     sum (x - y)^2, and what agrees to 1e-12 counts as a tie: neither the order of the items nor the blocks
     change the result. Beyond the features, memory is a few float64 copies of them and 100 MiB of blocks
-    (for 100,000 x 512 twice: under 3 GiB together); time is O((M + N)^2 D).
+    (for 100,000 x 512 twice: 1.5 GiB together); time is O((M + N)^2 D).
 
     Args:
         reference: [M, D] features of the set that should be covered (here, the base model's images).
