@@ -205,6 +205,14 @@ F.manifold(x, x)
 print(json.dumps(peak() - before))
 """
 
+MANY_NEIGHBOURS = """
+x = torch.randn(2_000, 512, generator=generator)
+F.manifold(x[:100], x[100:200])
+before = peak()
+F.manifold(x, x, k=100)
+print(json.dumps(peak() - before))
+"""
+
 LARGE = """
 x = torch.randn(100_000, 512, generator=generator)
 y = torch.randn(100_000, 512, generator=generator)
@@ -216,6 +224,10 @@ print(json.dumps(peak() - before))
 
 def test_memory_does_not_grow_with_the_number_of_pairs():
     assert _rise_in_peak_memory(SMALL) < 0.25  # all pairs: 1.9 GiB
+
+
+def test_memory_does_not_grow_with_the_neighbours_that_are_measured_again():
+    assert _rise_in_peak_memory(MANY_NEIGHBOURS) < 0.15  # all of them at once: 0.8 GiB
 
 
 @pytest.mark.slow

@@ -5,65 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 
 import pytest
+from made import make_run
 from PIL import Image
 
 from driftrl.checks import InputError
-from driftrl.config import dump_config, parse_config
 from driftrl.evaluation import compare as comparing
-from driftrl.evaluation.evaluate import Evaluation, Point, Settings, _figures, load_evaluation
+from driftrl.evaluation.evaluate import load_evaluation
 from driftrl.evaluation.plots import label, ticks
 from driftrl.evaluation.report import write_comparison, write_picture, write_report
-from driftrl.files import write_json
-
-PROMPTS = ["a cat", "<script>alert(1)</script>", "a fox"]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-def make_run(folder, name="drift", seed=0, gain=2.0, loss=0.1, changes=None, similarity=0.0, **settings):
-    """A run of two checkpoints whose reward rises by ``gain`` and whose diversity falls by ``loss``."""
-    config = parse_config({"name": name, "seed": seed, **(changes or {})})
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump_config(config))
-    chosen = Settings(**{
-        "model": "tiny-animals", "prompt_set": "animals", "prompts": PROMPTS, "images": 4, "seed": 0, "steps": 10,
-        "guidance_scale": 1.0, "eta": 1.0, "rewards": ["tiny-animals"], "encoder": "tiny-animals", "clip": None,
-        "neighbours": 3, **settings,
-    })  # fmt: skip
-    points = []
-    for step in range(3):
-        share = step / 2
-        values = {
-            "reward": [1.0 + gain * share, 1.2 + gain * share, 1.1 + gain * share],
-            "similarity": [0.5 + similarity * share] * 3,
-            "diversity": [0.5 - loss * share, 0.6 - 2 * loss * share, 0.7],
-            "vendi": [3.0 - loss * share, 3.1, 3.2],
-        }
-        label = "base" if step == 0 else f"{step * 10:06d}"
-        base = points[0] if points else None
-        points.append(Point(label=label, iteration=step * 10, identity="", figures=_figures(values, base)))
-    evaluation = Evaluation(name=name, training_seed=seed, settings=chosen, points=points)
-    write_json(folder / "evaluation.json", evaluation.model_dump(mode="json"))
-    for point in points:
-        for place in range(3):
-            sheet = evaluation.sheet(folder, point, place)
-            sheet.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (32, 8), (80 * place, 120, 200)).save(sheet)
-    lines = [
-        {
-            "iteration": i,
-            "reward/mean": 1 + i / 10,
-            "diversity/kept_mean": 0.5,
-            "warning/constant_reward_groups": i % 2,
-        }
-        for i in range(1, 21)
-    ]
-    (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 2'
-    )
-    return folder
 
 
 def test_the_page_of_a_run_stands_alone(tmp_path):
@@ -171,38 +122,3 @@ def test_ticks_are_round():
     assert ticks(0.13, 0.61) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
     assert ticks(0, 3, integer=True) == [0, 1, 2, 3]
     assert label(-0.5, [-0.5, 0.0, 0.5]) == "\N{MINUS SIGN}0.5" and label(20, [0, 20]) == "20"
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_in_a_browser_images_show_sorting_works_and_the_console_is_silent(tmp_path):
-    page = write_report(make_run(tmp_path / "run"))
-    probe = """<script>addEventListener("load", async () => {
-      const images = [...document.images];
-      await Promise.all(images.map((image) => image.decode()));
-      document.querySelectorAll(".sortable th button")[0].click();
-      const first = document.querySelector(".sortable tbody th").textContent;
-      const sort = document.querySelector(".sortable th").getAttribute("aria-sort");
-      document.querySelector(".pair").click();
-      const open = document.getElementById("zoom").open, before = document.getElementById("zoomed").textContent;
-      document.getElementById("zoom").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
-      const moved = document.getElementById("zoomed").textContent !== before;
-      const shown = images.every((image) => image.naturalWidth > 0), wide = document.body.scrollWidth > innerWidth;
-      document.title = JSON.stringify({ first, sort, open, moved, shown, wide, errors: window.problems });
-    });</script></body>"""
-    watch = '<head><script>window.problems = []; addEventListener("error", (e) => problems.push(e.message));</script>'
-    text = page.read_text().replace("<head>", watch, 1).replace("</body>", probe)
-    (tmp_path / "probe.html").write_text(text)
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
-        (tmp_path / "probe.html").as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
-    found = json.loads(
-        re.search(r"<title>(\{.*?\})</title>", done.stdout).group(1).replace("&lt;", "<").replace("&gt;", ">")
-    )
-    expected = {"sort": "ascending", "open": True, "moved": True, "shown": True, "wide": False, "errors": []}
-    assert {k: v for k, v in found.items() if k != "first"} == expected
-    assert found["first"] == "<script>alert(1)</script>"
-    assert "CONSOLE" not in done.stderr

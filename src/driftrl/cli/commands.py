@@ -203,6 +203,18 @@ def register(app: typer.Typer) -> None:
         against: Annotated[
             str | None, typer.Option(metavar="NAME", help="The method to compare with; by default the first.")
         ] = None,
+        blind: Annotated[
+            Path | None,
+            typer.Option(
+                metavar="DIR",
+                help="Write a blinded page for raters instead, with the key beside it; takes two runs, or "
+                "checkpoints in them.",
+            ),
+        ] = None,
+        seed: Annotated[
+            int | None,
+            typer.Option(help="Of the blinded page's order and sides; by default a new one.", min=0),
+        ] = None,
     ) -> None:
         """Compare methods: curves, fronts, gains at equal level.
 
@@ -213,10 +225,31 @@ def register(app: typer.Typer) -> None:
           driftrl compare runs/grpo-seed0 runs/drift-seed0
 
           driftrl compare runs/grpo-seed* runs/drift-seed* --against grpo --out comparison.html
+
+          driftrl compare runs/grpo-seed0 runs/drift-seed0 --blind human
         """
         from driftrl.cli.compare import compare as work
 
-        work(runs, out, against)
+        work(runs, out, against, blind, seed)
+
+    @app.command()
+    def judge(
+        folder: Annotated[
+            Path, typer.Argument(metavar="DIR", help="What driftrl compare --blind DIR wrote.")
+        ],
+        answers: Annotated[list[Path], typer.Argument(help="The file that each rater saved.")],
+    ) -> None:
+        """Say what raters chose on a blinded page: win rates, intervals, agreement.
+
+        Writes analysis.json and analysis.png into DIR (docs/human-evaluation.md).
+
+        Examples:
+
+          driftrl judge human ann.json ben.json
+        """
+        from driftrl.cli.judge import judge as work
+
+        work(folder, answers)
 
     @app.command("serve-reward")
     def serve_reward(

@@ -7,12 +7,38 @@ from pathlib import Path
 
 from rich.console import Console
 
+from driftrl.checks import InputError
 
-def compare(runs: Sequence[Path], out: Path, against: str | None) -> None:
-    """Write the comparison page and say what it found."""
+
+def compare(
+    runs: Sequence[Path], out: Path, against: str | None, blind: Path | None = None, seed: int | None = None
+) -> None:
+    """Write the comparison page, or with ``blind`` the page for raters."""
     console = Console(stderr=True)
+    if blind is not None:
+        _blind(console, runs, blind, against, seed)
+        return
+    if seed is not None:
+        raise InputError("--seed: shuffles the page of --blind, which was not asked for")
     with console.status("comparing", spinner="dots"):
         from driftrl.evaluation.report import check_out, write_comparison
 
         page = write_comparison(runs, check_out(out), against)
     console.print(f"open {page}", highlight=False, soft_wrap=True)
+
+
+def _blind(
+    console: Console, runs: Sequence[Path], folder: Path, against: str | None, seed: int | None
+) -> None:
+    if against is not None:
+        raise InputError("--against: has no meaning with --blind, where two methods stand side by side")
+    with console.status("laying out the pairs", spinner="dots"):
+        from driftrl.evaluation.blind import KEY, write_blind
+
+        page = write_blind(runs, folder, seed)
+    for line in (
+        f"give raters {page}, which is complete in itself",
+        f"keep {folder / KEY} from them: it says which set is whose",
+        f"then: driftrl judge {folder} answers.json [more answers ...]",
+    ):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -608,3 +608,17 @@ def _save_sheet(images: Tensor, path: Path) -> None:
 def sheet_columns(count: int) -> int:
     """Columns of a sheet of ``count`` images."""
     return min(4, count)
+
+
+def sheet_cells(sheet: Path, images: int) -> list[Image.Image]:
+    """The single images of a sheet; none if it is not there."""
+    try:
+        with Image.open(sheet) as file:
+            whole = file.convert("RGB")
+    except OSError:
+        return []
+    count = min(SHOWN, images)
+    columns = sheet_columns(count)
+    width, height = whole.width // columns, whole.height // -(-count // columns)
+    corners = [((k % columns) * width, (k // columns) * height) for k in range(count)]
+    return [whole.crop((x, y, x + width, y + height)) for x, y in corners]

@@ -125,9 +125,11 @@ def _draw(line: Line, place: Callable[[float, float], tuple[float, float]]) -> l
     for k, name in line.names.items():
         if k in where:
             x, y = where[k]
-            left = x > WIDTH * 0.7 or line.colour < 0
-            anchor, x = ("end", x - 9) if left else ("start", x + 9)
-            y = y + 17 if y < TOP + 26 or line.colour < 0 else y - 9
+            anchor, x = ("end", x - 9) if x > WIDTH * 0.7 else ("start", x + 9)
+            y = y + 17 if y < TOP + 26 else y - 9
+            if line.colour < 0:  # the base model is often the leftmost: above it, clear of the ticks' labels
+                (x, y), anchor = where[k], "middle"
+                y -= 10
             parts.append(
                 f'<text class="name" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(name)}</text>'
             )

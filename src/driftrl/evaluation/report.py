@@ -6,20 +6,16 @@ hold, and leaves out what is not there.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from PIL import Image
 
-from driftrl import __version__
 from driftrl.checks import InputError
 from driftrl.config import dump_config
 from driftrl.evaluation import compare as comparing
@@ -31,8 +27,9 @@ from driftrl.evaluation.evaluate import (
     Point,
     Settings,
     load_evaluation,
-    sheet_columns,
+    sheet_cells,
 )
+from driftrl.evaluation.page import minus, render, webp_uri
 from driftrl.evaluation.pareto import upper_envelope
 from driftrl.evaluation.plots import Line, plot
 from driftrl.files import write_text
@@ -133,7 +130,11 @@ def write_report(folder: Path) -> Path:
     tuned = evaluation.tuned[-1] if evaluation.tuned else None
     log = read_metrics(folder / "metrics.jsonl")
     config = folder / "config.yaml"
-    page = _page(
+    page = render(
+        "report.html.j2",
+        describe=describe,
+        first=FIRST,
+        short=_short,
         kind="run",
         title=evaluation.name,
         evaluation=evaluation,
@@ -179,7 +180,11 @@ def write_comparison(folders: Sequence[Path], out: Path, against: str | None = N
         tables.append(
             (describe(name, settings), [(m.name, gains.get(m.name), volumes[m.name]) for m in methods])
         )
-    page = _page(
+    page = render(
+        "report.html.j2",
+        describe=describe,
+        first=FIRST,
+        short=_short,
         kind="comparison",
         title=" and ".join(m.name for m in methods) if len(methods) < 4 else f"{len(methods)} methods",
         evaluation=evaluation,
@@ -215,30 +220,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         if isinstance(line, dict) and isinstance(line.get("iteration"), int):
             lines.append(line)
     return lines
-
-
-def minus(value: float, digits: int = 3, sign: bool = False) -> str:
-    """A number with a true minus sign."""
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = f"{0:.{digits}f}"
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def _page(**values: Any) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = str(resources.files("driftrl") / "assets")
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["n"] = minus
-    environment.globals.update(version=__version__, describe=describe, first=FIRST, short=_short)
-    return environment.get_template("report.html.j2").render(**values)
 
 
 def _asked(settings: Settings) -> str:
@@ -449,7 +430,7 @@ def _all_figures(evaluation: Evaluation, tuned: Point | None) -> list[tuple[Metr
 
 def _data_uri(path: Path) -> str | None:
     try:
-        return "data:image/webp;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+        return webp_uri(path.read_bytes())
     except OSError:
         return None
 
@@ -463,12 +444,17 @@ def _gallery(
     shown = min(SHOWN, evaluation.settings.images)
     for row in rows:
         pictures = []
-        for name, where, point in sides:
+        for number, (name, where, point) in enumerate(sides):
             uri = _data_uri(evaluation.sheet(where, point, row["place"]))
             if uri is not None:
                 prompt = row["prompt"]
                 pictures.append(
-                    {"name": name, "uri": uri, "alt": f"{shown} images of \u201c{prompt}\u201d by {name}"}
+                    {
+                        "name": name,
+                        "colour": (number - 1) % COLOURS if number else -1,
+                        "uri": uri,
+                        "alt": f"{shown} images of \u201c{prompt}\u201d by {name}",
+                    }
                 )
         if len(pictures) == len(sides):
             note = ""
@@ -597,11 +583,16 @@ def _comparison_gallery(methods: list[Method]) -> list[dict[str, Any]]:
     shown = min(SHOWN, first.evaluation.settings.images)
     for place, prompt in enumerate(first.evaluation.settings.prompts):
         pictures = []
-        for name, folder, evaluation, point in sides:
+        for number, (name, folder, evaluation, point) in enumerate(sides):
             uri = _data_uri(evaluation.sheet(folder, point, place))
             if uri is not None:
                 pictures.append(
-                    {"name": name, "uri": uri, "alt": f"{shown} images of \u201c{prompt}\u201d by {name}"}
+                    {
+                        "name": name,
+                        "colour": (number - 1) % COLOURS if number else -1,
+                        "uri": uri,
+                        "alt": f"{shown} images of \u201c{prompt}\u201d by {name}",
+                    }
                 )
         if len(pictures) == len(sides):
             cards.append({"prompt": prompt, "pictures": pictures, "note": ""})
@@ -649,7 +640,7 @@ def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
         colour = muted if s == 0 else accent
         figure.text(x0 / width, 1 - 0.27 / height, name, color=colour, fontsize=11, weight="bold")
         for r, row in enumerate(picked):
-            cells = _cells(evaluation.sheet(folder, point, row["place"]), evaluation.settings.images)[
+            cells = sheet_cells(evaluation.sheet(folder, point, row["place"]), evaluation.settings.images)[
                 :columns
             ]
             for c, picture in enumerate(cells):
@@ -680,20 +671,6 @@ def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
     figure.savefig(temporary, format="png", facecolor="#ffffff")
     temporary.replace(path)
     return path
-
-
-def _cells(sheet: Path, images: int) -> list[Image.Image]:
-    """The single images of a sheet; none if it is not there."""
-    try:
-        with Image.open(sheet) as file:
-            whole = file.convert("RGB")
-    except OSError:
-        return []
-    count = min(SHOWN, images)
-    columns = sheet_columns(count)
-    width, height = whole.width // columns, whole.height // -(-count // columns)
-    corners = [((k % columns) * width, (k // columns) * height) for k in range(count)]
-    return [whole.crop((x, y, x + width, y + height)) for x, y in corners]
 
 
 def check_out(out: Path) -> Path:
