@@ -117,8 +117,8 @@ def test_the_configurations_of_the_large_models(here, encoder_folder, number):
 def test_commands_have_settings_that_exist(guide, monkeypatch):
     """Files are there, and every --set is a key with a value of its type."""
     monkeypatch.chdir(ROOT)
-    for line in "".join(blocks(guide, "bash")).splitlines():
-        words = shlex.split(line)
+    for line in "".join(blocks(guide, "bash")).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
         if "driftrl" not in words or words[words.index("driftrl") + 1] not in ("train", "estimate"):
             continue
         arguments = words[words.index("driftrl") + 2 :]
