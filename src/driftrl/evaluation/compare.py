@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from driftrl.checks import InputError, nearest
-from driftrl.config import TrainConfig, load_config
+from driftrl.config import TrainConfig, flat, load_config
 from driftrl.evaluation.evaluate import Evaluation, load_evaluation
 from driftrl.evaluation.pareto import Array, Interval, bootstrap_interval, gain_at_equal, hypervolume
 
@@ -185,7 +185,7 @@ def hypervolumes(methods: Sequence[Method], metric: str) -> dict[str, Interval]:
 def differing_settings(methods: Sequence[Method]) -> dict[str, list[Any]]:
     """Training settings in which the methods differ: key to one value for each method."""
     configs = [method.runs[0].config for method in methods]
-    tables = [{} if c is None else dict(_flat(c.model_dump(mode="json"))) for c in configs]
+    tables = [{} if c is None else flat(c) for c in configs]
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = {
         key: [table.get(key) for table in tables] for key in keys if key.split(".")[0] not in OWN | {"name"}
@@ -250,21 +250,10 @@ def _check_group(name: str, group: Sequence[Run]) -> None:
         seeds[run.seed] = run
         if run.config is None or first.config is None:
             continue
-        a, b = (
-            dict(_flat(first.config.model_dump(mode="json"))),
-            dict(_flat(run.config.model_dump(mode="json"))),
-        )
+        a, b = flat(first.config), flat(run.config)
         keys = [key for key in a if a[key] != b.get(key) and key.split(".")[0] not in OWN]
         if keys:
             raise InputError(
                 f"{first.folder} and {run.folder} are both called '{name}' but differ in {', '.join(keys)}; "
                 "give methods different names (name: in config.yaml and evaluation.json)"
             )
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
