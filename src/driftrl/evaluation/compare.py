@@ -13,6 +13,7 @@ from driftrl.checks import InputError, nearest
 from driftrl.config import TrainConfig, flat, load_config
 from driftrl.evaluation.evaluate import Evaluation, load_evaluation
 from driftrl.evaluation.pareto import Array, Interval, bootstrap_interval, gain_at_equal, hypervolume
+from driftrl.evaluation.results import load_result, sources
 
 LEVEL = 0.95
 ALIKE = (
@@ -40,6 +41,7 @@ class Run:
     """One evaluated run."""
 
     folder: Path
+    """Or its file of results."""
     evaluation: Evaluation
     config: TrainConfig | None
 
@@ -98,19 +100,22 @@ class Comparison:
     """At equal diversity; None where no pair of seeds shares a diversity."""
 
 
-def load_methods(folders: Sequence[Path]) -> list[Method]:
+def load_methods(paths: Sequence[Path]) -> list[Method]:
     """Read evaluated runs and group them by name, in the order of the names' first runs.
+
+    Args:
+        paths: run folders, files of results, or folders of such files.
 
     Raises:
         InputError: for fewer than two runs, runs that were not measured alike, that have no checkpoint
             measured, or that share a name but neither a seed's difference nor a configuration.
     """
+    folders = sources(paths)
     if len(folders) < 2:
-        raise InputError(f"compare: expected at least two run folders; got {len(folders)}")
+        raise InputError(f"compare: expected at least two runs; got {len(folders)}")
     runs = []
     for folder in folders:
-        path = folder / "config.yaml"
-        run = Run(folder, load_evaluation(folder), load_config(path) if path.is_file() else None)
+        run = _load(folder)
         if not run.evaluation.tuned:
             raise InputError(
                 f"{folder}: no checkpoint was measured; run: driftrl evaluate {folder} --checkpoint all"
@@ -211,6 +216,14 @@ def _gain(method: Method, rival: Method, metric: str, axis: str, resamples: int 
     drawn = drawn[~np.isnan(drawn).all(axis=1)]
     low, high = np.quantile(np.nanmean(drawn, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(np.nanmean(gains)), float(low), float(high), LEVEL, min(gains.shape))
+
+
+def _load(path: Path) -> Run:
+    if path.is_file():
+        result = load_result(path)
+        return Run(path, result.evaluation, result.config)
+    config = path / "config.yaml"
+    return Run(path, load_evaluation(path), load_config(config) if config.is_file() else None)
 
 
 def _check_alike(a: Run, b: Run) -> None:

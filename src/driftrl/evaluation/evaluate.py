@@ -347,7 +347,15 @@ def load_evaluation(path: Path) -> Evaluation:
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{file}: not there; measure the run first: driftrl evaluate {path}")
-    data = read_json(file)
+    return parse_evaluation(read_json(file), file)
+
+
+def parse_evaluation(data: Any, file: Path) -> Evaluation:
+    """Check what ``file`` holds.
+
+    Raises:
+        InputError: if it is damaged, or of another format.
+    """
     given = data.get("format") if isinstance(data, dict) else None
     if given != FORMAT:
         raise InputError(
