@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ from driftrl.prompts import load_prompts
 
 NAMES = {"name", "seed"}
 """Settings that every run's name says already."""
+
+ALIKE = (
+    "model.path", "reward", "sampling.steps", "sampling.guidance_scale", "sampling.eta", "sampling.height",
+    "sampling.width",
+)  # fmt: skip
+"""Settings that all runs share, for figures taken under different ones cannot be compared."""
 
 Settings = dict[str, Any]
 """Settings of a run, by dotted or nested keys."""
@@ -183,6 +190,13 @@ def expand(plan: Plan, path: Path) -> list[PlannedRun]:
                         f"{path}: two runs are called {run.name}; give one of the methods another label"
                     )
                 runs[run.name] = run
+    for key in ALIKE:
+        values = list(dict.fromkeys(json.dumps(flat(run.config).get(key)) for run in runs.values()))
+        if len(values) > 1:
+            raise InputError(
+                f"{path}: {key}: expected the same in all runs, or they could not be compared; got "
+                f"{' and '.join(values)}; make a plan of each"
+            )
     return list(runs.values())
 
 

@@ -17,6 +17,30 @@ REFUSED = 2
 """Exit status for bad input, which another try cannot help."""
 
 
+def slots(jobs: int | None = None, threads: int | None = None, gpus: bool = True) -> list[dict[str, str]]:
+    """The environment of each process that runs at a time.
+
+    Args:
+        jobs: how many; by default one for each GPU, or one for each core: processes of one thread each get more out
+            of a CPU than one process of many threads.
+        threads: CPU threads of each; by default the cores shared out.
+        gpus: whether they may use GPUs; those that there are are then given out in turn.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cards = _gpus() if gpus else []
+    count = jobs or len(cards) or cores
+    own = {"OMP_NUM_THREADS": str(threads or max(1, cores // count))}
+    return [own | ({"CUDA_VISIBLE_DEVICES": cards[k % len(cards)]} if cards else {}) for k in range(count)]
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(k) for k in range(count)]
+
+
 @dataclass(frozen=True)
 class Task:
     """Commands that run one after the other, each once the one before it has ended well."""

@@ -42,7 +42,8 @@ def standing(run: PlannedRun, folder: Path, wanted: PlanEvaluation) -> Standing:
         return Standing(0, 0, False, False)
     newest = checkpoint.newest(folder / "checkpoints")
     iteration = 0 if newest is None else int(newest.name)
-    _refuse_another(run, folder, iteration)
+    if newest is not None:  # else nothing is lost if it begins again
+        _refuse_another(run, folder, iteration)
     measured = _measured(run, folder, wanted)
     trained = iteration == run.config.iterations
     return Standing(iteration, measured, trained, trained and measured == len(run.checkpoints))
@@ -59,6 +60,14 @@ def last_metrics(folder: Path) -> dict[str, Any]:
         )  # after the last newline there is nothing, or a line that is being written
     except (OSError, IndexError, ValueError):
         return {}
+
+
+def models_measured(folder: Path) -> int:
+    """How many models a run's evaluation.json holds, the base model among them; 0 where there is none."""
+    try:
+        return len(json.loads((folder / FILE).read_text("utf-8"))["points"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return 0
 
 
 def _refuse_another(run: PlannedRun, folder: Path, iteration: int) -> None:
