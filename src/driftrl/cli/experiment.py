@@ -34,50 +34,24 @@ def experiment(
         return
 
     console = Console(stderr=True)
-    with console.status("looking at what is there", spinner="dots"):
-        from driftrl.evaluation.report import write_comparison
-        from driftrl.evaluation.results import write_result
-        from driftrl.experiment.standing import standing
-        from driftrl.files import write_text
-        from driftrl.run import locked, signals
-
-        folders = {run.name: out / "runs" / run.name for run in runs}
-        where = {run.name: standing(run, folders[run.name], plan.evaluation) for run in runs}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be written to: {error.strerror}") from error
-    todo = [run for run in runs if not where[run.name].evaluated]
+    with console.status("looking at what is there", spinner="dots"):
+        from driftrl.evaluation.report import write_comparison
+        from driftrl.run import locked, signals
+
     with locked(out):
-        for run in runs:
-            folder = folders[run.name]
-            if run in todo:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_text(folder / "config.yaml", dump_config(run.config))
-            else:
-                write_result(folder, out / "results" / f"{run.name}.json")
-        tasks = [
-            Task(
-                run.name,
-                _commands(plan, run, folders[run.name], where[run.name].trained),
-                out / "logs" / f"{run.name}.log",
-            )
-            for run in todo
-        ]
+        tasks = _prepare(plan, runs, out)
         if tasks:
             console.print(
-                f"[bold]{plan.name}[/]: {len(todo)} of {len(runs)} runs to do, {min(len(places), len(todo))} at a time "
-                f"with {places[0]['OMP_NUM_THREADS']} CPU threads each: {out}",
+                f"[bold]{plan.name}[/]: {len(tasks)} of {len(runs)} runs to do, {min(len(places), len(tasks))} at a "
+                f"time with {places[0]['OMP_NUM_THREADS']} CPU threads each: {out}",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
-        display = _Display(console, plan, runs, todo, out, quiet)
-
-        def tell(event: str, task: Task) -> None:
-            if event == "done":
-                write_result(folders[task.name], out / "results" / f"{task.name}.json")
-            display.tell(event, task)
-
-        pool = Pool(tasks, places, retries, tell, display.look)
+        display = _Display(console, plan, runs, tasks, out, quiet)
+        pool = Pool(tasks, places, retries, display.tell, display.look)
         stopped: list[int] = []
 
         def stop(number: int) -> None:
@@ -92,13 +66,47 @@ def experiment(
             console.print(f"stopped; go on with: {command}", highlight=False, soft_wrap=True)
             sys.exit(128 + stopped[0])
         failed = {failure.task.name for failure in failures}
-        done = [folders[run.name] for run in runs if run.name not in failed]
+        done = [_folder(out, run.name) for run in runs if run.name not in failed]
         if len(done) > 1:
             with console.status("comparing", spinner="dots"):
                 page = write_comparison(done, out / "report.html")
             console.print(f"open {page}", highlight=False, soft_wrap=True)
     if failures:
         raise RunFailedError(_told(failures, len(runs)))
+
+
+def _prepare(plan: Plan, runs: Sequence[PlannedRun], out: Path) -> list[Task]:
+    """What is left to do, its folders made; what is finished has its file of results.
+
+    Raises:
+        InputError: before anything is written, if a folder holds a run of other settings.
+    """
+    from driftrl.experiment.standing import standing
+    from driftrl.files import write_text
+
+    where = [standing(run, _folder(out, run.name), plan.evaluation) for run in runs]
+    tasks = []
+    for run, there in zip(runs, where, strict=True):
+        folder = _folder(out, run.name)
+        if there.evaluated:
+            _collect(out, run.name)
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", dump_config(run.config))
+        tasks.append(
+            Task(run.name, _commands(plan, run, folder, there.trained), out / "logs" / f"{run.name}.log")
+        )
+    return tasks
+
+
+def _folder(out: Path, name: str) -> Path:
+    return out / "runs" / name
+
+
+def _collect(out: Path, name: str) -> None:
+    from driftrl.evaluation.results import write_result
+
+    write_result(_folder(out, name), out / "results" / f"{name}.json")
 
 
 def _commands(plan: Plan, run: PlannedRun, folder: Path, trained: bool) -> list[list[str]]:
@@ -152,14 +160,14 @@ class _Display:
         console: Console,
         plan: Plan,
         runs: Sequence[PlannedRun],
-        todo: Sequence[PlannedRun],
+        tasks: Sequence[Task],
         out: Path,
         quiet: bool,
     ) -> None:
         self.console, self.plan, self.out, self.quiet = console, plan, out, quiet
         self.runs = {run.name: run for run in runs}
         self.work = {run.name: run.images + _evaluation_images(plan, run) for run in runs}
-        self.done = {run.name: 0 if run in todo else self.work[run.name] for run in runs}
+        self.done = self.work | {task.name: 0 for task in tasks}
         self.rows: dict[str, TaskID] = {}
         self.tenths: dict[str, int] = {}
         self.progress = Progress(
@@ -172,8 +180,10 @@ class _Display:
         )
 
     def tell(self, event: str, task: Task) -> None:
-        """Show that a run started, ended or failed."""
+        """Show that a run started, ended or failed; collect its results."""
         name = task.name
+        if event == "done":
+            _collect(self.out, name)
         if event in ("started", "again"):
             self.rows[name] = self.progress.add_task(name, total=self.work[name], figures="")
         if event in ("failed", "stopped", "done"):
@@ -203,7 +213,7 @@ class _Display:
         """What a run's line says, and how many images it has drawn."""
         from driftrl.experiment.standing import last_metrics, models_measured
 
-        run, folder = self.runs[name], self.out / "runs" / name
+        run, folder = self.runs[name], _folder(self.out, name)
         metrics: dict[str, Any] = last_metrics(folder)
         at, last, reward = metrics.get("iteration", 0), run.config.iterations, metrics.get("reward/mean")
         text = f"iteration {at}/{last}" + ("" if reward is None else f"  reward {reward:.3f}")
