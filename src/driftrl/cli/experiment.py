@@ -47,7 +47,7 @@ def experiment(
         if tasks:
             console.print(
                 f"[bold]{plan.name}[/]: {len(tasks)} of {len(runs)} runs to do, {min(len(places), len(tasks))} at a "
-                f"time with {places[0]['OMP_NUM_THREADS']} CPU threads each: {out}",
+                f"time, CPU threads of each: {places[0]['OMP_NUM_THREADS']}, in {out}",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
         display = _Display(console, plan, runs, tasks, out, quiet)
@@ -141,7 +141,7 @@ def _list(plan: Plan, runs: Sequence[PlannedRun], jobs: int, threads: int) -> No
         )
     evaluated = sum(_evaluation_images(plan, run) for run in runs)
     console.print(
-        f"{len(runs)} runs, {min(jobs, len(runs))} at a time with {threads} CPU threads each; images drawn: "
+        f"{len(runs)} runs, {min(jobs, len(runs))} at a time, CPU threads of each: {threads}; images drawn: "
         f"{sum(run.images for run in runs):,} in training, {evaluated:,} in evaluation",
         highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -250,8 +250,11 @@ def _planned(plan: Plan, data: dict[str, Any], source: str) -> PlannedRun:
 
 
 def _spread(places: Sequence[int], count: int) -> tuple[int, ...]:
-    """``count`` of the places, evenly spaced, the last among them."""
-    return tuple(places[round((k + 1) * len(places) / count) - 1] for k in range(count))
+    """``count`` of the places: those nearest to evenly spaced ones, the last among them."""
+    if count == len(places):
+        return tuple(places)
+    even = [places[-1] * (k + 1) / count for k in range(count)]
+    return tuple(min(places, key=lambda place: abs(place - target)) for target in even)
 
 
 def _cells(grid: Grid) -> Iterator[tuple[str, dict[str, Any]]]:
