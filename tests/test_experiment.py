@@ -360,10 +360,10 @@ def test_interrupted_failed_tried_again_and_finished(tiny, tmp_path, number):
     reached = {folder: checkpoint.newest(folder / "checkpoints") for folder in (one, two)}
     assert all(path is not None and 0 < int(path.name) < 6 for path in reached.values())
 
-    # The second run cannot write its checkpoints: it is tried again and listed, and the first one is finished.
+    # The second run cannot write its next checkpoint: it is tried again and listed, and the first one is finished.
     environment["SLOW"] = "0"
-    (two / "checkpoints").rename(two / "kept")
-    (two / "checkpoints").write_text("in the way")
+    obstacle = two / f"checkpoints/.{int(reached[two].name) + 1:06d}.tmp"
+    obstacle.write_text("in the way")
     failed = command_line(plan, "--out", out, env=environment)
     assert failed.returncode == 3 and "Traceback" not in failed.stderr
     log = out / "logs/two-seed0.log"
@@ -375,8 +375,7 @@ def test_interrupted_failed_tried_again_and_finished(tiny, tmp_path, number):
     assert [file.name for file in (out / "results").iterdir()] == ["one-seed0.json"]
 
     # Once it can, it goes on where it was.
-    (two / "checkpoints").unlink()
-    (two / "kept").rename(two / "checkpoints")
+    obstacle.unlink()
     before = (out / "logs/one-seed0.log").stat().st_mtime_ns
     last = command_line(plan, "--out", out, env=environment)
     assert last.returncode == 0 and (out / "report.html").is_file()

@@ -13,6 +13,8 @@ from typing import Any
 
 PAUSE = 0.2
 """Seconds between looks at the processes."""
+WIDTH = "1000"
+"""Of lines in logs, so that a message stays on one."""
 REFUSED = 2
 """Exit status for bad input, which another try cannot help."""
 
@@ -144,7 +146,7 @@ class Pool:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | self.slots[slot],
+                env=os.environ | {"COLUMNS": WIDTH} | self.slots[slot],
                 start_new_session=True,  # Ctrl-C is for us: a process told twice would not save its work
             )
         self._running.append(_Running(task, slot, command, process))
