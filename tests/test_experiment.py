@@ -16,6 +16,7 @@ from driftrl.checks import InputError
 from driftrl.cli.experiment import experiment
 from driftrl.config import dump_config, load_config, parse
 from driftrl.evaluation.compare import compare, hypervolumes, load_methods
+from driftrl.evaluation.report import write_comparison
 from driftrl.evaluation.results import load_result
 from driftrl.experiment.plan import Plan, differing, expand, load_plan, nested
 from driftrl.experiment.pool import Pool, Task, slots
@@ -306,6 +307,8 @@ def test_a_plan_from_start_to_end(tiny, tmp_path, capsys):
     a, b = (hypervolumes(methods, "diversity") for methods in (whole, small))
     assert all(a[name].mean == pytest.approx(b[name].mean, abs=1e-4, rel=1e-4) for name in a)
     assert len(compare(small, ["diversity"])) == 1
+    page = write_comparison([files[1], folders[0]], tmp_path / "small.html").read_text()
+    assert "one" in page and "two" in page
 
     # Finished, it is skipped; evaluated under other settings, it is not trained again.
     def written():

@@ -59,7 +59,8 @@ class PromptConfig(Section):
     """What is asked for."""
 
     set: str = "animals"
-    """A prompt set of the package (animals, animals8, eval40, attributes, compositions) or a TXT or JSONL file."""
+    """A prompt set of the package (animals, animals5, animals8, animals10, eval40, attributes, compositions) or a TXT
+    or JSONL file."""
     per_iteration: Positive = 8
     """Prompts drawn in each iteration, without repetition until all were drawn."""
 

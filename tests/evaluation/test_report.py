@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from driftrl.checks import InputError
-from driftrl.config import dump_config, parse_config
+from driftrl.config import dump_config, load_config, parse_config
 from driftrl.evaluation import compare as comparing
 from driftrl.evaluation.evaluate import Evaluation, Point, Settings, _figures, load_evaluation
 from driftrl.evaluation.plots import label, ticks
 from driftrl.evaluation.report import write_comparison, write_picture, write_report
+from driftrl.evaluation.results import load_result, write_result
 from driftrl.files import write_json
 
 PROMPTS = ["a cat", "<script>alert(1)</script>", "a fox"]
@@ -206,3 +207,40 @@ def test_in_a_browser_images_show_sorting_works_and_the_console_is_silent(tmp_pa
     assert {k: v for k, v in found.items() if k != "first"} == expected
     assert found["first"] == "<script>alert(1)</script>"
     assert "CONSOLE" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["no JSON", "[]", '{"format": 1}', "config", "training", "evaluation"],
+)
+def test_small_files_say_what_the_runs_say_and_damaged_ones_are_refused(tmp_path, damage):
+    runs = [
+        make_run(tmp_path / name, name, 0, gain, 0.1 + 1e-9) for name, gain in (("grpo", 1.0), ("drift", 2.0))
+    ]
+    files = [write_result(run, tmp_path / "results" / f"{run.name}.json") for run in runs]
+    result = load_result(files[0])
+    assert result.training.iterations == 20 and result.training.warnings == {
+        "warning/constant_reward_groups": 10
+    }
+    assert result.training.curves["reward/mean"][-1] == 3.0
+    assert result.config == load_config(runs[0] / "config.yaml")
+    whole, small = comparing.load_methods(runs), comparing.load_methods([tmp_path / "results"])
+    assert {m.name for m in small} == {"grpo", "drift"}
+    a, b = (
+        {
+            p.metric: (p.diversity_gain.mean, p.diversity_gain.low)
+            for p in comparing.compare(m, ["diversity", "vendi"], "grpo")
+        }
+        for m in (whole, small)
+    )
+    for metric, gain in a.items():
+        assert b[metric] == pytest.approx(gain, abs=1e-5)
+    if damage in ("config", "training", "evaluation"):
+        data = json.loads(files[0].read_text())
+        data[damage] = {"something": "else"}
+        damage = json.dumps(data)
+    files[0].write_text(damage)
+    with pytest.raises(InputError, match=r"grpo\.json"):
+        load_result(files[0])
+    with pytest.raises(InputError, match=r"grpo\.json"):
+        comparing.load_methods(files)
