@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from driftrl.evaluation.report import write_comparison
 from driftrl.evaluation.results import load_result
 from driftrl.experiment.plan import Plan, differing, expand, load_plan, nested
 from driftrl.experiment.pool import Pool, Task, slots
+from driftrl.experiment.standing import Standing, standing
 
 PLANS = Path(__file__).parents[1] / "experiments/plans"
 METHODS = PLANS.parent / "methods"
@@ -329,6 +331,17 @@ def test_a_plan_from_start_to_end(tiny, tmp_path, capsys):
         }
         experiment(tiny(**changed), out, None, 0, dry_run=False, quiet=False)
     assert written() == before
+
+    # More iterations are gone on to, where the checkpoints to be evaluated are there.
+    longer = load_plan(tiny(set={"iterations": 4}))
+    runs = expand(longer, plan)
+    assert standing(runs[0], folders[0], longer.evaluation) == Standing(2, 1, trained=False, evaluated=False)
+    shutil.rmtree(folders[0] / "checkpoints/000002")
+    shutil.copytree(folders[0] / "checkpoints/000001", folders[0] / "checkpoints/000003")
+    with pytest.raises(InputError, match="iterations: 2 -> 4"):
+        standing(runs[0], folders[0], longer.evaluation)
+    shutil.rmtree(folders[0] / "checkpoints")
+    assert standing(runs[0], folders[0], longer.evaluation) == Standing(0, 0, trained=False, evaluated=False)
 
 
 SLOW = """

@@ -146,7 +146,7 @@ class Pool:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"COLUMNS": WIDTH} | self.slots[slot],
+                env={**os.environ, "COLUMNS": WIDTH, **self.slots[slot]},
                 start_new_session=True,  # Ctrl-C is for us: a process told twice would not save its work
             )
         self._running.append(_Running(task, slot, command, process))
