@@ -1,5 +1,7 @@
 """Prompt sets and the order in which prompts are drawn."""
 
+from itertools import pairwise
+
 import pytest
 
 from driftrl.checks import InputError
@@ -10,7 +12,9 @@ def test_the_package_has_its_sets():
     assert set(prompt_sets()) >= {"animals", "animals8", "eval40", "attributes", "compositions"}
     assert len(load_prompts("animals")) == 45
     assert len(load_prompts("eval40")) == 40
-    assert set(load_prompts("animals8")) < set(load_prompts("animals"))
+    nested = [load_prompts(name) for name in ("animals5", "animals8", "animals10", "animals")]
+    assert [len(set(prompts)) for prompts in nested] == [5, 8, 10, 45]
+    assert all(set(a) < set(b) for a, b in pairwise(nested))
     assert "an ant" in load_prompts("animals")
 
 

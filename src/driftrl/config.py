@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -21,6 +22,7 @@ from pydantic import (
 from driftrl.checks import InputError, nearest
 
 Positive = Annotated[int, Field(ge=1)]
+SectionKind = TypeVar("SectionKind", bound="Section")
 
 
 class Section(BaseModel):
@@ -66,7 +68,8 @@ class PromptConfig(Section):
     """What is asked for."""
 
     set: str = "animals"
-    """A prompt set of the package (animals, animals8, eval40, attributes, compositions) or a TXT or JSONL file."""
+    """A prompt set of the package (animals, animals5, animals8, animals10, eval40, attributes, compositions) or a TXT
+    or JSONL file."""
     per_iteration: Positive = 8
     """Prompts drawn in each iteration, without repetition until all were drawn."""
 
@@ -393,11 +396,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
         InputError: naming each bad key, what was given, what is allowed and the nearest valid name; for a base
             that cannot be read, or files that are each other's base.
     """
-    data: dict[str, Any] = {}
-    source = "configuration"
-    if path is not None:
-        data, files = _read_with_base(path, ())
-        source = " based on ".join(str(file) for file in files)
+    data, source = read_config(path) if path is not None else ({}, "configuration")
     for override in overrides or []:
         key, sign, text = override.partition("=")
         if not sign or not key.strip():
@@ -419,16 +418,36 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
 
 
 def parse_config(data: dict[str, Any], source: str = "configuration") -> TrainConfig:
-    """Check a nested dictionary against `TrainConfig`.
+    """Check a nested dictionary against `TrainConfig`; `InputError` as from `parse`."""
+    return parse(TrainConfig, data, source)
+
+
+def parse(kind: type[SectionKind], data: dict[str, Any], source: str) -> SectionKind:
+    """Check a nested dictionary against a section.
 
     Raises:
         InputError: naming each bad key, what was given, what is allowed and the nearest valid name.
     """
     try:
-        return TrainConfig.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [_explain(problem, kind) for problem in error.errors()]
         raise InputError(f"{source}: " + "\n  ".join(lines)) from None
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], str]:
+    """The data of a file merged onto that of its base, and the names of the files, for messages; nothing is checked.
+
+    Raises:
+        InputError: if a file cannot be read, or files are each other's base.
+    """
+    data, files = _read_with_base(path, ())
+    return data, " based on ".join(str(file) for file in files)
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Every setting by its dotted key, as JSON has it."""
+    return dict(_flat(config.model_dump(mode="json")))
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -444,7 +463,7 @@ def _read_with_base(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, A
             f"{path}: base: goes round in a circle: {' -> '.join(map(str, (*children, place)))}; "
             "let one of them stand alone"
         )
-    data = _read_yaml(path)
+    data = read_yaml(path)
     if "base" not in data:
         return data, [path]
     base = data.pop("base")
@@ -453,21 +472,20 @@ def _read_with_base(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, A
     if not (path.parent / base).is_file():
         raise InputError(f"{path}: base: there is no file {path.parent / base}")
     below, files = _read_with_base(path.parent / base, (*children, place))
-    return _merged(below, data), [path, *files]
+    return merged(below, data), [path, *files]
 
 
-def _merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """``base`` with the keys of ``change`` in their place, mappings key by key."""
     result = dict(base)
     for key, value in change.items():
         before = result.get(key)
-        result[key] = (
-            _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
-        )
+        result[key] = merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
     return result
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Keys and values of a YAML file, or `InputError`."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -483,6 +501,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected keys and values; got a {type(data).__name__}")
     return data
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 class _Loader(yaml.SafeLoader):
@@ -502,14 +528,17 @@ def _parse_yaml(text: str) -> Any:
         loader.dispose()
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, root: type[Section]) -> str:
     place = [part for part in problem["loc"] if part not in _TAGS]
     key = ".".join(str(part) for part in place)
     given, context = problem.get("input"), problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
-        section: Any = RewardPart if place[0] == "reward" else TrainConfig
-        for part in [] if section is RewardPart else place[:-1]:
-            section = section.model_fields[part].annotation
+        section: Any = root
+        if root is TrainConfig and place[0] == "reward":
+            section, place = RewardPart, place[-1:]
+        for part in place[:-1]:
+            # A number is a place in a list.
+            section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
         names = list(section.model_fields)
         return f"{key}: no such key{nearest(str(place[-1]), names)}; allowed here: {', '.join(names)}"
     if problem["type"] == "model_type":

@@ -77,7 +77,7 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be written to: {error.strerror}") from error
-        with _locked(self.folder), _signals(self._stop), _Log(self) as log:
+        with locked(self.folder), signals(self._stop), _Log(self) as log:
             write_text(self.folder / "config.yaml", dump_config(self.config))
 
             def seen(iteration: Iteration) -> None:
@@ -218,7 +218,7 @@ def _free(path: Path) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the run folder: a second process is refused. The lock goes with the process, however it ends."""
     import fcntl
 
@@ -235,7 +235,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _signals(stop: Callable[[int], None]) -> Iterator[None]:
+def signals(stop: Callable[[int], None]) -> Iterator[None]:
     """On Ctrl-C or SIGTERM finish the iteration and checkpoint; on a second one stop at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -90,7 +90,7 @@ def test_goes_on_where_it_stopped_and_puts_other_settings_aside(run, prompts_fil
     labels: list[str] = []
     evaluate(run, **chosen)
     first = load_evaluation(run)
-    evaluate(run, **chosen, checkpoints="1", progress=lambda label, *_: labels.append(label))
+    evaluate(run, **chosen, checkpoints="2,1", progress=lambda label, *_: labels.append(label))
     assert set(labels) == {"reference", "000001"}
     both = load_evaluation(run)
     assert [p.label for p in both.points] == ["base", "000001", "000002"]
@@ -197,8 +197,11 @@ def test_refuses_what_cannot_be_measured(run, prompts_file, clip_folder, tmp_pat
         evaluate(run, **(chosen | {"images": 1}))
     with pytest.raises(InputError, match="none of iteration 7; there are 0, 1, 2"):
         evaluate(run, **chosen, checkpoints="7")
-    with pytest.raises(InputError, match="expected 'last', 'all' or an iteration"):
-        evaluate(run, **chosen, checkpoints="best")
+    for asked in ("best", "1,", "1,best"):
+        with pytest.raises(InputError, match="expected 'last', 'all' or iterations"):
+            evaluate(run, **chosen, checkpoints=asked)
+    with pytest.raises(InputError, match="none of iteration 7; there are 0, 1, 2"):
+        evaluate(run, **chosen, checkpoints="1,7")
     with pytest.raises(InputError, match="no CLIP model"):
         evaluate(run, **(chosen | {"clip": tmp_path}))
     shutil.rmtree(run / "checkpoints")

@@ -11,10 +11,12 @@ from made import make_run
 from PIL import Image
 
 from driftrl.checks import InputError
+from driftrl.config import load_config
 from driftrl.evaluation import compare as comparing
 from driftrl.evaluation.evaluate import load_evaluation
 from driftrl.evaluation.plots import label, ticks
 from driftrl.evaluation.report import write_comparison, write_picture, write_report
+from driftrl.evaluation.results import load_result, write_result
 
 
 def test_the_page_of_a_run_stands_alone(tmp_path):
@@ -122,3 +124,40 @@ def test_ticks_are_round():
     assert ticks(0.13, 0.61) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
     assert ticks(0, 3, integer=True) == [0, 1, 2, 3]
     assert label(-0.5, [-0.5, 0.0, 0.5]) == "\N{MINUS SIGN}0.5" and label(20, [0, 20]) == "20"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["no JSON", "[]", '{"format": 1}', "config", "training", "evaluation"],
+)
+def test_small_files_say_what_the_runs_say_and_damaged_ones_are_refused(tmp_path, damage):
+    runs = [
+        make_run(tmp_path / name, name, 0, gain, 0.1 + 1e-9) for name, gain in (("grpo", 1.0), ("drift", 2.0))
+    ]
+    files = [write_result(run, tmp_path / "results" / f"{run.name}.json") for run in runs]
+    result = load_result(files[0])
+    assert result.training.iterations == 20 and result.training.warnings == {
+        "warning/constant_reward_groups": 10
+    }
+    assert result.training.curves["reward/mean"][-1] == 3.0
+    assert result.config == load_config(runs[0] / "config.yaml")
+    whole, small = comparing.load_methods(runs), comparing.load_methods([tmp_path / "results"])
+    assert {m.name for m in small} == {"grpo", "drift"}
+    a, b = (
+        {
+            p.metric: (p.diversity_gain.mean, p.diversity_gain.low)
+            for p in comparing.compare(m, ["diversity", "vendi"], "grpo")
+        }
+        for m in (whole, small)
+    )
+    for metric, gain in a.items():
+        assert b[metric] == pytest.approx(gain, abs=1e-5)
+    if damage in ("config", "training", "evaluation"):
+        data = json.loads(files[0].read_text())
+        data[damage] = {"something": "else"}
+        damage = json.dumps(data)
+    files[0].write_text(damage)
+    with pytest.raises(InputError, match=r"grpo\.json"):
+        load_result(files[0])
+    with pytest.raises(InputError, match=r"grpo\.json"):
+        comparing.load_methods(files)

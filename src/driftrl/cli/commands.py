@@ -134,7 +134,7 @@ def register(app: typer.Typer) -> None:
             int | None, typer.Option(help="Images per prompt; by default as the run says. The paper has 40.")
         ] = None,
         which: Annotated[
-            str, typer.Option("--checkpoint", metavar="K|all|last", help="Which checkpoints.")
+            str, typer.Option("--checkpoint", metavar="K,K|all|last", help="Which checkpoints.")
         ] = "last",
         reward: Annotated[
             list[str] | None,
@@ -197,7 +197,11 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def compare(
         runs: Annotated[
-            list[Path], typer.Argument(help="Evaluated run folders; runs of one name are its seeds.")
+            list[Path],
+            typer.Argument(
+                help="Evaluated run folders, or the files that driftrl experiment collects, or folders of these; "
+                "runs of one name are its seeds."
+            ),
         ],
         out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
         against: Annotated[
@@ -227,6 +231,8 @@ def register(app: typer.Typer) -> None:
           driftrl compare runs/grpo-seed* runs/drift-seed* --against grpo --out comparison.html
 
           driftrl compare runs/grpo-seed0 runs/drift-seed0 --blind human
+
+          driftrl compare runs/main/results --against grpo --out comparison.html
         """
         from driftrl.cli.compare import compare as work
 
@@ -250,6 +256,40 @@ def register(app: typer.Typer) -> None:
         from driftrl.cli.judge import judge as work
 
         work(folder, answers)
+
+    @app.command()
+    def experiment(
+        plan: Annotated[Path, typer.Argument(help="A YAML file (experiments/README.md).")],
+        out: Annotated[
+            Path | None, typer.Option(help="The folder of the runs; by default runs/ and the plan's name.")
+        ] = None,
+        jobs: Annotated[
+            int | None,
+            typer.Option(
+                help="Runs at a time; by default as the plan says, or one for each GPU or core.", min=1
+            ),
+        ] = None,
+        retry: Annotated[int, typer.Option(help="How often a run that fails is tried again.", min=0)] = 1,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="List the runs and the settings in which they differ.")
+        ] = False,
+        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")] = False,
+    ) -> None:
+        """Train, evaluate and compare many runs: methods x settings x seeds.
+
+        What is finished is skipped, what was interrupted goes on: after Ctrl-C, start it again.
+
+        Examples:
+
+          driftrl experiment experiments/plans/paper-01-sampling.yaml --dry-run
+
+          driftrl experiment experiments/plans/paper-01-sampling.yaml
+
+          driftrl experiment experiments/plans/main.yaml --out /data/main --jobs 8
+        """
+        from driftrl.cli.experiment import experiment as work
+
+        work(plan, out, jobs, retry, dry_run, quiet)
 
     @app.command("serve-reward")
     def serve_reward(

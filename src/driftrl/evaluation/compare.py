@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from driftrl.checks import InputError, nearest
-from driftrl.config import TrainConfig, load_config
+from driftrl.config import TrainConfig, flat, load_config
 from driftrl.evaluation.evaluate import Evaluation, load_evaluation
 from driftrl.evaluation.pareto import Array, Interval, bootstrap_interval, gain_at_equal, hypervolume
+from driftrl.evaluation.results import load_result, sources
 
 LEVEL = 0.95
 ALIKE = (
@@ -40,6 +41,7 @@ class Run:
     """One evaluated run."""
 
     folder: Path
+    """Or its file of results."""
     evaluation: Evaluation
     config: TrainConfig | None
 
@@ -98,19 +100,22 @@ class Comparison:
     """At equal diversity; None where no pair of seeds shares a diversity."""
 
 
-def load_methods(folders: Sequence[Path]) -> list[Method]:
+def load_methods(paths: Sequence[Path]) -> list[Method]:
     """Read evaluated runs and group them by name, in the order of the names' first runs.
+
+    Args:
+        paths: run folders, files of results, or folders of such files.
 
     Raises:
         InputError: for fewer than two runs, runs that were not measured alike, that have no checkpoint
             measured, or that share a name but neither a seed's difference nor a configuration.
     """
+    folders = sources(paths)
     if len(folders) < 2:
-        raise InputError(f"compare: expected at least two run folders; got {len(folders)}")
+        raise InputError(f"compare: expected at least two runs; got {len(folders)}")
     runs = []
     for folder in folders:
-        path = folder / "config.yaml"
-        run = Run(folder, load_evaluation(folder), load_config(path) if path.is_file() else None)
+        run = _load(folder)
         if not run.evaluation.tuned:
             raise InputError(
                 f"{folder}: no checkpoint was measured; run: driftrl evaluate {folder} --checkpoint all"
@@ -185,7 +190,7 @@ def hypervolumes(methods: Sequence[Method], metric: str) -> dict[str, Interval]:
 def differing_settings(methods: Sequence[Method]) -> dict[str, list[Any]]:
     """Training settings in which the methods differ: key to one value for each method."""
     configs = [method.runs[0].config for method in methods]
-    tables = [{} if c is None else dict(_flat(c.model_dump(mode="json"))) for c in configs]
+    tables = [{} if c is None else flat(c) for c in configs]
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = {
         key: [table.get(key) for table in tables] for key in keys if key.split(".")[0] not in OWN | {"name"}
@@ -211,6 +216,14 @@ def _gain(method: Method, rival: Method, metric: str, axis: str, resamples: int 
     drawn = drawn[~np.isnan(drawn).all(axis=1)]
     low, high = np.quantile(np.nanmean(drawn, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(np.nanmean(gains)), float(low), float(high), LEVEL, min(gains.shape))
+
+
+def _load(path: Path) -> Run:
+    if path.is_file():
+        result = load_result(path)
+        return Run(path, result.evaluation, result.config)
+    config = path / "config.yaml"
+    return Run(path, load_evaluation(path), load_config(config) if config.is_file() else None)
 
 
 def _check_alike(a: Run, b: Run) -> None:
@@ -250,21 +263,10 @@ def _check_group(name: str, group: Sequence[Run]) -> None:
         seeds[run.seed] = run
         if run.config is None or first.config is None:
             continue
-        a, b = (
-            dict(_flat(first.config.model_dump(mode="json"))),
-            dict(_flat(run.config.model_dump(mode="json"))),
-        )
+        a, b = flat(first.config), flat(run.config)
         keys = [key for key in a if a[key] != b.get(key) and key.split(".")[0] not in OWN]
         if keys:
             raise InputError(
                 f"{first.folder} and {run.folder} are both called '{name}' but differ in {', '.join(keys)}; "
                 "give methods different names (name: in config.yaml and evaluation.json)"
             )
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

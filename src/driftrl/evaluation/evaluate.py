@@ -289,7 +289,7 @@ def evaluate(
         source: a run folder, one of its checkpoints, a pipeline folder, a hub name or 'tiny-animals'.
         prompts: a prompt set of the package or a file; by default the run's ``evaluation.prompts``.
         images: per prompt, at least 2; by default the run's ``evaluation.images``.
-        checkpoints: 'last', 'all', or an iteration.
+        checkpoints: 'last', 'all', or iterations with commas between them.
         rewards: more rewards by name, scored beside the one that was trained on.
         seed: of the images; base and tuned share their noise.
         keep_images: write every image as a PNG too.
@@ -396,7 +396,15 @@ def load_evaluation(path: Path) -> Evaluation:
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{file}: not there; measure the run first: driftrl evaluate {path}")
-    data = read_json(file)
+    return parse_evaluation(read_json(file), file)
+
+
+def parse_evaluation(data: Any, file: Path) -> Evaluation:
+    """Check what ``file`` holds.
+
+    Raises:
+        InputError: if it is damaged, or of another format.
+    """
     given = data.get("format") if isinstance(data, dict) else None
     if given != FORMAT:
         raise InputError(
@@ -554,14 +562,20 @@ def _checkpoints(source: str | Path, found: tuple[Path, Path | None] | None, whi
                 warnings.warn(f"{path} is passed over: {problem}", CheckpointWarning, stacklevel=3)
         # The checkpoint before any training is the base model.
         return [path for path in whole if int(path.name) > 0] or whole
-    if not which.isdigit():
-        raise InputError(f"--checkpoint: expected 'last', 'all' or an iteration; got {which!r}")
-    for path in every:
-        if int(path.name) == int(which):
-            _whole(path)
-            return [path]
-    there = ", ".join(str(int(path.name)) for path in every)
-    raise InputError(f"--checkpoint: {run} has none of iteration {int(which)}; there are {there}")
+    asked = [part.strip() for part in which.split(",")]
+    if not all(part.isdigit() for part in asked):
+        raise InputError(
+            f"--checkpoint: expected 'last', 'all' or iterations, such as 20 or 10,20; got {which!r}"
+        )
+    by_iteration = {int(path.name): path for path in every}
+    chosen = []
+    for iteration in sorted({int(part) for part in asked}):
+        if iteration not in by_iteration:
+            there = ", ".join(map(str, by_iteration))
+            raise InputError(f"--checkpoint: {run} has none of iteration {iteration}; there are {there}")
+        _whole(by_iteration[iteration])
+        chosen.append(by_iteration[iteration])
+    return chosen
 
 
 def _whole(path: Path) -> None:

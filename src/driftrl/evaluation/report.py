@@ -6,7 +6,6 @@ hold, and leaves out what is not there.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from driftrl.evaluation.evaluate import (
 from driftrl.evaluation.page import minus, render, webp_uri
 from driftrl.evaluation.pareto import upper_envelope
 from driftrl.evaluation.plots import Line, plot
+from driftrl.evaluation.results import read_metrics
 from driftrl.files import write_text
 from driftrl.prompts import prompt_sets
 
@@ -205,21 +205,6 @@ def write_comparison(folders: Sequence[Path], out: Path, against: str | None = N
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)
     return out
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of ``metrics.jsonl``; a line torn by a crash is passed over, a missing file has none."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("iteration"), int):
-            lines.append(line)
-    return lines
 
 
 def _asked(settings: Settings) -> str:

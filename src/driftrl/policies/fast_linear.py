@@ -73,7 +73,7 @@ def install(network: nn.Module) -> None:
                 module.forward = _LoRAForward(module)  # type: ignore[method-assign]
     for module in network.modules():
         if type(module) is nn.Linear and id(module) not in inner and not _trained(module):
-            module.forward = _LinearForward(module)  # type: ignore[method-assign]
+            module.forward = _LinearForward(module)  # type: ignore[method-assign,assignment]
 
 
 def _trained(module: nn.Module) -> bool:

@@ -1,0 +1,282 @@
+"""A plan and the runs that it stands for: methods x grid x seeds. Nothing is run or written here."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from driftrl.checks import InputError
+from driftrl.config import (
+    Positive,
+    Section,
+    TrainConfig,
+    flat,
+    merged,
+    parse,
+    parse_config,
+    read_config,
+    read_yaml,
+)
+from driftrl.prompts import load_prompts
+
+NAMES = {"name", "seed"}
+"""Settings that every run's name says already."""
+
+ALIKE = (
+    "model.path", "reward", "sampling.steps", "sampling.guidance_scale", "sampling.eta", "sampling.height",
+    "sampling.width",
+)  # fmt: skip
+"""Settings that all runs share, for figures taken under different ones cannot be compared."""
+
+Settings = dict[str, Any]
+"""Settings of a run, by dotted or nested keys."""
+Grid = dict[str, Any]
+"""Axis to its values: a dotted key and a list of them, or any name and {label: settings}, which vary together."""
+
+
+def _axes(grid: Grid) -> Grid:
+    for axis, values in grid.items():
+        if not isinstance(values, list | dict) or not values:
+            raise ValueError(
+                f"grid: {axis}: expected a list of values, or labels with settings; got {values!r}"
+            )
+        if isinstance(values, dict) and not all(isinstance(change, dict) for change in values.values()):
+            raise ValueError(
+                f"grid: {axis}: expected settings below each label, such as '8: {{selection.keep: 8}}'"
+            )
+    return grid
+
+
+def _different(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: expected each once; got {seeds}")
+    return seeds
+
+
+class PlanMethod(Section):
+    """One method: a configuration file, changes to the base, or both."""
+
+    label: str | None = Field(None, pattern=r"^[\w.+=-]+$")
+    """Names the method in runs and reports; by default the configuration's `name`."""
+    file: str | None = None
+    """A configuration file, relative to the plan, in place of the plan's base."""
+    set: Settings = Field({})
+    """Changes, by dotted or nested keys; they win over the plan's own `set`."""
+    grid: Grid | None = None
+    """In place of the plan's."""
+    seeds: list[int] | None = Field(None, min_length=1)
+    """In place of the plan's."""
+
+    _grid = field_validator("grid")(lambda grid: None if grid is None else _axes(grid))
+    _seeds = field_validator("seeds")(lambda seeds: None if seeds is None else _different(seeds))
+
+
+class PlanEvaluation(Section):
+    """How every run is measured; the same for all, or nothing could be compared."""
+
+    prompts: str = "eval40"
+    """A prompt set of the package, or a TXT or JSONL file."""
+    images: int = Field(40, ge=2)
+    """Images per prompt."""
+    checkpoints: int | str = 8
+    """So many checkpoints, evenly spaced and the last among them, or `all`."""
+    seed: int = Field(0, ge=0)
+    """Of the images."""
+    encoder: str = "tiny-animals"
+    """Whose features measure variety, whatever encoder a run was shaped with."""
+    rewards: list[str] = Field([])
+    """Further rewards, scored beside the one that was trained on."""
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _count(cls, value: int | str) -> int | str:
+        if value != "all" and not (isinstance(value, int) and value >= 1):
+            raise ValueError(
+                f"evaluation.checkpoints: expected a count of at least 1, or 'all'; got {value!r}"
+            )
+        return value
+
+
+class Plan(Section):
+    """Runs to be made and compared."""
+
+    name: str = Field(pattern=r"^[\w.+=-]+$")
+    """Names the folder below runs/."""
+    base: str | None = None
+    """The configuration file that methods without a file change, relative to the plan; null is DRIFT's defaults."""
+    methods: list[PlanMethod] = Field([PlanMethod()], min_length=1)
+    """The first one is what the others are compared with. A file's path alone will do for a method."""
+    grid: Grid = Field({})
+    """Settings to cross: each method runs with every combination."""
+    seeds: list[int] = Field([0], min_length=1)
+    """Each method of the grid runs with each."""
+    set: Settings = Field({})
+    """Changes to all runs, by dotted or nested keys."""
+    evaluation: PlanEvaluation = PlanEvaluation()
+    jobs: Positive | None = None
+    """Runs at a time; null: one for each core, or one for each GPU."""
+    threads: Positive | None = None
+    """CPU threads of each; null: the cores shared out."""
+
+    _grid = field_validator("grid")(_axes)
+    _seeds = field_validator("seeds")(_different)
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _files(cls, methods: Any) -> Any:
+        if not isinstance(methods, list):
+            return methods
+        return [{"file": method} if isinstance(method, str) else method for method in methods]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a plan."""
+
+    config: TrainConfig
+    checkpoints: tuple[int, ...]
+    """Iterations whose checkpoints are evaluated."""
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.config.name}-seed{self.config.seed}"
+
+    @property
+    def images(self) -> int:
+        """Images that its training draws."""
+        config = self.config
+        return config.iterations * config.prompts.per_iteration * config.sampling.candidates
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        InputError: naming each bad key, what was given, what is allowed and the nearest valid name.
+    """
+    return parse(Plan, read_yaml(path), str(path))
+
+
+def expand(plan: Plan, path: Path) -> list[PlannedRun]:
+    """The runs of a plan that was read from ``path``, method by method, with different names.
+
+    Raises:
+        InputError: for a file that cannot be read, settings that are no valid configuration, prompts that are not
+            there, two runs of one name, or fewer checkpoints than are to be evaluated.
+    """
+    load_prompts(plan.evaluation.prompts)
+    runs: dict[str, PlannedRun] = {}
+    for method in plan.methods:
+        file = method.file or plan.base
+        data, source = ({}, "the defaults") if file is None else read_config(path.parent / file)
+        data = merged(merged(data, nested(plan.set)), nested(method.set))
+        label = method.label or data.get("name") or TrainConfig().name
+        for suffix, change in _cells(plan.grid if method.grid is None else method.grid):
+            for seed in method.seeds or plan.seeds:
+                own = {"name": f"{label}{suffix}", "seed": seed}
+                run = _planned(
+                    plan, merged(merged(data, change), own), f"{path}: {label}{suffix}, from {source}"
+                )
+                if run.name in runs:
+                    raise InputError(
+                        f"{path}: two runs are called {run.name}; give one of the methods another label"
+                    )
+                runs[run.name] = run
+    for key in ALIKE:
+        values = list(dict.fromkeys(json.dumps(flat(run.config).get(key)) for run in runs.values()))
+        if len(values) > 1:
+            raise InputError(
+                f"{path}: {key}: expected the same in all runs, or they could not be compared; got "
+                f"{' and '.join(values)}; make a plan of each"
+            )
+    return list(runs.values())
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with dotted keys as nested ones: {"a.b": 1, "a": {"c": 2}} is {"a": {"b": 1, "c": 2}}."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = nested(value) if isinstance(value, dict) else value
+        for part in reversed(str(key).split(".")):
+            inner = {part: inner}
+        result = merged(result, inner)
+    return result
+
+
+def differing(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
+    """For each run its settings, by dotted key, that are not the same in all runs; name and seed are left out."""
+    tables = [flat(run.config) for run in runs]
+    keys = [key for key in tables[0] if key not in NAMES and any(t[key] != tables[0][key] for t in tables)]
+    return [{key: table[key] for key in keys} for table in tables]
+
+
+def _planned(plan: Plan, data: dict[str, Any], source: str) -> PlannedRun:
+    """One run, checked as far as that goes without loading a model."""
+    wanted, count = plan.evaluation, plan.evaluation.checkpoints
+    data = merged(data, {"evaluation": {"prompts": wanted.prompts, "images": wanted.images, "at_end": False}})
+    config = parse_config(data, source)
+    if isinstance(count, int) and "checkpoint_every" not in data.get("logging", {}):
+        logging = config.logging.model_copy(update={"checkpoint_every": max(1, config.iterations // count)})
+        config = config.model_copy(update={"logging": logging})
+    every, last, logging = config.logging.checkpoint_every, config.iterations, config.logging
+    if last < 1:
+        raise InputError(f"{source}: iterations: expected at least 1 in a plan; got {last}")
+    there = sorted({*range(every, last + 1, every), last})
+    if isinstance(count, int) and count > len(there):
+        raise InputError(
+            f"{source}: evaluation.checkpoints: expected at most the {len(there)} that {last} iterations with "
+            f"logging.checkpoint_every {every} leave; got {count}"
+        )
+    if logging.keep_last <= len(there) and logging.keep_every is None:  # that of iteration 0 is one more
+        raise InputError(
+            f"{source}: logging.keep_last: expected more than the {len(there)} checkpoints of the run, for they are "
+            f"evaluated at its end; got {logging.keep_last}"
+        )
+    prompts = len(load_prompts(config.prompts.set))
+    if config.prompts.per_iteration > prompts:
+        raise InputError(
+            f"{source}: prompts.per_iteration: expected at most the {prompts} prompts of {config.prompts.set}; got "
+            f"{config.prompts.per_iteration}"
+        )
+    return PlannedRun(config, tuple(there) if isinstance(count, str) else _spread(there, count))
+
+
+def _spread(places: Sequence[int], count: int) -> tuple[int, ...]:
+    """``count`` of the places: those nearest to evenly spaced ones, the last among them."""
+    if count == len(places):
+        return tuple(places)
+    even = [places[-1] * (k + 1) / count for k in range(count)]
+    return tuple(min(places, key=lambda place: abs(place - target)) for target in even)
+
+
+def _cells(grid: Grid) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every combination: what it adds to a method's name, and its settings."""
+    leaves = [axis.rpartition(".")[2] for axis in grid]
+    shown = [leaf if leaves.count(leaf) == 1 else axis for axis, leaf in zip(grid, leaves, strict=True)]
+    axes = [
+        [(name, label, change) for label, change in values.items()]
+        if isinstance(values, dict)
+        else [(name, value, {axis: value}) for value in values]
+        for name, (axis, values) in zip(shown, grid.items(), strict=True)
+    ]
+    for cell in itertools.product(*axes):
+        settings: dict[str, Any] = {}
+        for _, _, change in cell:
+            settings = merged(settings, nested(change))
+        yield "".join(f"-{name}={_text(value)}" for name, value, _ in cell), settings
+
+
+def _text(value: Any) -> str:
+    """A value in a name: short, and fit for a folder."""
+    if isinstance(value, list):
+        return "+".join(_text(each) for each in value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-")
