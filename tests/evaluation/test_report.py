@@ -15,7 +15,12 @@ from driftrl.config import load_config
 from driftrl.evaluation import compare as comparing
 from driftrl.evaluation.evaluate import load_evaluation
 from driftrl.evaluation.plots import label, ticks
-from driftrl.evaluation.report import write_comparison, write_picture, write_report
+from driftrl.evaluation.report import (
+    write_comparison,
+    write_comparison_picture,
+    write_picture,
+    write_report,
+)
 from driftrl.evaluation.results import load_result, write_result
 
 
@@ -161,3 +166,20 @@ def test_small_files_say_what_the_runs_say_and_damaged_ones_are_refused(tmp_path
         load_result(files[0])
     with pytest.raises(InputError, match=r"grpo\.json"):
         comparing.load_methods(files)
+
+
+def test_the_picture_of_a_comparison_has_a_block_for_each_method(tmp_path):
+    runs = [make_run(tmp_path / name, name, 0, gain) for name, gain in (("grpo", 1.0), ("drift", 2.0))]
+    seeds = [runs[0], make_run(tmp_path / "again", "grpo", 1)]
+    sizes = []
+    for chosen in (seeds, runs):
+        with Image.open(write_comparison_picture(chosen, tmp_path / "picture.png")) as picture:
+            sizes.append(picture.size)
+    assert sizes[1][0] > sizes[0][0] and sizes[1][1] == sizes[0][1]
+
+
+def test_a_comparison_without_kept_pictures_has_no_picture(tmp_path):
+    runs = [make_run(tmp_path / name, name, 0, gain) for name, gain in (("grpo", 1.0), ("drift", 2.0))]
+    files = [write_result(run, tmp_path / "results" / f"{run.name}.json") for run in runs]
+    assert write_comparison_picture(files, tmp_path / "picture.png") is None
+    assert not (tmp_path / "picture.png").exists()

@@ -21,10 +21,12 @@ def compare(
     if seed is not None:
         raise InputError("--seed: shuffles the page of --blind, which was not asked for")
     with console.status("comparing", spinner="dots"):
-        from driftrl.evaluation.report import check_out, write_comparison
+        from driftrl.evaluation.report import check_out, write_comparison, write_comparison_picture
 
         page = write_comparison(runs, check_out(out), against)
-    console.print(f"open {page}", highlight=False, soft_wrap=True)
+        picture = write_comparison_picture(runs, out.with_suffix(".png"), against)
+    also = "" if picture is None else f"; the same in one picture: {picture}"
+    console.print(f"open {page}{also}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _blind(

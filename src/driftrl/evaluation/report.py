@@ -30,6 +30,8 @@ from driftrl.evaluation.evaluate import (
 )
 from driftrl.evaluation.page import minus, render, webp_uri
 from driftrl.evaluation.pareto import upper_envelope
+from driftrl.evaluation.picture import COLOURS as PICTURE_COLOURS
+from driftrl.evaluation.picture import MUTED, Chart, Side, Stroke, draw
 from driftrl.evaluation.plots import Line, plot
 from driftrl.evaluation.results import read_metrics
 from driftrl.files import write_text
@@ -555,15 +557,19 @@ def _checkpoint_curves(methods: list[Method], metrics: list[str]) -> list[tuple[
     return curves
 
 
+def _last(method: Method) -> Point:
+    """The last checkpoint that all runs of a method have, of its first run."""
+    at = method.shared()[-1]
+    return next(p for p in method.runs[0].evaluation.points if p.iteration == at)
+
+
 def _comparison_gallery(methods: list[Method]) -> list[dict[str, Any]]:
     """Base model and the last checkpoint of each method's first seed, on the same seeds of noise."""
     first = methods[0].runs[0]
     sides = [("base model", first.folder, first.evaluation, first.evaluation.base)]
     for method in methods:
         run = method.runs[0]
-        at = method.shared()[-1]
-        point = next(p for p in run.evaluation.points if p.iteration == at)
-        sides.append((method.name, run.folder, run.evaluation, point))
+        sides.append((method.name, run.folder, run.evaluation, _last(method)))
     cards = []
     shown = min(SHOWN, first.evaluation.settings.images)
     for place, prompt in enumerate(first.evaluation.settings.prompts):
@@ -595,67 +601,88 @@ def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
     Raises:
         InputError: if there is no evaluation, or it is damaged.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
-
     evaluation = load_evaluation(folder)
     tuned = evaluation.tuned[-1] if evaluation.tuned else None
-    rows = _prompt_rows(evaluation, tuned)
-    count = min(prompts, len(rows))
-    picked = [rows[round(k * (len(rows) - 1) / max(1, count - 1))] for k in range(count)]
-    sides = [
-        ("base model", evaluation.base),
-        *([(f"after {tuned.iteration} iterations", tuned)] if tuned else []),
-    ]
-    log = read_metrics(folder / "metrics.jsonl")
-    series = _series(log)
+    rows = _evenly(_prompt_rows(evaluation, tuned), prompts)
+    sides = [_side("base model", MUTED, folder, evaluation, evaluation.base, rows, images)]
+    if tuned:
+        name = f"after {tuned.iteration} iterations"
+        sides.append(_side(name, PICTURE_COLOURS[0], folder, evaluation, tuned, rows, images))
+    series = _series(read_metrics(folder / "metrics.jsonl"))
     series = [*series[:2], series[-1]] if len(series) > 3 else series  # three fit
+    charts = [
+        Chart(
+            title,
+            "iteration",
+            [
+                Stroke(points, PICTURE_COLOURS[0], 0.9, 0.3),
+                Stroke(_smoothed(points), PICTURE_COLOURS[0]),
+            ],
+        )
+        for title, points in series
+    ]
+    return draw(folder / "report.png", [row["prompt"] for row in rows], sides, charts)
 
-    ink, muted, accent = "#23211d", "#6b665d", "#0f766e"
-    columns = min(images, evaluation.settings.images, SHOWN)
-    cell, side_gap, left, top = 0.62, 0.28, 1.15, 0.42
-    grid_width, grid_height = columns * cell, count * cell
-    chart = 2.75 if series else 0.0
-    width = left + len(sides) * (grid_width + side_gap) + chart + 0.1
-    height = top + grid_height + 0.12
-    figure = Canvas(figsize=(width, height), dpi=150, facecolor="#ffffff")
-    FigureCanvasAgg(figure)
-    for s, (name, point) in enumerate(sides):
-        x0 = left + s * (grid_width + side_gap)
-        colour = muted if s == 0 else accent
-        figure.text(x0 / width, 1 - 0.27 / height, name, color=colour, fontsize=11, weight="bold")
-        for r, row in enumerate(picked):
-            cells = sheet_cells(evaluation.sheet(folder, point, row["place"]), evaluation.settings.images)[
-                :columns
-            ]
-            for c, picture in enumerate(cells):
-                box = ((x0 + c * cell) / width, 1 - (top + (r + 1) * cell) / height)
-                axes = figure.add_axes((*box, (cell - 0.04) / width, (cell - 0.04) / height))
-                axes.imshow(picture, interpolation="lanczos")
-                axes.set_axis_off()
-    for r, row in enumerate(picked):
-        y = 1 - (top + (r + 0.5) * cell) / height
-        prompt = row["prompt"] if len(row["prompt"]) < 17 else row["prompt"][:15] + "\u2026"
-        figure.text((left - 0.12) / width, y, prompt, ha="right", va="center", fontsize=9, color=ink)
-    for k, (title, points) in enumerate(series):
-        x0 = left + len(sides) * (grid_width + side_gap) + 0.55
-        tall = (grid_height - 0.75 * len(series)) / len(series)
-        y0 = height - top - (k + 1) * tall - k * 0.75 - 0.08
-        axes = figure.add_axes((x0 / width, y0 / height, (chart - 0.65) / width, max(0.1, tall) / height))
-        axes.plot(*zip(*points, strict=True), color=accent, alpha=0.3, linewidth=0.9)
-        axes.plot(*zip(*_smoothed(points), strict=True), color=accent, linewidth=1.8)
-        axes.set_title(title, fontsize=10, color=ink, loc="left")
-        axes.set_xlabel("iteration", fontsize=8, color=muted, labelpad=2)
-        axes.tick_params(labelsize=7.5, colors=muted, length=2)
-        axes.grid(axis="y", color="#e2dcd0", linewidth=0.6)
-        for edge, spine in axes.spines.items():
-            spine.set_visible(edge == "bottom")
-            spine.set_color("#bdb6a8")
-    path = folder / "report.png"
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", facecolor="#ffffff")
-    temporary.replace(path)
-    return path
+
+def write_comparison_picture(
+    folders: Sequence[Path], out: Path, against: str | None = None, prompts: int = 6, images: int = 4
+) -> Path | None:
+    """Write a PNG of a comparison: base model and methods on the same seeds, and diversity over reward.
+
+    It shows the last checkpoint that all seeds of a method have, of its first seed, and prompts as `write_picture`
+    chooses them, by what the first method lost.
+
+    Returns:
+        ``out``, or None where the runs kept no pictures.
+
+    Raises:
+        InputError: as `write_comparison`.
+    """
+    methods = comparing.load_methods(folders)
+    names = comparing.diversity_metrics(methods, VARIETY)
+    methods = sorted(methods, key=lambda method: method.name != (against or methods[0].name))
+    methods = methods[: len(PICTURE_COLOURS)]
+    first = methods[0].runs[0]
+    lasts = [_last(method) for method in methods]
+    rows = _evenly(_prompt_rows(first.evaluation, lasts[0]), prompts)
+    sides = [_side("base model", MUTED, first.folder, first.evaluation, first.evaluation.base, rows, images)]
+    for method, point, colour in zip(methods, lasts, PICTURE_COLOURS, strict=False):
+        run = method.runs[0]
+        sides.append(_side(method.name, colour, run.folder, run.evaluation, point, rows, images))
+    if not all(row for side in sides for row in side.rows):
+        return None
+    charts = [
+        Chart(
+            f"{describe(name, first.evaluation.settings).title} over reward",
+            "reward",
+            [
+                Stroke(method.mean_curve(name), colour, marker="o")
+                for method, colour in zip(methods, PICTURE_COLOURS, strict=False)
+            ],
+        )
+        for name in names[:2]
+    ]
+    return draw(out, [row["prompt"] for row in rows], sides, charts)
+
+
+def _evenly(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """At most ``count`` of the rows, evenly spaced, the first and the last among them."""
+    count = min(count, len(rows))
+    return [rows[round(k * (len(rows) - 1) / max(1, count - 1))] for k in range(count)]
+
+
+def _side(
+    name: str,
+    colour: str,
+    folder: Path,
+    evaluation: Evaluation,
+    point: Point,
+    rows: Sequence[dict[str, Any]],
+    images: int,
+) -> Side:
+    """The first ``images`` kept pictures of each prompt, fewer where fewer were kept."""
+    sheets = [evaluation.sheet(folder, point, row["place"]) for row in rows]
+    return Side(name, colour, [sheet_cells(sheet, evaluation.settings.images)[:images] for sheet in sheets])
 
 
 def check_out(out: Path) -> Path:
