@@ -121,22 +121,20 @@ def update(
             the denoising step where it can.
     """
     prompts, group = rollout.log_probs.shape[:2]
-    mine, samples = team.share(len(advantages)), len(advantages) * group
+    mine = team.share(len(advantages))
     first = mine.start * group  # of the samples in ``rollout``, which are numbered from 0 here
     own = advantages[mine]
-    per_step = own.unsqueeze(-1).expand_as(rollout.log_probs) if own.dim() == 2 else own
-    per_step = per_step.flatten(0, 1)
+    per_step = (own.unsqueeze(-1).expand_as(rollout.log_probs) if own.dim() == 2 else own).flatten(0, 1)
     latents, old = rollout.latents.flatten(0, 1), rollout.log_probs.flatten(0, 1)
     eps = None if rollout.prompt_noise is None else rollout.prompt_noise.flatten(0, 1)
     prompt_of = torch.arange(prompts, device=old.device).repeat_interleave(group)
     parameters, device = policy.parameters(), old.device
     reference = reference or policy.reference
-    held = _held(
-        step_weights(policy.scored, objective.kl_schedule), old, None if gate is None else gate[mine]
-    )
+    gate = None if gate is None else gate[mine]
+    held = _held(step_weights(policy.scored, objective.kl_schedule), old, gate)
     # Sums over pairs: loss, surrogate, kl and its weight, approx_kl, clip_fraction; on the device until the end.
     sums, norms = torch.zeros(6, device=device), []
-    deviation, total = torch.zeros((), device=device), 0
+    deviation = torch.zeros((), device=device)
     bad = torch.full((), -1, device=device)  # first pair whose loss is not finite: sample * steps + step
 
     def replay(sample: Tensor, step: Tensor) -> tuple[Transition, Tensor]:
@@ -146,26 +144,14 @@ def update(
         )
         return move, gaussian.log_prob(latents[sample, step + 1], move.mean, move.std)
 
-    passes = [
-        training_pairs(
-            policy.scored,
-            samples,
-            objective.timesteps,
-            key[0],
-            key[1] + epoch * 2**32,
-            objective.timestep_choice,
-        )
-        for epoch in range(objective.epochs)
-    ]
-    steps = [_shared_out(pairs, objective.updates, first, prompts * group) for pairs in passes]
-    before = _rescored(old, replay, steps, objective) if objective.rescore else old
-    for epoch, parts in enumerate(steps):
+    passes = _passes(policy.scored, len(advantages) * group, objective, key, range(first, first + len(old)))
+    before = _rescored(old, replay, passes, objective) if objective.rescore else old
+    for epoch, parts in enumerate(passes):
         for number, (pairs, count) in enumerate(parts):
             optimizer.zero_grad(set_to_none=True)
             used = torch.arange(len(pairs.sample), device=device)
             if objective.kl_weight == 0:  # without KL a pair of zero advantage has no gradient: leave it out
                 used = used[per_step[pairs.sample, pairs.step] != 0]
-            total += count
             for micro in used.split(objective.batch_size) if len(used) else ():
                 sample, step = pairs.sample[micro], pairs.step[micro]
                 if objective.kl_weight > 0:  # first, for the policy's gradient wants its own weights in place
@@ -189,8 +175,7 @@ def update(
                         deviation = torch.maximum(
                             deviation, ((log_prob - before[sample, step]).exp() - 1).abs().max()
                         )
-            _unscaled(parameters, objective.loss_scale)
-            team.add([parameter.grad for parameter in parameters if parameter.grad is not None])
+            team.add(_gradients(parameters, objective.loss_scale))
             norm = nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm)
             if not bool(torch.isfinite(norm)):
                 optimizer.zero_grad(set_to_none=True)
@@ -198,20 +183,47 @@ def update(
             optimizer.step()
             norms.append(norm.detach())
     optimizer.zero_grad(set_to_none=True)
+    total = sum(count for parts in passes for _, count in parts)
+    most = torch.stack([deviation, (before - old).abs().max()])
+    return _stats(sums, most, norms, total, team)
+
+
+def _stats(sums: Tensor, most: Tensor, norms: list[Tensor], total: int, team: Team) -> UpdateStats:
+    """Sums over this process's pairs and largest values as figures of all ``total`` pairs."""
     team.add([sums])
-    most = team.largest(torch.stack([deviation, (before - old).abs().max()]))
-    loss_, surrogate_, kl_, weighed, approx_kl, clipped = (sums / max(1, total)).tolist()
+    deviation, rescored_by = team.largest(most).tolist()
+    loss, surrogate, kl, weighed, approx_kl, clipped = (sums / max(1, total)).tolist()
     return UpdateStats(
-        loss_,
-        surrogate_,
-        kl_ / max(weighed, 1e-12),
+        loss,
+        surrogate,
+        kl / max(weighed, 1e-12),
         approx_kl,
         clipped,
-        float(most[0]),
-        float(most[1]),
+        deviation,
+        rescored_by,
         float(torch.stack(norms).mean()),
         total,
     )
+
+
+def _passes(
+    scored: Tensor, samples: int, objective: Objective, key: tuple[int, int], mine: range
+) -> list[list[tuple[Pairs, int]]]:
+    """For each pass, and each optimiser step in it, the pairs of the samples ``mine``, which are numbered anew, from 0;
+    and how many pairs the step has of all ``samples``. They are drawn for all, so that processes agree on the steps.
+    """
+    passes = []
+    for epoch in range(objective.epochs):
+        everything = training_pairs(
+            scored, samples, objective.timesteps, key[0], key[1] + epoch * 2**32, objective.timestep_choice
+        )
+        chunks = everything.sample.chunk(objective.updates), everything.step.chunk(objective.updates)
+        parts = []
+        for sample, step in zip(*chunks, strict=True):
+            own = (sample >= mine.start) & (sample < mine.stop)
+            parts.append((Pairs(sample[own] - mine.start, step[own]), len(sample)))
+        passes.append(parts)
+    return passes
 
 
 def _held(steps: Tensor, like: Tensor, gate: Tensor | None) -> Tensor:
@@ -219,12 +231,15 @@ def _held(steps: Tensor, like: Tensor, gate: Tensor | None) -> Tensor:
     return steps.expand_as(like) if gate is None else steps * gate.flatten()[:, None]
 
 
-def _unscaled(parameters: list[nn.Parameter], loss_scale: float) -> None:
-    """Gradients of the loss itself, zero where there is none, so that the optimiser treats every step alike."""
+def _gradients(parameters: list[nn.Parameter], loss_scale: float) -> list[Tensor]:
+    """Those of the loss itself, zero where there is none, so that the optimiser treats every step alike."""
+    gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         parameter.grad /= loss_scale  # a power of two: exact
+        gradients.append(parameter.grad)
+    return gradients
 
 
 def _rescored(
@@ -245,17 +260,6 @@ def _rescored(
             ):
                 before[sample, step] = replay(sample, step)[1]
     return before
-
-
-def _shared_out(pairs: Pairs, updates: int, first: int, samples: int) -> list[tuple[Pairs, int]]:
-    """For each optimiser step the pairs of the ``samples`` from ``first`` on, which are numbered anew, from 0; and how
-    many pairs the step has of all samples.
-    """
-    parts = []
-    for sample, step in zip(pairs.sample.chunk(updates), pairs.step.chunk(updates), strict=True):
-        own = (sample >= first) & (sample < first + samples)
-        parts.append((Pairs(sample[own] - first, step[own]), len(sample)))
-    return parts
 
 
 def _first_bad(bad: Tensor, loss: Tensor, pair: Tensor) -> Tensor:
