@@ -130,8 +130,7 @@ def update(
     prompt_of = torch.arange(prompts, device=old.device).repeat_interleave(group)
     parameters, device = policy.parameters(), old.device
     reference = reference or policy.reference
-    gate = None if gate is None else gate[mine]
-    held = _held(step_weights(policy.scored, objective.kl_schedule), old, gate)
+    held = _held(step_weights(policy.scored, objective.kl_schedule), old, gate, mine)
     # Sums over pairs: loss, surrogate, kl and its weight, approx_kl, clip_fraction; on the device until the end.
     sums, norms = torch.zeros(6, device=device), []
     deviation = torch.zeros((), device=device)
@@ -184,8 +183,7 @@ def update(
             norms.append(norm.detach())
     optimizer.zero_grad(set_to_none=True)
     total = sum(count for parts in passes for _, count in parts)
-    most = torch.stack([deviation, (before - old).abs().max()])
-    return _stats(sums, most, norms, total, team)
+    return _stats(sums, torch.stack([deviation, (before - old).abs().max()]), norms, total, team)
 
 
 def _stats(sums: Tensor, most: Tensor, norms: list[Tensor], total: int, team: Team) -> UpdateStats:
@@ -226,9 +224,9 @@ def _passes(
     return passes
 
 
-def _held(steps: Tensor, like: Tensor, gate: Tensor | None) -> Tensor:
-    """What the divergence weighs for each sample and step [P * G, T]."""
-    return steps.expand_as(like) if gate is None else steps * gate.flatten()[:, None]
+def _held(steps: Tensor, like: Tensor, gate: Tensor | None, mine: slice) -> Tensor:
+    """What the divergence weighs for each sample and step [P * G, T] of the prompts ``mine``."""
+    return steps.expand_as(like) if gate is None else steps * gate[mine].flatten()[:, None]
 
 
 def _gradients(parameters: list[nn.Parameter], loss_scale: float) -> list[Tensor]:
