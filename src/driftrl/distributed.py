@@ -6,6 +6,7 @@ tells nobody anything: each method then returns what it was given.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import time
@@ -148,6 +149,7 @@ def join() -> Team:
             )
     from accelerate import PartialState
 
+    met = torch.distributed.is_initialized()
     on_cpu = not torch.cuda.is_available()
     try:
         state = PartialState(cpu=on_cpu, backend="gloo" if on_cpu else "cuda:nccl,cpu:gloo", timeout=PATIENCE)
@@ -161,6 +163,8 @@ def join() -> Team:
             f"WORLD_SIZE is {size}, but {state.num_processes} process is here; start them with torchrun or "
             "accelerate launch"
         )
+    if not met:  # left to the interpreter's end, its threads may be in the way
+        atexit.register(state.destroy_process_group)
     return Team(state.process_index, state.num_processes, str(state.device))
 
 
