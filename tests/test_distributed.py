@@ -22,8 +22,12 @@ LAUNCHER = """
 import json, os, pathlib, signal, socket, sys, time, warnings
 import torch
 torch.set_num_threads(1)
-import accelerate, torch.distributed, transformers
+import accelerate, diffusers.loaders.peft, peft, torch.distributed, transformers
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTextModel, CLIPTokenizer, ResNetModel
 import driftrl.evaluation.evaluate, driftrl.evaluation.report, driftrl.run  # once, before the forks
+import driftrl.diversity.encoders, driftrl.rewards.clip
 from driftrl.cli import main as command_line
 
 
@@ -176,7 +180,8 @@ def test_ended_in_one_process_and_resumed_ends_the_same(train, launch, tmp_path,
     )  # fmt: skip
     run = tmp_path / "parts"
     if number == signal.SIGTERM:
-        assert statuses == [143, 143], said
+        # Whichever is gone first, the launcher ends the other, which has nothing left to do.
+        assert {143} <= set(statuses) <= {143, -signal.SIGTERM}, said
         assert said.count("go on with: driftrl train --resume parts") == 1
         assert len(metrics(run)) == int(max(p.name for p in (run / "checkpoints").iterdir()))
     else:
