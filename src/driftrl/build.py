@@ -16,6 +16,7 @@ import torch
 from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import ModelConfig, RewardPart, TrainConfig
+from driftrl.distributed import ALONE, Team, join
 from driftrl.files import read_json
 from driftrl.mixture import Part
 from driftrl.objectives.gate import Anchor
@@ -73,13 +74,19 @@ def usual_sampling(path: str) -> dict[str, float]:
 
 
 def device_of(name: str) -> torch.device:
-    """The device that a configuration names.
+    """The device that a configuration names; of several processes each has a GPU of its own.
 
     Raises:
         InputError: if there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and join() != ALONE:
+        raise InputError(
+            f"model.device: of several processes each takes its own GPU; got {name!r}; use 'auto'"
+        )
+    if name == "cuda" and torch.cuda.is_available() and join() != ALONE:
+        name = join().device
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -340,13 +347,18 @@ def _policy_encoder(name: str, policy: Policy | None) -> Encoder:
     return MidBlockEncoder(policy.pipeline.vae, policy.network, null, alpha, timestep, policy.reference)
 
 
-def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
+def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLoop:
     """Everything that a run needs, ready to go."""
     prompt_set = load_prompts(config.prompts.set)
     if config.prompts.per_iteration > len(prompt_set):
         raise InputError(
             f"prompts.per_iteration: expected at most the {len(prompt_set)} prompts of {config.prompts.set}; "
             f"got {config.prompts.per_iteration}"
+        )
+    if config.prompts.per_iteration < team.size:
+        raise InputError(
+            f"prompts.per_iteration: expected at least {team.size}, one for each process; got "
+            f"{config.prompts.per_iteration}; ask for more, or start fewer processes"
         )
     towers: Towers = {}
     reward = build_training_reward(config, towers)
@@ -414,6 +426,7 @@ def build_loop(config: TrainConfig, run: Path) -> TrainingLoop:
         config.guards.max_failures,
         config.model_dump(mode="json"),
         build_judges(config, reward, towers),
+        team,
     )
 
 

@@ -40,6 +40,11 @@ class Position:
     """How many of the last iterations, in a row, were skipped because something was not finite."""
 
 
+def name_of(position: Position) -> str:
+    """The name of a checkpoint's folder."""
+    return f"{position.iteration:06d}"
+
+
 def versions() -> dict[str, str]:
     """What a result may depend on."""
     found = {"python": platform.python_version()}
@@ -65,7 +70,7 @@ def save(
     """
     from safetensors.torch import save_file
 
-    path = folder / f"{position.iteration:06d}"
+    path = folder / name_of(position)
     with new_folder(path) as place:
         policy.save_adapter(place)
         names = [name for name, _ in policy.named_parameters()]

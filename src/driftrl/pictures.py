@@ -12,10 +12,14 @@ from torch import Tensor
 KEPT, PAPER, INK, FAINT = (34, 139, 94), (255, 255, 255), (30, 30, 34), (120, 120, 128)
 
 
+def pixels(images: Tensor) -> Tensor:
+    """Images in 0..1 as uint8; those that are uint8 already as they are."""
+    return images if images.dtype == torch.uint8 else (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def to_pil(image: Tensor) -> Image.Image:
-    """One image [3, H, W] in 0..1 as a PIL image."""
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(pixels)
+    """One image [3, H, W] in 0..1, or uint8, as a PIL image."""
+    return Image.fromarray(pixels(image).permute(1, 2, 0).cpu().numpy())
 
 
 def grid(rows: Sequence[Tensor], labels: Sequence[str], cell: int = 72, title: str = "") -> Image.Image:

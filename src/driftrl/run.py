@@ -10,16 +10,21 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from driftrl import checkpoint
 from driftrl.build import build_loop
 from driftrl.checks import InputError, RunFailedError
 from driftrl.config import TrainConfig, dump_config, load_config
+from driftrl.distributed import LostProcessError, join
 from driftrl.files import write_text
+from driftrl.pictures import candidates_grid, pixels, save_png
 from driftrl.trainer import Iteration, TrainingLoop
 
 RESUMABLE = {"iterations", "logging", "guards", "evaluation"}
@@ -49,52 +54,81 @@ class Trainer:
             InputError: if the folder holds another run, or something in the configuration cannot be used.
         """
         self.config = config or TrainConfig()
-        self.folder = (
-            Path(out)
-            if out is not None
-            else _free(Path("runs") / f"{self.config.name}-seed{self.config.seed}")
-        )
+        self.team = join()
+        if len(set(self.team.texts(dump_config(self.config)))) > 1:
+            raise InputError("the processes were given different configurations; start them all alike")
+        usual = Path("runs") / f"{self.config.name}-seed{self.config.seed}"
+        self.folder = Path(self.team.first(str(_free(usual) if out is None else out)))
         self.resumed_from: Path | None = None
         self.stopped_by: int | None = None
+        """The signal that ended the run, in whichever process it came."""
+        self._asked = 0
         self.on_stop: Callable[[], Any] | None = None
         """Called once when a signal asks the run to end."""
         if resume:
             self._check_resume()
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        elif self._in_the_way():
             raise InputError(
                 f"{self.folder} exists and is not empty; choose another --out, or go on with it by --resume {self.folder}"
             )
-        self.loop: TrainingLoop = build_loop(self.config, self.folder)
+        with self.team.together():
+            self.loop: TrainingLoop = build_loop(self.config, self.folder, self.team)
         if resume:
-            self.resumed_from = checkpoint.newest(self.folder / "checkpoints")
+            newest = checkpoint.newest(self.folder / "checkpoints") if self.team.leads else None
+            found = self.team.first(newest and str(newest))
+            self.resumed_from = found and Path(found)
             if self.resumed_from is not None:
                 self._refuse_changes(checkpoint.configuration(self.resumed_from), str(self.resumed_from))
                 self.loop.resume(self.resumed_from)
 
     def run(self, watch: Callable[[Iteration], Any] | None = None) -> Path:
         """Train to the end, or until Ctrl-C or SIGTERM (then `stopped_by` is the signal); return the folder."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.folder}: cannot be written to: {error.strerror}") from error
-        with locked(self.folder), signals(self._stop), _Log(self) as log:
-            write_text(self.folder / "config.yaml", dump_config(self.config))
+        with ExitStack() as stack:
+            stack.enter_context(signals(self._stop))
+            log = None
+            with self.team.together():
+                if self.team.leads:
+                    _make(self.folder)
+                    stack.enter_context(locked(self.folder))
+                    log = stack.enter_context(_Log(self))
+                    write_text(self.folder / "config.yaml", dump_config(self.config))
 
             def seen(iteration: Iteration) -> None:
-                log.write(iteration)
+                images = self._pictured(iteration)
+                if log is not None:
+                    log.write(iteration, images)
                 if watch is not None:
                     watch(iteration)
 
             try:
-                self.loop.run(self.config.iterations, seen, lambda: self.stopped_by is not None)
-            except OSError as error:
+                self.loop.run(self.config.iterations, seen, self._stopped)
+                self._stopped()
+            except (OSError, LostProcessError) as error:
+                what = "" if isinstance(error, LostProcessError) else "a checkpoint cannot be written: "
                 last = checkpoint.newest(self.folder / "checkpoints")
                 kept = f"{last} is whole" if last else "there is no checkpoint yet"
-                raise RunFailedError(f"a checkpoint cannot be written: {error}; {kept}") from error
+                raise RunFailedError(f"{what}{error}; {kept}") from error
         return self.folder
 
+    def _stopped(self) -> bool:
+        """Whether any process was asked to end: then all do, after the same iteration."""
+        self.stopped_by = int(self.team.largest(torch.tensor(self._asked))) or None
+        return self.stopped_by is not None
+
+    def _pictured(self, iteration: Iteration) -> Tensor | None:
+        """The candidates of all processes for a grid, uint8 [P, N, 3, height, width], if it is time for one."""
+        wanted = iteration.number % self.config.logging.images_every == 0 or iteration.number == 1
+        return (
+            self.team.gather(pixels(iteration.images).cpu()) if wanted and iteration.images.numel() else None
+        )
+
+    def _in_the_way(self) -> bool:
+        """Whether the folder holds something; the first process looks, before any of them writes there."""
+        full = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        return bool(self.team.first(full))
+
     def _stop(self, number: int) -> None:
-        self.stopped_by = number
+        self._asked = number
         if self.on_stop is not None:
             self.on_stop()
 
@@ -146,7 +180,7 @@ class _Log:
         for tracker in self.tracker or ():
             tracker.finish()
 
-    def write(self, iteration: Iteration) -> None:
+    def write(self, iteration: Iteration, images: Tensor | None) -> None:
         try:
             self._append("metrics.jsonl", iteration.metrics)
             self._append("timings.jsonl", {"iteration": iteration.number, **iteration.seconds})
@@ -155,13 +189,8 @@ class _Log:
                 tracker.log(
                     values | {f"seconds/{k}": v for k, v in iteration.seconds.items()}, step=iteration.number
                 )
-            wanted = iteration.number % self.config.logging.images_every == 0 or iteration.number == 1
-            if wanted and iteration.images.numel():
-                from driftrl.pictures import candidates_grid, save_png
-
-                grid = candidates_grid(
-                    iteration.images, iteration.prompts, iteration.rewards, iteration.chosen
-                )
+            if images is not None:
+                grid = candidates_grid(images, iteration.prompts, iteration.rewards, iteration.chosen)
                 save_png(grid, self.folder / "images" / f"{iteration.number:06d}.png")
         except OSError as error:
             warnings.warn(f"a log could not be written: {error}", RuntimeWarning, stacklevel=2)
@@ -215,6 +244,13 @@ def _free(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written to: {error.strerror}") from error
 
 
 @contextmanager

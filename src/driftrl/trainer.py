@@ -20,6 +20,7 @@ from driftrl import checkpoint, prompts
 from driftrl.advantages import AdvantageRule, advantages_of
 from driftrl.checkpoint import Position
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
+from driftrl.distributed import ALONE, Team
 from driftrl.diversity.functional import pairwise_distances
 from driftrl.memory import Memory
 from driftrl.mixture import Part, columns, mixed
@@ -58,7 +59,7 @@ class Iteration:
     """How long each phase took."""
     prompts: list[str]
     images: Tensor
-    """[P, N, 3, height, width] in 0..1: all candidates."""
+    """[P, N, 3, height, width] in 0..1: all candidates; of several processes, those of this one's prompts."""
     rewards: Tensor
     """[P, N]: of several rewards what they became together."""
     chosen: Tensor
@@ -95,10 +96,12 @@ class TrainingLoop:
         max_failures: int = 3,
         configuration: dict[str, Any] | None = None,
         judges: tuple[Reward, ...] = (),
+        team: Team = ALONE,
     ) -> None:
         """Take over built objects; ``checkpoints`` is the folder that checkpoints go to, each with
         ``configuration``. ``judges`` are rewards whose disagreement with ``reward`` decides whom the divergence
         holds (`driftrl.objectives.gate`); with none it holds every sample.
+        The processes of ``team`` share the prompts of each iteration out; the first one writes checkpoints.
         """
         self.policy, self.reward, self.encoder, self.prompt_set = policy, reward, encoder, prompt_set
         self.method, self.objective, self.optimizer, self.checkpoints = (
@@ -109,7 +112,12 @@ class TrainingLoop:
         )
         self.seed, self.prompts_per_iteration, self.rollout_batch = seed, prompts_per_iteration, rollout_batch
         self.checkpoint_every, self.keep_last, self.keep_every = checkpoint_every, keep_last, keep_every
-        self.max_failures, self.configuration, self.judges = max_failures, configuration, judges
+        self.max_failures, self.configuration, self.judges, self.team = (
+            max_failures,
+            configuration,
+            judges,
+            team,
+        )
         self.position = Position(0)
         self.memory = Memory.empty(method.advantage, len(prompt_set), policy.device)
         self._saved: int | None = None
@@ -167,40 +175,49 @@ class TrainingLoop:
             return Iteration(number, metrics, {}, [], nothing, nothing, nothing)
 
     def iterate(self) -> Iteration:
-        """One iteration: sample, score, select, compare, shape, learn."""
-        method, number = self.method, self.position.iteration
+        """One iteration: sample, score, select, compare, shape, learn.
+
+        A process samples, embeds and replays its own prompts. What is gathered is small: rewards and distances; so what
+        follows from them is computed for all prompts by every process, and comes out the same.
+        """
+        method, number, team = self.method, self.position.iteration, self.team
         clock = _Clock()
 
         which = prompts.draw(len(self.prompt_set), self.prompts_per_iteration, self.seed, number)
         texts = [self.prompt_set[i] for i in which]
-        conditioning = self.conditioning.rows(torch.tensor(which, device=self.policy.device))
+        mine = team.share(len(which))
+        conditioning = self.conditioning.rows(torch.tensor(which[mine], device=self.policy.device))
 
-        sampled = self._sample(conditioning, which, number)
-        _demand_finite("latent", sampled.latents, texts)
-        clock.lap("rollout")
+        with team.together():  # a latent or reward that is not finite, or cannot be had, concerns all
+            sampled = self._sample(conditioning, which[mine], number)
+            _demand_finite("latent", sampled.latents, texts[mine])
+            clock.lap("rollout")
 
-        flat = [text for text in texts for _ in range(method.candidates)]
-        pictures = sampled.images.flatten(0, 1)
-        scores = self._scores(self.reward, pictures, flat)
+            flat = [text for text in texts[mine] for _ in range(method.candidates)]
+            pictures = sampled.images.flatten(0, 1)
+            scores, *opinions = (
+                self._scores(reward, pictures, flat) for reward in (self.reward, *self.judges)
+            )
+        scores, opinions = team.gather(scores), [team.gather(opinion) for opinion in opinions]
         parts = columns(scores, method.rewards)
         for name, part in parts.items():
             _demand_finite(f"reward ({name})", part, texts)
         rewards = mixed(scores, method.rewards)
         _demand_finite("reward", rewards, texts)
-        disagreement = self._disagreement(rewards, pictures, flat, texts)
+        disagreement = self._disagreement(rewards, opinions, texts)
         memory = self.memory.with_rewards(which, rewards)
         clock.lap("reward")
 
         chosen = select(
             rewards, method.keep, method.strategy, generator(self.seed, number, 0, 0, "selection")
         )
-        kept = sampled.keep(chosen)
+        kept = sampled.keep(chosen[mine])
         kept_rewards = rewards.gather(1, chosen)
 
-        distances = self._distances(kept.images)
+        distances = team.gather(self._distances(kept.images))
         diversity = group_diversity(distances)
         bonus = diversity_bonus(
-            distances if kept.clean is None else pairwise_distances(kept.clean.transpose(1, 2)),
+            distances if kept.clean is None else team.gather(pairwise_distances(kept.clean.transpose(1, 2))),
             method.shaping,
         )
         clock.lap("diversity")
@@ -211,7 +228,7 @@ class TrainingLoop:
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
         stats = update(
             self.policy, self.optimizer, kept, advantages, conditioning, self.objective, (self.seed, number),
-            method.prompt_noise, texts, held, lambda: memory.reference_of(self.policy),
+            method.prompt_noise, texts, held, lambda: memory.reference_of(self.policy), team,
         )  # fmt: skip
         self.memory = memory.after(stats.kl, method.anchor, self.policy)
         clock.lap("update")
@@ -254,16 +271,19 @@ class TrainingLoop:
         return Iteration(number + 1, metrics, clock.seconds, texts, sampled.images, rewards, chosen)
 
     def save(self) -> Path:
-        """Write a checkpoint now."""
-        path = checkpoint.save(
-            self.checkpoints,
-            self.policy,
-            self.optimizer,
-            self.position,
-            self.configuration,
-            self.memory.tensors(),
-        )
-        checkpoint.prune(self.checkpoints, self.keep_last, self.keep_every)
+        """Write a checkpoint now, or wait until the first process has."""
+        path = self.checkpoints / checkpoint.name_of(self.position)
+        if self.team.leads:
+            checkpoint.save(
+                self.checkpoints,
+                self.policy,
+                self.optimizer,
+                self.position,
+                self.configuration,
+                self.memory.tensors(),
+            )
+            checkpoint.prune(self.checkpoints, self.keep_last, self.keep_every)
+        self.team.wait()
         self._saved = self.position.iteration
         return path
 
@@ -290,14 +310,11 @@ class TrainingLoop:
         scores = reward(pictures, flat).float().unflatten(0, (-1, self.method.candidates))
         return scores.to(self.policy.device)
 
-    def _disagreement(
-        self, rewards: Tensor, pictures: Tensor, flat: list[str], texts: list[str]
-    ) -> Tensor | None:
+    def _disagreement(self, rewards: Tensor, opinions: list[Tensor], texts: list[str]) -> Tensor | None:
         """How much higher ``rewards`` [P, N] rank each candidate than the judges do, if there are any."""
-        if not self.judges:
+        if not opinions:
             return None
-        others = [self._scores(judge, pictures, flat) for judge in self.judges]
-        others = [mixed(other, self.method.rewards) for other in others]
+        others = [mixed(opinion, self.method.rewards) for opinion in opinions]
         for other in others:
             _demand_finite("judge's reward", other, texts)
         return reward_disagreement(rewards, others)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from driftrl import noise
 from driftrl.checks import NotFiniteError
+from driftrl.distributed import ALONE, Team
 from driftrl.objectives.clipped_surrogate import clipped_surrogate
 from driftrl.objectives.kl import divergence, step_weights
 from driftrl.rollout import NO_NOISE, PromptNoise, score_step
@@ -89,25 +90,28 @@ def update(
     names: Sequence[str] | None = None,
     gate: Tensor | None = None,
     reference: Callable[[], AbstractContextManager[None]] | None = None,
+    team: Team = ALONE,
 ) -> UpdateStats:
     """Take `objective.updates` optimiser steps on a rollout.
 
     The loss of a step is the mean over its pairs of the clipped surrogate plus ``kl_weight`` times the
     closed-form divergence from the reference, weighed by the gate and the schedule. It is summed up over
-    micro-batches, so their size changes nothing but rounding.
+    micro-batches, so their size changes nothing but rounding, and over processes: each replays the pairs of its own
+    prompts, then the gradients are added up, once an optimiser step.
 
     Args:
         policy: what is trained.
         optimizer: over ``policy.parameters()``.
-        rollout: P x G kept candidates.
-        advantages: [P, G], or [P, G, T] with one for each denoising step.
-        conditioning: P rows, clean.
+        rollout: P x G kept candidates; with a team, those of this process's prompts.
+        advantages: [P, G], or [P, G, T] with one for each denoising step; those of all prompts, as are names and gate.
+        conditioning: P rows, clean, as in ``rollout``.
         objective: the loss and its settings.
         key: (seed, iteration).
         prompt_noise: as it was in the rollout.
         names: of the P prompts, for messages.
         gate: [P, G], what the divergence weighs for each sample; None is 1.
         reference: a context within which the policy is the reference; by default ``policy.reference``.
+        team: the processes that share the prompts out.
 
     Returns:
         Averages over all pairs.
@@ -117,17 +121,19 @@ def update(
             the denoising step where it can.
     """
     prompts, group = rollout.log_probs.shape[:2]
-    per_step = advantages.unsqueeze(-1).expand_as(rollout.log_probs) if advantages.dim() == 2 else advantages
-    per_step = per_step.flatten(0, 1)
+    mine = team.share(len(advantages))
+    first = mine.start * group  # of the samples in ``rollout``, which are numbered from 0 here
+    own = advantages[mine]
+    per_step = (own.unsqueeze(-1).expand_as(rollout.log_probs) if own.dim() == 2 else own).flatten(0, 1)
     latents, old = rollout.latents.flatten(0, 1), rollout.log_probs.flatten(0, 1)
     eps = None if rollout.prompt_noise is None else rollout.prompt_noise.flatten(0, 1)
     prompt_of = torch.arange(prompts, device=old.device).repeat_interleave(group)
     parameters, device = policy.parameters(), old.device
     reference = reference or policy.reference
-    held = _held(step_weights(policy.scored, objective.kl_schedule), old, gate)
+    held = _held(step_weights(policy.scored, objective.kl_schedule), old, gate, mine)
     # Sums over pairs: loss, surrogate, kl and its weight, approx_kl, clip_fraction; on the device until the end.
     sums, norms = torch.zeros(6, device=device), []
-    deviation, total = torch.zeros((), device=device), 0
+    deviation = torch.zeros((), device=device)
     bad = torch.full((), -1, device=device)  # first pair whose loss is not finite: sample * steps + step
 
     def replay(sample: Tensor, step: Tensor) -> tuple[Transition, Tensor]:
@@ -137,26 +143,14 @@ def update(
         )
         return move, gaussian.log_prob(latents[sample, step + 1], move.mean, move.std)
 
-    passes = [
-        training_pairs(
-            policy.scored,
-            prompts * group,
-            objective.timesteps,
-            key[0],
-            key[1] + epoch * 2**32,
-            objective.timestep_choice,
-        )
-        for epoch in range(objective.epochs)
-    ]
+    passes = _passes(policy.scored, len(advantages) * group, objective, key, range(first, first + len(old)))
     before = _rescored(old, replay, passes, objective) if objective.rescore else old
-    for epoch, pairs in enumerate(passes):
-        parts = torch.arange(len(pairs.sample), device=device).chunk(objective.updates)
-        for number, part in enumerate(parts):
+    for epoch, parts in enumerate(passes):
+        for number, (pairs, count) in enumerate(parts):
             optimizer.zero_grad(set_to_none=True)
-            used = part
+            used = torch.arange(len(pairs.sample), device=device)
             if objective.kl_weight == 0:  # without KL a pair of zero advantage has no gradient: leave it out
-                used = part[per_step[pairs.sample[part], pairs.step[part]] != 0]
-            total += len(part)
+                used = used[per_step[pairs.sample, pairs.step] != 0]
             for micro in used.split(objective.batch_size) if len(used) else ():
                 sample, step = pairs.sample[micro], pairs.step[micro]
                 if objective.kl_weight > 0:  # first, for the policy's gradient wants its own weights in place
@@ -170,8 +164,8 @@ def update(
                 if objective.kl_weight > 0:
                     kl = weight * divergence(objective.divergence, move.mean, anchor.mean, move.std)
                 loss = surrogate.loss + objective.kl_weight * kl
-                bad = _first_bad(bad, loss.detach(), sample * old.shape[1] + step)
-                (loss.sum() * (objective.loss_scale / len(part))).backward()
+                bad = _first_bad(bad, loss.detach(), (first + sample) * old.shape[1] + step)
+                (loss.sum() * (objective.loss_scale / count)).backward()
                 with torch.no_grad():
                     share = len(micro)
                     sums += torch.stack([loss.sum(), surrogate.loss.sum(), kl.sum(), weight.sum(),
@@ -180,53 +174,87 @@ def update(
                         deviation = torch.maximum(
                             deviation, ((log_prob - before[sample, step]).exp() - 1).abs().max()
                         )
-            _unscaled(parameters, objective.loss_scale)
+            team.add(_gradients(parameters, objective.loss_scale))
             norm = nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm)
             if not bool(torch.isfinite(norm)):
                 optimizer.zero_grad(set_to_none=True)
-                raise NotFiniteError(_where(int(bad), old.shape[1], group, names))
+                raise NotFiniteError(_where(int(team.largest(bad)), old.shape[1], group, names))
             optimizer.step()
             norms.append(norm.detach())
     optimizer.zero_grad(set_to_none=True)
-    loss_, surrogate_, kl_, weighed, approx_kl, clipped = (sums / max(1, total)).tolist()
+    total = sum(count for parts in passes for _, count in parts)
+    return _stats(sums, torch.stack([deviation, (before - old).abs().max()]), norms, total, team)
+
+
+def _stats(sums: Tensor, most: Tensor, norms: list[Tensor], total: int, team: Team) -> UpdateStats:
+    """Sums over this process's pairs and largest values as figures of all ``total`` pairs."""
+    team.add([sums])
+    deviation, rescored_by = team.largest(most).tolist()
+    loss, surrogate, kl, weighed, approx_kl, clipped = (sums / max(1, total)).tolist()
     return UpdateStats(
-        loss_,
-        surrogate_,
-        kl_ / max(weighed, 1e-12),
+        loss,
+        surrogate,
+        kl / max(weighed, 1e-12),
         approx_kl,
         clipped,
-        float(deviation),
-        float((before - old).abs().max()),
+        deviation,
+        rescored_by,
         float(torch.stack(norms).mean()),
         total,
     )
 
 
-def _held(steps: Tensor, like: Tensor, gate: Tensor | None) -> Tensor:
-    """What the divergence weighs for each sample and step [P * G, T]."""
-    return steps.expand_as(like) if gate is None else steps * gate.flatten()[:, None]
+def _passes(
+    scored: Tensor, samples: int, objective: Objective, key: tuple[int, int], mine: range
+) -> list[list[tuple[Pairs, int]]]:
+    """For each pass, and each optimiser step in it, the pairs of the samples ``mine``, which are numbered anew, from 0;
+    and how many pairs the step has of all ``samples``. They are drawn for all, so that processes agree on the steps.
+    """
+    passes = []
+    for epoch in range(objective.epochs):
+        everything = training_pairs(
+            scored, samples, objective.timesteps, key[0], key[1] + epoch * 2**32, objective.timestep_choice
+        )
+        chunks = everything.sample.chunk(objective.updates), everything.step.chunk(objective.updates)
+        parts = []
+        for sample, step in zip(*chunks, strict=True):
+            own = (sample >= mine.start) & (sample < mine.stop)
+            parts.append((Pairs(sample[own] - mine.start, step[own]), len(sample)))
+        passes.append(parts)
+    return passes
 
 
-def _unscaled(parameters: list[nn.Parameter], loss_scale: float) -> None:
-    """Gradients of the loss itself, zero where there is none, so that the optimiser treats every step alike."""
+def _held(steps: Tensor, like: Tensor, gate: Tensor | None, mine: slice) -> Tensor:
+    """What the divergence weighs for each sample and step [P * G, T] of the prompts ``mine``."""
+    return steps.expand_as(like) if gate is None else steps * gate[mine].flatten()[:, None]
+
+
+def _gradients(parameters: list[nn.Parameter], loss_scale: float) -> list[Tensor]:
+    """Those of the loss itself, zero where there is none, so that the optimiser treats every step alike."""
+    gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         parameter.grad /= loss_scale  # a power of two: exact
+        gradients.append(parameter.grad)
+    return gradients
 
 
 def _rescored(
     old: Tensor,
     replay: Callable[[Tensor, Tensor], tuple[Transition, Tensor]],
-    passes: Sequence[Pairs],
+    passes: Sequence[Sequence[tuple[Pairs, int]]],
     objective: Objective,
 ) -> Tensor:
     """Log-probabilities like ``old`` [samples, T], scored in batches as large as the update's."""
     before = old.clone()
     with torch.no_grad():
-        for pairs in passes:
+        for parts in passes:
+            samples, steps = (
+                torch.cat(part) for part in zip(*((p.sample, p.step) for p, _ in parts), strict=True)
+            )
             for sample, step in zip(
-                pairs.sample.split(objective.batch_size), pairs.step.split(objective.batch_size), strict=True
+                samples.split(objective.batch_size), steps.split(objective.batch_size), strict=True
             ):
                 before[sample, step] = replay(sample, step)[1]
     return before

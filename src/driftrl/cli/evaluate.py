@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from driftrl.distributed import join, leads
+
 
 def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Path:
     """Measure ``source`` as `driftrl.evaluation.evaluate.evaluate` does, write the report, show the figures.
@@ -25,7 +27,7 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
     Returns:
         The folder with ``evaluation.json``, ``report.html`` and ``report.png``.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not leads())
     with console.status("loading the model", spinner="dots"):
         from transformers.utils import logging
 
@@ -53,9 +55,11 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
         with progress:
             folder = work(source, progress=watch, **settings)
     with console.status("writing the report", spinner="dots"):
-        page = write_report(folder)
-        write_picture(folder)
-    if quiet:
+        if leads():
+            page = write_report(folder)
+            write_picture(folder)
+        join().wait()
+    if quiet or not leads():
         return folder
 
     evaluation = load_evaluation(folder)

@@ -24,6 +24,9 @@ def fail(message: str, status: int = 2) -> NoReturn:
     """Print one message and exit."""
     from rich.console import Console
 
+    from driftrl.distributed import linger
+
+    linger()
     Console(stderr=True).print(f"[red bold]driftrl:[/] {_escape(message)}", highlight=False, soft_wrap=True)
     raise SystemExit(status)
 
@@ -46,8 +49,9 @@ def main() -> None:
         fail(str(error))
     except RuntimeError as error:
         from driftrl.checks import RunFailedError
+        from driftrl.distributed import LostProcessError
 
-        if not isinstance(error, RunFailedError):
+        if not isinstance(error, RunFailedError | LostProcessError):
             raise
         fail(str(error), 3)
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ from rich.progress import (
 
 from driftrl.checks import InputError
 from driftrl.config import load_config
+from driftrl.distributed import leads
 
 
 def train(
@@ -35,7 +36,7 @@ def train(
             raise InputError(f"--resume {resume}: no run folder, for it has no config.yaml")
         config = resume / "config.yaml"
     parsed = load_config(config, settings)
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not leads())
     if parsed.evaluation.at_end:
         from driftrl.prompts import load_prompts
 
@@ -85,6 +86,7 @@ def train(
         console.print(
             f"stopped at iteration {trainer.loop.position.iteration}; go on with: driftrl train --resume {trainer.folder}"
         )
+        trainer.team.wait()  # none of them ends before the first one has said so
         sys.exit(128 + trainer.stopped_by)
     last = trainer.folder / "checkpoints" / f"{trainer.loop.position.iteration:06d}"
     console.print(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from driftrl.build import (
 from driftrl.checkpoint import CheckpointWarning
 from driftrl.checks import InputError, is_finite
 from driftrl.config import RewardPart, load_config, parse_config
+from driftrl.distributed import Team, join
 from driftrl.diversity.functional import manifold, mean_pairwise_distance, vendi_score
 from driftrl.evaluation.generate import EVALUATION, open_policy, run_of
 from driftrl.evaluation.pareto import bootstrap_interval
@@ -285,6 +286,9 @@ def evaluate(
     ``evaluation.json`` is written after every model that was measured; what it holds already under the same
     settings is not measured again. Under other settings it is put aside as ``evaluation-<settings>.json``.
 
+    Of several processes each draws and reads its share of the prompts, and writes the pictures of it, into the same
+    folder; the first one writes the rest.
+
     Args:
         source: a run folder, one of its checkpoints, a pipeline folder, a hub name or 'tiny-animals'.
         prompts: a prompt set of the package or a file; by default the run's ``evaluation.prompts``.
@@ -347,7 +351,9 @@ def evaluate(
         size=None if sampler.height is None or sampler.width is None else (sampler.height, sampler.width),
         mixture=mixture,
     )
-    known = {point.label: point for point in _previous(folder, settings)}
+    team = join()
+    before = [point.model_dump(mode="json") for point in _previous(folder, settings)] if team.leads else []
+    known = {point.label: point for point in map(Point.model_validate, team.first(before))}
     identities = {path.name: sha256(path / "manifest.json") for path in paths}
     known = {k: p for k, p in known.items() if k not in identities or p.identity == identities[k]}
     wanted: dict[str, Path | None] = {"base": None, **{path.name: path for path in paths}}
@@ -356,14 +362,14 @@ def evaluate(
         return folder
 
     bench = _instruments(settings, clip_folder if has_clip else None, policy)
-    total = (len(todo) + 1) * count * len(texts)
     studio = _Studio(
         policy,
         bench,
         settings,
         batch=batch_size or default_batch(policy.device),
         progress=progress,
-        total=total,
+        models=len(todo) + 1,
+        team=team,
     )
     with policy.reference():
         reference = studio.shoot("reference", seed + REFERENCE)
@@ -382,8 +388,9 @@ def evaluate(
         order = sorted(known.values(), key=lambda point: (point.label != "base", point.iteration))
         training_seed = config.seed if found else None
         evaluation = Evaluation(name=name, training_seed=training_seed, settings=settings, points=order)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / FILE, evaluation.model_dump(mode="json"))
+        if team.leads:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / FILE, evaluation.model_dump(mode="json"))
     return folder
 
 
@@ -443,10 +450,13 @@ class _Studio:
         *,
         batch: int,
         progress: Progress | None,
-        total: int,
+        models: int,
+        team: Team,
     ) -> None:
         self.policy, self.bench, self.settings = policy, bench, settings
-        self.batch, self.progress, self.total, self.done = batch, progress, total, 0
+        self.batch, self.progress, self.team, self.done = batch, progress, team, 0
+        self.mine = range(len(settings.prompts))[team.share(len(settings.prompts))]
+        self.total = models * settings.images * len(self.mine)
         with torch.no_grad():
             self.conditioning = policy.encode(settings.prompts)
 
@@ -459,19 +469,38 @@ class _Studio:
         keep_images: bool = False,
     ) -> Readings:
         """Readings of all prompts; with a folder, sheets for reports go there, and images if asked."""
+        with self.team.together():
+            parts = list(self._read(label, seed, noise, folder, keep_images))
+
+        def everyone(own: list[Tensor]) -> Tensor:
+            return self.team.gather(torch.cat(own)[: len(self.mine)])
+
+        clip = [part.clip for part in parts if part.clip is not None]
+        return Readings(
+            {name: everyone([part.rewards[name] for part in parts]) for name in self.bench.rewards},
+            everyone([part.features for part in parts]),
+            everyone(clip) if clip else None,
+        )
+
+    def _read(
+        self, label: str, seed: int, noise: PromptNoise, folder: Path | None, keep_images: bool
+    ) -> Iterator[Readings]:
+        """Readings of this process's prompts. With more processes than prompts some have none; they read the first one,
+        for the shapes alone.
+        """
         prompts, count = self.settings.prompts, self.settings.images
         together = max(1, self.batch // count)
-        parts = []
-        for start in range(0, len(prompts), together):
-            places = list(range(start, min(start + together, len(prompts))))
+        own = self.mine or range(1)
+        for start in range(0, len(own), together):
+            places = own[start : start + together]
             rows = self.conditioning.rows(torch.tensor(places, device=self.policy.device))
             # The keys of `generate`, which gives the same images: a prompt's place, not that in its batch.
             keys = [(seed, EVALUATION, place) for place in places]
             drawn = rollout(
                 self.policy, rows, keys, count, self.batch, noise, lambda n: self._tell(label, n)
             ).images
-            parts.append(self.bench.read(drawn, [prompts[place] for place in places]))
-            if folder is not None:
+            yield self.bench.read(drawn, [prompts[place] for place in places])
+            if folder is not None and self.mine:
                 root = _pictures(folder, self.settings) / label
                 for place, images in zip(places, drawn, strict=True):
                     _save_sheet(images, root / f"{place:03d}.webp")
@@ -479,12 +508,6 @@ class _Studio:
                         slug = re.sub(r"[^\w]+", "-", prompts[place].lower()).strip("-")[:60]
                         for k, image in enumerate(images):
                             save_png(to_pil(image), root / f"{place:03d}-{slug}" / f"{k:03d}.png")
-        clip = [part.clip for part in parts if part.clip is not None]
-        return Readings(
-            {name: torch.cat([part.rewards[name] for part in parts]) for name in self.bench.rewards},
-            torch.cat([part.features for part in parts]),
-            torch.cat(clip) if clip else None,
-        )
 
     def _tell(self, label: str, count: int) -> None:
         self.done += count

@@ -1,0 +1,205 @@
+"""Several processes that train as one: who has which prompts, and what they tell each other.
+
+A launcher (torchrun, ``accelerate launch``) starts the processes; `join` lets them meet. One process alone, `ALONE`,
+tells nobody anything: each method then returns what it was given.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from driftrl.checks import InputError, NotFiniteError, RunFailedError
+
+PATIENCE = timedelta(hours=2)
+"""How long the others wait for a process, whose reward may be slow, before the run ends."""
+BUCKET = 2**24
+"""Numbers that are summed in one message."""
+LINGER = 3.0
+"""Seconds that the first process has, to say what is wrong for all."""
+SHARED: tuple[type[Exception], ...] = (InputError, RunFailedError, NotFiniteError)
+"""Errors that all processes raise where one does, the gravest first."""
+
+
+class LostProcessError(RuntimeError):
+    """Another process has ended, or does not answer."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run, as one of them sees it. What they are to do together, all must call."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+    """The GPU of this process, where there are any."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """Which of ``count`` places are this process's: consecutive ones, as evenly as can be."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in the order of `share`; their numbers may differ, the other dimensions not."""
+        if self.size == 1:
+            return rows
+        with _listening() as group:
+            count = torch.tensor([len(rows)], device=rows.device)
+            counts = [torch.empty_like(count) for _ in range(self.size)]
+            group.all_gather(counts, count)
+            most = max(int(c) for c in counts)
+            padded = rows.new_zeros(most, *rows.shape[1:])
+            padded[: len(rows)] = rows
+            everyone = [torch.empty_like(padded) for _ in range(self.size)]
+            group.all_gather(everyone, padded)
+        return torch.cat([part[: int(n)] for part, n in zip(everyone, counts, strict=True)])
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes: the same bits in all of them."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            with _listening() as group:
+                group.all_reduce(flat)
+            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """The largest value of each element over the processes."""
+        if self.size == 1:
+            return tensor
+        with _listening() as group:
+            group.all_reduce(tensor := tensor.clone(), op=group.ReduceOp.MAX)
+        return tensor
+
+    def texts(self, text: str) -> list[str]:
+        """The text of each process."""
+        if self.size == 1:
+            return [text]
+        content = text.encode()
+        sizes = self.gather(torch.tensor([len(content)])).tolist()
+        letters = self.gather(torch.tensor(list(content), dtype=torch.uint8))
+        return [bytes(part.tolist()).decode() for part in letters.split(sizes)]
+
+    def first(self, value: Any) -> Any:
+        """What the first process says, as JSON has it; what the others hand in is ignored."""
+        return value if self.size == 1 else json.loads(self.texts(json.dumps(value) if self.leads else "")[0])
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.largest(torch.zeros(1))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What stops one process in here stops all, with the same error, so that they decide alike what comes next.
+
+        Raises:
+            InputError: as the block does, here or in another process; so too RunFailedError and NotFiniteError.
+        """
+        problem = ""
+        try:
+            yield
+        except SHARED as error:
+            if self.size == 1:
+                raise
+            kind = next(n for n, kind in enumerate(SHARED) if isinstance(error, kind))
+            problem = f"{kind} {error}"
+        found = [text for text in self.texts(problem) if text]
+        if found:
+            number, _, message = min(found, key=lambda text: text[0]).partition(" ")
+            raise SHARED[int(number)](message)
+
+
+ALONE = Team()
+
+
+def join() -> Team:
+    """The processes that were launched together, after meeting them; `ALONE` where none were.
+
+    Raises:
+        InputError: for a launch that driftrl cannot take part in.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size <= 1:
+        return ALONE
+    for name, flag in (
+        ("FSDP", "--use_fsdp"),
+        ("DEEPSPEED", "--use_deepspeed"),
+        ("MEGATRON_LM", "--use_megatron_lm"),
+    ):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise InputError(
+                f"accelerate launch {flag}: driftrl shards prompts, not weights: each process holds the whole model; "
+                "launch without it (docs/guide/several-gpus.md)"
+            )
+    from accelerate import PartialState
+
+    met = torch.distributed.is_initialized()
+    on_cpu = not torch.cuda.is_available()
+    try:
+        state = PartialState(cpu=on_cpu, backend="gloo" if on_cpu else "cuda:nccl,cpu:gloo", timeout=PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"WORLD_SIZE is {size}, but the processes cannot meet: {str(error).splitlines()[0]}; start them with "
+            "torchrun or accelerate launch"
+        ) from error
+    if state.num_processes != size:
+        raise InputError(
+            f"WORLD_SIZE is {size}, but {state.num_processes} process is here; start them with torchrun or "
+            "accelerate launch"
+        )
+    if not met:  # left to the interpreter's end, its threads may be in the way
+        atexit.register(state.destroy_process_group)
+    return Team(state.process_index, state.num_processes, str(state.device))
+
+
+def leads() -> bool:
+    """Whether this process speaks for all, known before they meet."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def linger() -> None:
+    """Before saying what is wrong: the first process speaks at once, and then its launcher ends the others.
+
+    So what all of them found is said once, and what one of them found is said too.
+    """
+    if not leads():
+        time.sleep(LINGER)
+
+
+@contextmanager
+def _listening() -> Iterator[Any]:
+    """torch.distributed, whose errors mean that somebody is gone."""
+    import torch.distributed as group
+
+    try:
+        yield group
+    except RuntimeError as error:
+        raise LostProcessError(f"the processes lost each other: {str(error).splitlines()[0]}") from error
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, in lists of at most `BUCKET` numbers or one tensor."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

@@ -1,0 +1,353 @@
+"""Several processes are one: same samples, same weights, one message, one end. Over gloo, on the CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from driftrl.build import build_loop
+from driftrl.checks import InputError
+from driftrl.config import dump_config
+from driftrl.distributed import Team, join
+from driftrl.evaluation.evaluate import load_evaluation
+from driftrl.update import Objective, _passes
+
+LAUNCHER = """
+import json, os, pathlib, signal, socket, sys, time, warnings
+import torch
+torch.set_num_threads(1)
+import accelerate, diffusers.loaders.peft, peft, torch.distributed, transformers
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTextModel, CLIPTokenizer, ResNetModel
+import driftrl.evaluation.evaluate, driftrl.evaluation.report, driftrl.run  # once, before the forks
+import driftrl.diversity.encoders, driftrl.rewards.clip
+from driftrl.cli import main as command_line
+
+
+def child(rank, job, port):
+    log = os.open(f"{job['log']}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(job["folder"])
+    if job["processes"] > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]), OMP_NUM_THREADS="1",
+            LOCAL_WORLD_SIZE=str(job["processes"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )
+    sys.path.insert(0, job["folder"])
+    sys.argv = ["driftrl", *job["arguments"]]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    command_line.main()
+    sys.exit(0)
+
+
+for line in sys.stdin:
+    job = json.loads(line)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = {}
+    for rank in range(job["processes"]):
+        pid = os.fork()
+        if pid == 0:
+            child(rank, job, port)
+        children[pid] = rank
+    if job["signal"]:
+        while not pathlib.Path(job["until"]).exists():
+            time.sleep(0.02)
+        os.kill(next(pid for pid, rank in children.items() if rank == job["whom"]), job["signal"])
+    status = {}
+    while len(status) < len(children):
+        pid, code = os.wait()
+        status[children[pid]] = os.waitstatus_to_exitcode(code)
+        if code:  # as torchrun does
+            for other, rank in children.items():
+                if rank not in status:
+                    os.kill(other, signal.SIGTERM)
+    print(json.dumps([status[rank] for rank in sorted(status)]), flush=True)
+"""
+
+
+class Launcher:
+    """Runs the command line in several processes, which are forked from one that has imported everything."""
+
+    def __init__(self, folder):
+        self.folder, self.jobs = folder, 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self, folder, processes, *arguments, send=0, whom=1, until=""):
+        """Exit statuses by rank, and what was said."""
+        self.jobs += 1
+        log = str(self.folder / f"job{self.jobs}")
+        job = {
+            "processes": processes, "arguments": list(map(str, arguments)), "folder": str(folder), "log": log,
+            "signal": int(send), "whom": whom, "until": str(until),
+        }  # fmt: skip
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        statuses = json.loads(self.process.stdout.readline())
+        return statuses, "".join(Path(f"{log}.{rank}").read_text() for rank in range(processes))
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("jobs"))
+    yield launcher
+    launcher.process.stdin.close()
+    launcher.process.wait()
+    launcher.process.stdout.close()
+
+
+@pytest.fixture
+def train(config, tmp_path, launch):
+    """Trains in a folder of the test's, in so many processes, and returns statuses and messages."""
+
+    def run(name, processes, send=0, whom=1, until="", **changes):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(dump_config(config(**changes)))
+        return launch(
+            tmp_path, processes, "train", path, "--out", name, send=send, whom=whom, until=tmp_path / until
+        )
+
+    return run
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run, iteration):
+    found = load_file(run / f"checkpoints/{iteration:06d}/training.safetensors")
+    return torch.cat([v.flatten() for k, v in sorted(found.items()) if k.endswith("/value")])
+
+
+def assert_same_files(one, two, iteration):
+    for name in (f"checkpoints/{iteration:06d}/training.safetensors", "metrics.jsonl"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+MEMORY = {
+    "global": {"advantage__scale": "global", "selection__strategy": "random", "optimizer__epochs": 2},
+    "ddpo": {"advantage__baseline": "running", "advantage__min_history": 6},
+    "gardo": {
+        "shaping__level": "multiply", "shaping__measure": "nearest", "objective__kl_weight": 0.1,
+        "objective__kl_share": 0.3, "objective__reference_every": 3,
+    },
+    "stepwise": {"shaping__potential": "stepwise", "objective__timestep_choice": "random", "objective__timesteps": 0.7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "method", ["drift", *(pytest.param(name, marks=pytest.mark.slow) for name in MEMORY)]
+)
+def test_two_processes_train_as_one(train, tmp_path, method):
+    """Three prompts, so one process has two. A prompt per batch: then not even rounding tells the samples apart. The
+    reward is smooth; one that counts bytes, as JPEG's does, makes a step of a rounding error now and then.
+    """
+    (tmp_path / "smooth.py").write_text(
+        "def reward(images, prompts):\n    return images.mean((1, 2, 3)) * 10\n"
+    )
+    settings = {
+        "iterations": 10,
+        "reward": "smooth:reward",
+        "sampling__batch_size": 6,
+        **MEMORY.get(method, {}),
+    }
+    for name, processes in (("one", 1), ("two", 2)):
+        statuses, said = train(name, processes, **settings)
+        assert set(statuses) == {0}, said
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert one[0]["reward/mean"] == two[0]["reward/mean"]
+    assert one[0]["reward/kept_std"] == two[0]["reward/kept_std"]
+    pictures = [(tmp_path / name / "images/000001.png").read_bytes() for name in ("one", "two")]
+    assert pictures[0] == pictures[1]
+    for a, b in zip(one, two, strict=True):
+        counted = [name for name in a if name.startswith(("warning", "reference")) or name == "policy/pairs"]
+        assert {name: a[name] for name in counted} == {name: b[name] for name in counted}
+        for name in ("reward/mean", "diversity/kept_mean", "loss", "loss/kl", "policy/grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (name, a["iteration"])
+    start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 10)
+    assert (last - start).abs().max() > 5e-3
+    torch.testing.assert_close(weights(tmp_path / "two", 10), last, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_ended_in_one_process_and_resumed_ends_the_same(train, launch, tmp_path, number):
+    """A signal to the second process ends both: at once, or after the iteration, which both have done then."""
+    settings = {"advantage__baseline": "running", "advantage__min_history": 6}
+    statuses, said = train(
+        "parts", 2, send=number, until="parts/checkpoints/000002", iterations=500,
+        logging__checkpoint_every=2, **settings,
+    )  # fmt: skip
+    run = tmp_path / "parts"
+    if number == signal.SIGTERM:
+        # Whichever is gone first, the launcher ends the other, which has nothing left to do.
+        assert {143} <= set(statuses) <= {143, -signal.SIGTERM}, said
+        assert said.count("go on with: driftrl train --resume parts") == 1
+        assert len(metrics(run)) == int(max(p.name for p in (run / "checkpoints").iterdir()))
+    else:
+        assert statuses[1] == -signal.SIGKILL
+        assert statuses[0] not in (0, 1), said
+        assert "Traceback" not in said
+    done = int(max(p.name for p in (run / "checkpoints").iterdir()))
+    statuses, said = launch(tmp_path, 2, "train", "--resume", "parts", "--set", f"iterations={done + 2}")
+    assert statuses == [0, 0], said
+    statuses, said = train("whole", 2, iterations=done + 2, **settings)
+    assert statuses == [0, 0], said
+    assert_same_files(tmp_path / "whole", run, done + 2)
+
+
+def test_an_error_in_one_process_ends_all_with_one_message(train, tmp_path):
+    (tmp_path / "spoilt.py").write_text(
+        "import os\ncalls = []\n\ndef reward(images, prompts):\n    calls.append(1)\n"
+        "    if len(calls) == 3 and os.environ['RANK'] == '1':\n        raise ConnectionError('gone')\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    statuses, said = train(
+        "run", 2, iterations=9, reward="spoilt:reward", guards__reward_attempts=1,
+        logging__checkpoint_every=100,
+    )  # fmt: skip
+    assert statuses[0] == 3, said
+    assert statuses[1] != 0
+    assert said.count("driftrl:") == said.count("the reward failed once for") == 1, said
+    assert "Traceback" not in said
+    assert [line["iteration"] for line in metrics(tmp_path / "run")] == [1, 2]
+    assert (tmp_path / "run/checkpoints/000002/training.safetensors").is_file()
+
+
+def test_what_is_not_finite_in_one_process_is_skipped_by_all(train, tmp_path):
+    """The prompt belongs to one process; which one is no matter."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\na cow\na fox\n")
+    (tmp_path / "moody.py").write_text(
+        "import torch\n\ndef reward(images, prompts):\n"
+        "    scores = images.mean((1, 2, 3))\n"
+        "    scores[[prompt == 'a cow' for prompt in prompts]] = float('nan')\n    return scores\n"
+    )
+    settings = {"iterations": 4, "reward": "moody:reward", "prompts__set": str(prompts)}
+    for name, processes in (("one", 1), ("two", 2)):
+        statuses, said = train(name, processes, **settings)
+        assert set(statuses) == {0}, said
+    skipped = [[line["warning/skipped"] for line in metrics(tmp_path / name)] for name in ("one", "two")]
+    assert skipped[0] == skipped[1]
+    assert set(skipped[0]) == {0, 1}
+    assert said.count("a reward is not finite for 'a cow'") == 1
+    torch.testing.assert_close(weights(tmp_path / "two", 4), weights(tmp_path / "one", 4), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_evaluation_is_the_same(config, launch, tmp_path, processes):
+    """Of four processes one has no prompt."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na cow\n")
+    (tmp_path / "run.yaml").write_text(
+        dump_config(config(iterations=1, evaluation__prompts="prompts.txt", evaluation__images=4))
+    )
+    statuses, said = launch(tmp_path, 1, "train", "run.yaml", "--out", "run")
+    assert statuses == [0], said
+    found = []
+    for name, count in (("one", 1), ("several", processes)):
+        statuses, said = launch(tmp_path, count, "evaluate", "run", "--out", name)
+        assert set(statuses) == {0}, said
+        assert said.count("report.html") == 1
+        assert (tmp_path / name / "report.html").is_file()
+        assert len(list((tmp_path / name / "images").rglob("*.webp"))) == 6
+        found.append(load_evaluation(tmp_path / name))
+    one, several = found
+    assert one.settings == several.settings
+    for a, b in zip(one.points, several.points, strict=True):
+        assert a.figures.keys() == b.figures.keys()
+        for name in a.figures:
+            assert a.figures[name].per_prompt == pytest.approx(b.figures[name].per_prompt, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        pytest.param(
+            ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"], marks=pytest.mark.slow
+        ),
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_a_launcher_starts_it(train, config, tmp_path, launcher):
+    """A whole run as users start it, evaluation at the end included."""
+    settings = {
+        "evaluation__at_end": True, "evaluation__prompts": "animals8", "evaluation__images": 2,
+        "logging__trackers": ["tensorboard"],
+    }  # fmt: skip
+    statuses, said = train("forked", 2, **settings)
+    assert statuses == [0, 0], said
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        "-m",
+        "driftrl.cli.main",
+        "train",
+        "forked.yaml",
+        "--out",
+        "launched",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("done: launched") == 1
+    assert_same_files(tmp_path / "forked", tmp_path / "launched", 2)
+    assert load_evaluation(tmp_path / "launched").points == load_evaluation(tmp_path / "forked").points
+    assert len(list((tmp_path / "launched").glob("tensorboard/events*"))) == 1
+
+
+@pytest.mark.parametrize(("count", "size"), [(8, 1), (8, 2), (7, 3), (3, 3), (2, 4)])
+def test_shares_are_all_of_it_and_even(count, size):
+    shares = [range(count)[Team(rank, size).share(count)] for rank in range(size)]
+    assert [place for share in shares for place in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_each_pair_is_trained_on_by_one_process_in_the_same_step():
+    scored, objective = torch.tensor([True, True, True, False]), Objective(updates=3, epochs=2, timesteps=0.7)
+    whole = _passes(scored, 10, objective, (0, 5), range(10))
+    parts = [_passes(scored, 10, objective, (0, 5), mine) for mine in (range(4), range(4, 10))]
+    for steps, *shares in zip(whole, *parts, strict=True):
+        for (everything, count), *own in zip(steps, *shares, strict=True):
+            assert {n for _, n in own} == {count} == {len(everything.sample)}
+            found = [
+                pair
+                for first, (pairs, _) in zip((0, 4), own, strict=True)
+                for pair in zip((pairs.sample + first).tolist(), pairs.step.tolist(), strict=True)
+            ]
+            assert sorted(found) == sorted(
+                zip(everything.sample.tolist(), everything.step.tolist(), strict=True)
+            )
+
+
+def test_too_few_prompts_are_refused(config, tmp_path):
+    with pytest.raises(InputError, match=r"prompts\.per_iteration: expected at least 4"):
+        build_loop(config(), tmp_path, Team(0, 4))
+
+
+@pytest.mark.parametrize("what", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_launches_that_shard_weights_are_refused(monkeypatch, what):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(f"ACCELERATE_USE_{what}", "true")
+    with pytest.raises(InputError, match="shards prompts, not weights"):
+        join()
+
+
+def test_processes_that_no_launcher_started_are_refused(monkeypatch):
+    """Each would train alone, and think that it is all there is."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="start them with torchrun or accelerate launch"):
+        join()
