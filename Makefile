@@ -36,9 +36,13 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed  ## ratios, each measured in one run
 	$(BIN)/python benchmarks/vendi.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/floor.py
+	$(BIN)/python benchmarks/peers.py  # makes .venv-trl on first use; exits with 1 while a goal is missed
 
 figures: $(VENV)/installed  ## the figures of the documentation
 	$(BIN)/python docs/figures/dirac_delta.py
+	$(BIN)/python docs/figures/results.py
 
 tiny-animals: $(VENV)/installed  ## the embedded model, from registry packages (needs npm; hours)
 	cd tools && for stage in autoencoder denoiser scorer checker encoder check; do \
