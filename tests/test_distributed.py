@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from driftrl.build import build_loop
 from driftrl.checks import InputError
 from driftrl.config import dump_config
-from driftrl.distributed import Team, join
+from driftrl.distributed import ALONE, Team, join
 from driftrl.evaluation.evaluate import load_evaluation
 from driftrl.update import Objective, _passes
 
@@ -351,3 +351,17 @@ def test_processes_that_no_launcher_started_are_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="start them with torchrun or accelerate launch"):
         join()
+
+
+def test_a_launch_that_failed_is_not_in_the_way_of_the_next_run(monkeypatch):
+    from accelerate import PartialState
+
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="cannot meet|is here"):
+        join()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join() == ALONE
+    assert PartialState().is_main_process
+    PartialState._reset_state()

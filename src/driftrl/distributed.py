@@ -154,11 +154,13 @@ def join() -> Team:
     try:
         state = PartialState(cpu=on_cpu, backend="gloo" if on_cpu else "cuda:nccl,cpu:gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
+        PartialState._reset_state()  # half made, it would be in the way of whatever comes next in this process
         raise InputError(
             f"WORLD_SIZE is {size}, but the processes cannot meet: {str(error).splitlines()[0]}; start them with "
             "torchrun or accelerate launch"
         ) from error
     if state.num_processes != size:
+        PartialState._reset_state()
         raise InputError(
             f"WORLD_SIZE is {size}, but {state.num_processes} process is here; start them with torchrun or "
             "accelerate launch"
