@@ -149,18 +149,19 @@ def join() -> Team:
             )
     from accelerate import PartialState
 
+    environment = dict(os.environ)
     met = torch.distributed.is_initialized()
     on_cpu = not torch.cuda.is_available()
     try:
         state = PartialState(cpu=on_cpu, backend="gloo" if on_cpu else "cuda:nccl,cpu:gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
-        PartialState._reset_state()  # half made, it would be in the way of whatever comes next in this process
+        _forget(environment)
         raise InputError(
             f"WORLD_SIZE is {size}, but the processes cannot meet: {str(error).splitlines()[0]}; start them with "
             "torchrun or accelerate launch"
         ) from error
     if state.num_processes != size:
-        PartialState._reset_state()
+        _forget(environment)
         raise InputError(
             f"WORLD_SIZE is {size}, but {state.num_processes} process is here; start them with torchrun or "
             "accelerate launch"
@@ -168,6 +169,15 @@ def join() -> Team:
     if not met:  # left to the interpreter's end, its threads may be in the way
         atexit.register(state.destroy_process_group)
     return Team(state.process_index, state.num_processes, str(state.device))
+
+
+def _forget(environment: dict[str, str]) -> None:
+    """Undo what accelerate half did: it would be in the way of the next run in this Python."""
+    from accelerate import PartialState
+
+    PartialState._reset_state()
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def leads() -> bool:
