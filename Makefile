@@ -43,6 +43,7 @@ bench: $(VENV)/installed  ## ratios, each measured in one run
 figures: $(VENV)/installed  ## the figures of the documentation
 	$(BIN)/python docs/figures/dirac_delta.py
 	$(BIN)/python docs/figures/results.py
+	$(BIN)/python docs/figures/which_part.py
 
 tiny-animals: $(VENV)/installed  ## the embedded model, from registry packages (needs npm; hours)
 	cd tools && for stage in autoencoder denoiser scorer checker encoder check; do \
