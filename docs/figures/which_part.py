@@ -13,7 +13,7 @@ Four worlds. Rewards are two-humped, as the embedded model's are: a third of the
 - `hacked`: as `two humps`, and one picture in twenty scores best though it is among the worst. The front is drawn with
   the true reward.
 
-Draw the figure and print the table of docs/results.md:  python docs/figures/which_part.py   (half a minute)
+Draw the figure and print the tables of docs/results.md:  python docs/figures/which_part.py   (half a minute)
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from driftrl.shaping import (
 WORLDS = ("two humps", "odd failures", "wild rewards", "hacked")
 RATES = (0.25, 1.0, 4.0)
 SEEDS, PROMPTS, PICTURES = 8, 12, 64
+LEVEL = 0.5
+"""A reward that every rule reaches in the first world."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class World:
     """[SP, K]: the reward that training sees, but for noise of a standard deviation of 0.3."""
     true: Tensor
     """[SP, K]: the reward that is meant."""
+    fails: Tensor
+    """bool [SP, K]: the pictures of the lower hump."""
     wild: bool
 
 
@@ -111,11 +115,18 @@ def world(kind: str) -> World:
     if kind == "hacked":
         fooled = torch.rand(prompts, PICTURES, generator=draw) < 0.05
         trained, true = torch.where(fooled, 2.0, true), torch.where(fooled, -3.0, true)
-    return World(1 - features @ features.mT, 0.5 * logits, trained, true, kind == "wild rewards")
+    return World(1 - features @ features.mT, 0.5 * logits, trained, true, fails, kind == "wild rewards")
+
+
+def spread(place: World, chance: Tensor) -> Tensor:
+    """Expected distance [SP] of two pictures drawn with ``chance`` [SP, K]."""
+    return torch.einsum("pi,pij,pj->p", chance, place.distances, chance)
 
 
 def train(place: World, rule: Rule, rate: float, iterations: int, every: int, candidates: int = 16) -> Tensor:
-    """Curves [SEEDS, checkpoints, 2] of expected true reward and expected distance of two pictures."""
+    """Curves [SEEDS, checkpoints, 4]: expected true reward, expected distance of two pictures, share of failures, and
+    expected distance of two pictures that do not fail.
+    """
     draw = torch.Generator().manual_seed(1)
     logits, points = place.logits, []
     row = torch.arange(len(logits))[:, None]
@@ -123,8 +134,10 @@ def train(place: World, rule: Rule, rate: float, iterations: int, every: int, ca
         chance = logits.softmax(1)
         if iteration % every == 0:
             reward = (chance * place.true).sum(1)
-            variety = torch.einsum("pi,pij,pj->p", chance, place.distances, chance)
-            points.append(torch.stack([reward, variety], 1).unflatten(0, (SEEDS, PROMPTS)).mean(1))
+            failing, good = (chance * place.fails).sum(1), chance * ~place.fails
+            good = good / good.sum(1, keepdim=True)
+            figures = [reward, spread(place, chance), failing, spread(place, good)]
+            points.append(torch.stack(figures, 1).unflatten(0, (SEEDS, PROMPTS)).mean(1))
         drawn = chance.multinomial(candidates, replacement=True, generator=draw)
         noise = 0.3 * torch.randn(drawn.shape, generator=draw)
         if place.wild:
@@ -149,7 +162,7 @@ def train(place: World, rule: Rule, rate: float, iterations: int, every: int, ca
 
 def volumes(curves: Tensor) -> list[float]:
     """Of each seed, above its base model's reward and no variety."""
-    return [hypervolume(curve, (float(curve[0, 0]), 0.0)) for curve in curves]
+    return [hypervolume(curve, (float(curve[0, 0]), 0.0)) for curve in curves[..., :2]]
 
 
 def tuned(place: World, rule: Rule, iterations: int, candidates: int) -> tuple[float, Tensor]:
@@ -162,7 +175,8 @@ def tuned(place: World, rule: Rule, iterations: int, candidates: int) -> tuple[f
 def gained(curves: Tensor, against: Tensor) -> Interval | None:
     """Percent of variety at equal reward over that of ``against``; None where no reward is reached by both."""
     try:
-        gains = [gain_at_equal(*pair, "reward").relative or 0.0 for pair in zip(curves, against, strict=True)]
+        pairs = zip(curves[..., :2], against[..., :2], strict=True)
+        gains = [gain_at_equal(*pair, "reward").relative or 0.0 for pair in pairs]
     except InputError:
         return None
     return bootstrap_interval([100 * gain for gain in gains], level=0.9)
@@ -176,10 +190,19 @@ def cell(curves: Tensor, against: Tensor, kind: str) -> str:
     return text if gain is None else f"{text}; {gain.mean:+.0f}% ± {(gain.high - gain.low) / 2:.0f}"
 
 
+def composition(curves: Tensor, level: float) -> str:
+    """Where the mean reward first reaches ``level``: the share of failures, and how varied the others are."""
+    mean = curves.mean(0)
+    after = int((mean[:, 0] >= level).nonzero()[0])
+    share = (level - mean[after - 1, 0]) / (mean[after, 0] - mean[after - 1, 0])
+    _, _, failing, good = torch.lerp(mean[after - 1], mean[after], share).tolist()
+    return f"{100 * failing:.0f}% | {good:.2f}"
+
+
 def panel(axes: object, kind: str, found: dict[str, tuple[float, Tensor]], shown: tuple[str, ...]) -> None:
     """Fronts, means over seeds."""
     for name, colour in zip(shown, COLOURS, strict=False):
-        axes.plot(*found[name][1].mean(0).T.tolist(), color=colour, linewidth=1.6, label=name)
+        axes.plot(*found[name][1].mean(0)[:, :2].T.tolist(), color=colour, linewidth=1.6, label=name)
     axes.set_title(kind, fontsize=10, color=INK, loc="left")
     axes.set_xlabel("true reward" if kind == "hacked" else "reward", fontsize=8, color=MUTED)
     axes.tick_params(labelsize=7.5, colors=MUTED, length=2)
@@ -209,6 +232,13 @@ def main() -> None:
         for name, (_, curves) in found.items():
             rows[name].append(cell(curves, against, kind))
         panel(axes, kind, found, names)
+        if kind == "two humps":
+            plain = [rule.name for rule in RULES if not rule.ratio]
+            print(
+                f"| Rule, at a reward of {LEVEL} | Failures | Variety of the others |\n" + "| --- " * 3 + "|"
+            )
+            for name in plain:
+                print(f"| {name} | {composition(found[name][1], LEVEL)} |")
     places[0].set_ylabel("distance of two pictures", fontsize=8, color=MUTED)
     places[0].legend(fontsize=6.5, frameon=False, loc="lower left")
     canvas.savefig(args.out, metadata={"Software": None})

@@ -65,6 +65,17 @@ def test_selection_alone_keeps_no_variety_at_equal_reward(toy):
         assert toy.gained(_curves(toy, place, strategy), against).high < 0
 
 
+def test_a_window_narrows_the_good_and_leaves_the_failures(toy):
+    """At equal reward: what is never in the window is never pushed down."""
+    place = toy.world("two humps")
+    at = {}
+    for strategy in ("random", "concentrated"):
+        failing, good = toy.composition(_curves(toy, place, strategy, iterations=120), 0.3).split("% | ")
+        at[strategy] = float(failing), float(good)
+    assert at["concentrated"][0] > at["random"][0]
+    assert at["concentrated"][1] < at["random"][1]
+
+
 def test_selection_filters_pictures_that_fool_the_reward(toy):
     """GRPO ends below the true reward it started from; a concentrated selection ends above."""
     place = toy.world("hacked")
