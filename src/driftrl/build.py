@@ -39,6 +39,8 @@ REWARDS = (
     "tiny-animals", "pickscore", "hpsv2", "imagereward", "clipscore", "aesthetic", "compressibility",
     "incompressibility",
 )  # fmt: skip
+READ_THE_PROMPT = ("tiny-animals", "pickscore", "hpsv2", "clipscore", "imagereward")
+"""Rewards that say how well an image matches its prompt."""
 REWARD_DTYPES = ("auto", "float32", "bfloat16")
 WEIGHTS = {"pickscore": "yuvalkirstain/PickScore_v1", "clipscore": "openai/clip-vit-base-patch32"}
 """Where a reward's weights come from, unless it is asked for as NAME@FOLDER; the others are always asked so."""
@@ -308,6 +310,29 @@ def build_judges(config: TrainConfig, reward: Reward, towers: Towers | None = No
     return tuple(judge(name) for name in objective.kl_judges)
 
 
+def build_similarity(config: TrainConfig, reward: Reward, towers: Towers | None = None) -> Reward | None:
+    """What scores prompt-image similarity while prompts are noised in training; None where nothing does.
+
+    ``auto`` shares the CLIP model of the trained ``reward``, or is that reward.
+    """
+    spec = config.prompt_noise
+    if prompt_noise_of(config, "train").eta == 0 or spec.similarity == "none":
+        return None
+    name = spec.similarity
+    if name == "auto":
+        trained = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
+        reading = [one for one in trained if one.partition("@")[0] in READ_THE_PROMPT]
+        if reading and isinstance(config.reward, str):
+            return reward
+        if not reading and config.model.path != "tiny-animals":
+            return None
+        name = reading[0] if reading else "tiny-animals"
+    try:
+        return _guarded(config, name, {} if towers is None else towers, "prompt_noise.similarity")
+    except InputError as error:
+        raise InputError(str(error).replace("reward:", "prompt_noise.similarity:", 1)) from error
+
+
 def build_encoder(name: str, device: torch.device, policy: Policy | None = None) -> Encoder:
     """An image encoder by name.
 
@@ -427,6 +452,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
         config.model_dump(mode="json"),
         build_judges(config, reward, towers),
         team,
+        build_similarity(config, reward, towers),
     )
 
 

@@ -157,6 +157,10 @@ class PromptNoiseConfig(Section):
     """Strength of the noise on the prompt embedding, in units of its root mean square."""
     schedule: Literal["linear", "constant", "cosine", "cads"] = "linear"
     where: Literal["train", "test", "both", "neither"] = "train"
+    similarity: str = "auto"
+    """What scores prompt-image similarity, to warn of noise in training that is too strong: the name of a reward;
+    `none`, not to check; or `auto`: the trained reward if it is a model that reads the prompt (pickscore, hpsv2,
+    clipscore, imagereward), else, for the embedded model, the embedded one."""
 
 
 class AdvantageConfig(Section):

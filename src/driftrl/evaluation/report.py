@@ -101,6 +101,14 @@ FIRED = {
         "Shaping had nothing to tell apart there: the encoder may not see the differences, or the images are "
         "all the same.",
     ),
+    "warning/prompt_noise": (
+        "Looks at the noise on the prompt that found it too strong",
+        "It took more than a tenth of the prompt-image similarity that a prompt gives: lower prompt_noise.eta.",
+    ),
+    "warning/skipped": (
+        "Iterations whose update was skipped",
+        "A latent, reward, loss or gradient in them was not finite; the weights were left as they were.",
+    ),
 }
 
 
