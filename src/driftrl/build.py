@@ -117,6 +117,7 @@ def load_pipeline(model: ModelConfig) -> Any:
     if not folder.exists() and looks_local:
         raise InputError(
             f"model.path: expected 'tiny-animals', a pipeline folder or a hub name; {path!r} is none"
+            f"{nearest(path, ['tiny-animals'])}"
         )
     bars, verbosity = diffusers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     diffusers_logging.disable_progress_bar()
@@ -350,6 +351,12 @@ def build_encoder(name: str, device: torch.device, policy: Policy | None = None)
         one_of("shaping.encoder", name, (*POLICY_ENCODERS, *DREAMSIM))
         return _policy_encoder(name, policy)
     path = str(TINY_ANIMALS / "encoder") if name == "tiny-animals" else name
+    if "/" not in path and not Path(path).exists():  # not worth asking the hub, whose names have an owner
+        known = ("tiny-animals", *POLICY_ENCODERS, *DREAMSIM)
+        raise InputError(
+            f"shaping.encoder: expected one of {', '.join(known)}, a folder or a hub name as owner/model; got "
+            f"{name!r}{nearest(name, known)}"
+        )
     try:
         return TransformersEncoder(path, device)
     except (OSError, ValueError) as error:

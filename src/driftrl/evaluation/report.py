@@ -71,6 +71,11 @@ METRICS = {
         headline=True,
         variety=True,
     ),
+    "diversity/latents": Metric(
+        "latent diversity",
+        "The same by the model's own autoencoder: neither a reward nor, unless told to, shaping uses it.",
+        variety=True,
+    ),
     "recall": Metric(
         "recall",
         "Share of the base model's images that lie within what the tuned model draws. The base model's own "
