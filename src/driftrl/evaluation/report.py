@@ -37,7 +37,8 @@ from driftrl.evaluation.results import read_metrics
 from driftrl.files import write_text
 from driftrl.prompts import prompt_sets
 
-COLOURS = 6
+COLOURS = 16
+"""Colours of methods in the style sheet (look.css); beyond them colour and shape come again."""
 PART = re.compile(r"reward/.+/mean")
 """One of several rewards in metrics.jsonl."""
 FIRST = 8
