@@ -233,7 +233,13 @@ def build_reward(
         return reward
     plugins = {point.name: point for point in entry_points(group="driftrl.rewards")}
     if name in plugins:
-        return plugins[name].load()
+        try:
+            plugin: Reward = plugins[name].load()
+        except (ImportError, AttributeError) as error:
+            raise InputError(
+                f"reward: {name!r} cannot be loaded from its entry point {plugins[name].value}: {error}"
+            ) from error
+        return plugin
     known = (*REWARDS, *plugins)
     raise InputError(
         f"reward: expected one of {', '.join(known)}, module:function, or http://host:port; "
