@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from driftrl.checks import InputError
-from driftrl.conditioning import NOISE_SCHEDULES, annealed_noise
+from driftrl.conditioning import LOST, NOISE_SCHEDULES, annealed_noise, noise_cost
 
 
 def _normal(*shape: int, seed: int, dtype=torch.float64) -> torch.Tensor:
@@ -117,3 +117,45 @@ def test_refuses_what_it_cannot_use(change, says):
     arguments = {"embeds": E, "noise": NOISE, "timesteps": TIMES, "eta": 0.1} | change
     with pytest.raises(InputError, match=says):
         annealed_noise(**arguments)
+
+
+CLEAN = 10 + _normal(8, seed=2)
+UNRELATED = 2 + _normal(8, seed=3)
+
+
+def test_what_noise_costs_is_a_share_of_what_the_prompt_gives():
+    for share in (0.0, 0.5, 1.0):
+        cost = noise_cost(CLEAN - share * (CLEAN - UNRELATED), CLEAN, UNRELATED)
+        assert cost.lost == pytest.approx(share)
+        assert cost.without == pytest.approx(float(CLEAN.mean()))
+        assert cost.falls == (share > LOST)
+
+
+def test_the_cost_is_the_same_in_any_unit_of_similarity():
+    noised = CLEAN - 3 + _normal(8, seed=4)
+    here, there = (
+        noise_cost(noised, CLEAN, UNRELATED),
+        noise_cost(*(0.01 * x - 7 for x in (noised, CLEAN, UNRELATED))),
+    )
+    assert here.lost == pytest.approx(there.lost)
+    assert here.falls
+    assert there.falls
+
+
+def test_chance_is_no_fall():
+    """One image of eight that lost everything, and images that match no prompt at all."""
+    once = CLEAN.clone()
+    once[3] = UNRELATED[3]
+    assert LOST < noise_cost(once, CLEAN, UNRELATED).lost < 0.2
+    assert not noise_cost(once, CLEAN, UNRELATED).falls
+    assert not noise_cost(CLEAN - 5, CLEAN, CLEAN).falls
+    assert math.isnan(noise_cost(CLEAN - 5, CLEAN, CLEAN).lost)
+    assert not noise_cost(CLEAN * math.nan, CLEAN, UNRELATED).falls
+
+
+@pytest.mark.parametrize(
+    "wrong", [(CLEAN, CLEAN[1:], UNRELATED), (CLEAN, CLEAN, UNRELATED[1:]), (CLEAN[:1],) * 3]
+)
+def test_the_cost_wants_equally_many_scores(wrong):
+    with pytest.raises(InputError, match="expected shape"):
+        noise_cost(*wrong)

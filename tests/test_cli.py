@@ -1,10 +1,12 @@
 """The command line as a stranger would misuse it: one message, exit status 2, nothing written."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
+from driftrl import __version__
 from driftrl.config import dump_config
 
 
@@ -25,6 +27,13 @@ def settings(config, tmp_path):
     [
         ("selection.stratgy=top", "did you mean 'strategy'"),
         ("optimiser.learning_rate=1", "did you mean 'optimizer'"),
+        ("optimizer.lr=1", "did you mean 'learning_rate'"),
+        ("learning_rate=1", "did you mean 'optimizer.learning_rate'"),
+        ("learningrate=1", "did you mean 'optimizer.learning_rate'"),
+        ("batch_size=1", "did you mean 'sampling.batch_size' or 'optimizer.batch_size'"),
+        ("model.path=tiny-animal", "did you mean 'tiny-animals'"),
+        ("shaping.encoder=dreamsm", "did you mean 'dreamsim'"),
+        ("prompt_noise.similarity=pickscor", "did you mean 'pickscore'"),
         ("iterations=many", "expected a valid integer"),
         ("selection.keep=9", "at most sampling.candidates (6)"),
         ("prompts.set=nowhere.txt", "nowhere.txt"),
@@ -91,5 +100,77 @@ def test_missing_configuration_file(tmp_path):
     assert "none.yaml" in result.stderr
 
 
-def test_help_shows_examples():
-    assert "driftrl train --resume" in driftrl("train", "--help").stdout
+COMMANDS = (
+    "train",
+    "estimate",
+    "sample",
+    "evaluate",
+    "compare",
+    "judge",
+    "experiment",
+    "serve-reward",
+    "doctor",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_examples(command):
+    text = driftrl(command, "--help").stdout
+    examples = text.partition("Examples:")[2]
+    assert f"   driftrl {command}" in examples  # set off from the text
+
+
+def test_help_names_every_command():
+    text = driftrl("--help").stdout
+    assert all(command in text for command in COMMANDS)
+
+
+def test_version():
+    assert driftrl("--version").stdout == f"driftrl {__version__}\n"
+
+
+def refused(*arguments, cwd=None):
+    result = driftrl(*arguments, cwd=cwd)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    return " ".join(re.sub("[\u2500-\u257f]", " ", result.stderr).split())
+
+
+def test_a_setting_given_as_an_option_is_explained():
+    assert "--set optimizer.learning_rate=VALUE" in refused("train", "--learning-rate", "1e-3")
+    assert "--set iterations=VALUE" in refused("estimate", "--iterations", "3")
+    assert "--set" not in refused("train", "--nonsense").partition("No such option")[2]
+
+
+def test_an_equals_sign_that_was_forgotten():
+    assert "expected key=value" in refused("train", "--set", "iterations", "3")
+
+
+def test_a_plan_is_no_configuration_and_the_other_way_round(settings, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("name: both\nmethods: []\n")
+    assert f"driftrl experiment {plan}" in refused("train", plan)
+    assert f"driftrl train {settings}" in refused("experiment", settings, "--dry-run")
+
+
+def test_runs_and_their_parts_taken_for_each_other(settings, tmp_path):
+    run = tmp_path / "runs" / "mine"
+    checkpoint = run / "checkpoints" / "000001"
+    checkpoint.mkdir(parents=True)
+    (run / "config.yaml").write_text(settings.read_text())
+    assert f"--resume {run}" in refused("train", run)
+    assert f"--resume {run}" in refused("train", "--resume", checkpoint)
+    for command in (["sample", "--prompt", "a cat"], ["evaluate"]):
+        assert "did you mean 'mine'" in refused(*command, "runs/mien", cwd=tmp_path)
+        assert "are the runs mine" in refused(*command, "runs", cwd=tmp_path)
+    assert list(tmp_path.rglob("*.png")) == []
+
+
+@pytest.mark.parametrize("out", [".", "grid.jpg", "file.txt/grid.png"])
+def test_a_picture_that_cannot_be_written(tmp_path, pipeline_folder, out):
+    (tmp_path / "file.txt").write_text("")
+    told = refused(
+        "sample", pipeline_folder, "-p", "a cat", "-n", 1, "--steps", 2, "--out", out, cwd=tmp_path
+    )
+    assert f"--out: {out}" in told or f"got {out}" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]

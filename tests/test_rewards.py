@@ -78,3 +78,35 @@ def test_unknown_names():
         build_reward("compresibility", torch.device("cpu"))
     with pytest.raises(InputError, match=r"shaping\.encoder"):
         build_encoder("./nowhere", torch.device("cpu"))
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """A distribution as pip would have installed it, with one good entry point and one whose module is not there."""
+    info = tmp_path / "my_rewards-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-rewards\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[driftrl.rewards]\nbluest = my_rewards_of_a_test:blue\nbroken = no_such_module_at_all:score\n"
+    )
+    (tmp_path / "my_rewards_of_a_test.py").write_text(
+        "def blue(images, prompts):\n    return images[:, 2].mean((1, 2))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_a_reward_by_entry_point(plugin):
+    images = torch.rand(3, 3, 4, 4)
+    torch.testing.assert_close(
+        build_reward("bluest", torch.device("cpu"))(images, [""] * 3), images[:, 2].mean((1, 2))
+    )
+
+
+def test_an_entry_point_is_among_the_names_that_are_suggested(plugin):
+    with pytest.raises(InputError, match="did you mean 'bluest'"):
+        build_reward("blues", torch.device("cpu"))
+
+
+def test_an_entry_point_that_cannot_be_loaded_is_bad_input(plugin):
+    with pytest.raises(InputError, match=r"reward: 'broken' cannot be loaded.*no_such_module_at_all"):
+        build_reward("broken", torch.device("cpu"))

@@ -1,6 +1,9 @@
 """The whole loop on random weights: deterministic, resumable, invariant to batches, and it learns."""
 
 import json
+import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,11 @@ from safetensors.torch import load_file
 from driftrl import Trainer, noise
 from driftrl.build import build_loop, load_pipeline
 from driftrl.checkpoint import CheckpointWarning, newest
+from driftrl.checks import InputError
 from driftrl.config import load_config
 from driftrl.evaluation.generate import generate, open_policy
-from driftrl.trainer import RewardWarning
+from driftrl.shaping import DiversityWarning
+from driftrl.trainer import NOISE_CHECKED_EVERY, PromptNoiseWarning, RewardWarning
 from driftrl.update import training_pairs
 
 
@@ -123,6 +128,99 @@ def test_constant_rewards_teach_nothing_and_do_not_crash(config, tmp_path):
     assert seen[0].metrics["warning/constant_reward_groups"] == 3
     for old, new in zip(before, loop.policy.parameters(), strict=True):
         assert torch.equal(old, new)
+
+
+def test_each_warning_is_said_once_and_counted_every_time(config, tmp_path):
+    loop, seen = build_loop(config(iterations=3), tmp_path), []
+    loop.reward = lambda images, prompts: torch.ones(len(images))
+    loop.encoder = lambda images: torch.ones(len(images), 2)
+    with pytest.warns(UserWarning) as caught:
+        loop.run(3, seen.append)
+    assert sorted(w.category.__name__ for w in caught) == ["DiversityWarning", "RewardWarning"]
+    assert {w.category for w in caught} == {DiversityWarning, RewardWarning}
+    for kind in ("reward", "diversity"):
+        assert [i.metrics[f"warning/constant_{kind}_groups"] for i in seen] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(("lost", "falls"), [(0.0, 0), (4.0, 1)])
+def test_noise_that_costs_similarity_is_logged_and_said_once(config, tmp_path, lost, falls):
+    loop, seen = build_loop(config(iterations=NOISE_CHECKED_EVERY + 1), tmp_path), []
+    assert loop.similarity is None  # neither the reward nor the model brings one
+    asked = []
+
+    def similarity(images, prompts):
+        """With the noise, without it, and to other prompts, in turn."""
+        asked.append((images, list(prompts)))
+        return torch.full((len(images),), (2.0, 10.0 - lost, 10.0)[len(asked) % 3])
+
+    loop.similarity = similarity
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loop.run(NOISE_CHECKED_EVERY + 1, seen.append)
+    assert [w.category for w in caught] == [PromptNoiseWarning] * falls
+    looked = [i.number for i in seen if "prompt_noise/lost" in i.metrics]
+    assert looked == [1, NOISE_CHECKED_EVERY + 1]
+    for iteration in (seen[0], seen[-1]):
+        assert iteration.metrics["prompt_noise/similarity_without"] == pytest.approx(10.0)
+        assert iteration.metrics["prompt_noise/lost"] == pytest.approx(lost / 8)
+        assert iteration.metrics["warning/prompt_noise"] == falls
+    (noised, own), (clean, again), (same, other) = asked[:3]
+    assert len(noised) == 3 * 3  # at least 8 of 3 prompts
+    assert own == again == [text for text in seen[0].prompts for _ in range(3)]
+    assert all(a != b for a, b in zip(own, other, strict=True))
+    assert torch.equal(noised, seen[0].images[:, :3].flatten(0, 1))
+    assert clean is same
+    assert not torch.equal(clean, noised)
+
+
+def test_without_noise_the_same_candidates_are_drawn_again(config, tmp_path):
+    """A noise of almost nothing leaves the images as they are: everything else about them is the same."""
+    loop, seen = build_loop(config(iterations=1, prompt_noise__eta=1e-6), tmp_path), []
+    asked = []
+    loop.similarity = lambda images, prompts: asked.append(images) or images.mean((1, 2, 3))
+    loop.run(1, seen.append)
+    torch.testing.assert_close(asked[0], asked[1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("changes", [{"prompt_noise__eta": 0.0}, {"prompt_noise__where": "test"}])
+def test_without_noise_in_training_nothing_is_looked_at(config, tmp_path, changes):
+    assert build_loop(config(prompt_noise__similarity="tiny-animals", **changes), tmp_path).similarity is None
+
+
+def test_what_scores_similarity(config, tmp_path):
+    loop = build_loop(config(reward="tiny-animals"), tmp_path)
+    assert loop.similarity is loop.reward
+    several = [{"name": "incompressibility"}, {"name": "tiny-animals", "weight": 0.5}]
+    loop = build_loop(config(reward=several), tmp_path)
+    assert loop.similarity.reward.tower is loop.reward.rewards[1].reward.tower
+    assert (
+        build_loop(config(reward="tiny-animals", prompt_noise__similarity="none"), tmp_path).similarity
+        is None
+    )
+    with pytest.raises(InputError, match=r"prompt_noise\.similarity: .*did you mean 'tiny-animals'"):
+        build_loop(config(prompt_noise__similarity="tiny-animal"), tmp_path)
+
+
+def test_every_logged_name_is_documented(config, tmp_path):
+    several = [{"name": "incompressibility"}, {"name": "tiny-animals", "weight": 0.5}]
+    run = Trainer(config(iterations=1, reward=several), tmp_path / "run").run()
+    text = (
+        (Path(__file__).parents[1] / "docs" / "metrics.md")
+        .read_text("utf-8")
+        .partition("## evaluation.json")[0]
+    )
+    documented = {
+        name
+        for line in text.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`([^`]+)`", line)
+    }
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        names = {re.sub(r"^reward/[\w-]+/mean$", "reward/NAME/mean", name) for name in json.loads(line)}
+        assert "prompt_noise/lost" in names
+        assert names <= documented
+    timed = json.loads((run / "timings.jsonl").read_text().splitlines()[0]).keys() - {"iteration"}
+    assert timed == set(re.findall(r"`(\w+)`", re.search(r"\(seconds of (.*?)\)", text)[1]))
 
 
 @pytest.mark.parametrize("choice", ["noisiest", "random"])

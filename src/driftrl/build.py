@@ -39,6 +39,8 @@ REWARDS = (
     "tiny-animals", "pickscore", "hpsv2", "imagereward", "clipscore", "aesthetic", "compressibility",
     "incompressibility",
 )  # fmt: skip
+READ_THE_PROMPT = ("tiny-animals", "pickscore", "hpsv2", "clipscore", "imagereward")
+"""Rewards that say how well an image matches its prompt."""
 REWARD_DTYPES = ("auto", "float32", "bfloat16")
 WEIGHTS = {"pickscore": "yuvalkirstain/PickScore_v1", "clipscore": "openai/clip-vit-base-patch32"}
 """Where a reward's weights come from, unless it is asked for as NAME@FOLDER; the others are always asked so."""
@@ -115,6 +117,7 @@ def load_pipeline(model: ModelConfig) -> Any:
     if not folder.exists() and looks_local:
         raise InputError(
             f"model.path: expected 'tiny-animals', a pipeline folder or a hub name; {path!r} is none"
+            f"{nearest(path, ['tiny-animals'])}"
         )
     bars, verbosity = diffusers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     diffusers_logging.disable_progress_bar()
@@ -230,7 +233,13 @@ def build_reward(
         return reward
     plugins = {point.name: point for point in entry_points(group="driftrl.rewards")}
     if name in plugins:
-        return plugins[name].load()
+        try:
+            plugin: Reward = plugins[name].load()
+        except (ImportError, AttributeError) as error:
+            raise InputError(
+                f"reward: {name!r} cannot be loaded from its entry point {plugins[name].value}: {error}"
+            ) from error
+        return plugin
     known = (*REWARDS, *plugins)
     raise InputError(
         f"reward: expected one of {', '.join(known)}, module:function, or http://host:port; "
@@ -308,6 +317,29 @@ def build_judges(config: TrainConfig, reward: Reward, towers: Towers | None = No
     return tuple(judge(name) for name in objective.kl_judges)
 
 
+def build_similarity(config: TrainConfig, reward: Reward, towers: Towers | None = None) -> Reward | None:
+    """What scores prompt-image similarity while prompts are noised in training; None where nothing does.
+
+    ``auto`` shares the CLIP model of the trained ``reward``, or is that reward.
+    """
+    spec = config.prompt_noise
+    if prompt_noise_of(config, "train").eta == 0 or spec.similarity == "none":
+        return None
+    name = spec.similarity
+    if name == "auto":
+        trained = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
+        reading = [one for one in trained if one.partition("@")[0] in READ_THE_PROMPT]
+        if reading and isinstance(config.reward, str):
+            return reward
+        if not reading and config.model.path != "tiny-animals":
+            return None
+        name = reading[0] if reading else "tiny-animals"
+    try:
+        return _guarded(config, name, {} if towers is None else towers, "prompt_noise.similarity")
+    except InputError as error:
+        raise InputError(str(error).replace("reward:", "prompt_noise.similarity:", 1)) from error
+
+
 def build_encoder(name: str, device: torch.device, policy: Policy | None = None) -> Encoder:
     """An image encoder by name.
 
@@ -325,6 +357,12 @@ def build_encoder(name: str, device: torch.device, policy: Policy | None = None)
         one_of("shaping.encoder", name, (*POLICY_ENCODERS, *DREAMSIM))
         return _policy_encoder(name, policy)
     path = str(TINY_ANIMALS / "encoder") if name == "tiny-animals" else name
+    if "/" not in path and not Path(path).exists():  # not worth asking the hub, whose names have an owner
+        known = ("tiny-animals", *POLICY_ENCODERS, *DREAMSIM)
+        raise InputError(
+            f"shaping.encoder: expected one of {', '.join(known)}, a folder or a hub name as owner/model; got "
+            f"{name!r}{nearest(name, known)}"
+        )
     try:
         return TransformersEncoder(path, device)
     except (OSError, ValueError) as error:
@@ -427,6 +465,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
         config.model_dump(mode="json"),
         build_judges(config, reward, towers),
         team,
+        build_similarity(config, reward, towers),
     )
 
 

@@ -22,8 +22,19 @@ class RunFailedError(RuntimeError):
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the allowed name nearest to ``name``, or an empty string."""
-    close = get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    """Return ``"; did you mean 'x'?"`` for the allowed name nearest to ``name``, or an empty string.
+
+    Nearest in spelling, or the one of these initials.
+
+    Example:
+        >>> from driftrl.checks import nearest
+        >>> nearest("lr", ["learning_rate", "betas"])
+        "; did you mean 'learning_rate'?"
+    """
+    options = list(allowed)
+    close = get_close_matches(name, options, n=1, cutoff=0.5) or [
+        option for option in options if "".join(word[:1] for word in option.split("_")) == name
+    ]
     return f"; did you mean '{close[0]}'?" if close else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,22 @@ from torch import Tensor
 from driftrl.checks import InputError, at_least, has_shape, one_of
 
 NOISE_SCHEDULES: tuple[str, ...] = ("linear", "constant", "cosine", "cads")
+LOST = 0.1
+"""Share of the similarity that a prompt gives its images beyond which noise on the prompt is too strong."""
+
+
+@dataclass(frozen=True)
+class NoiseCost:
+    """What noise on the prompt does to prompt-image similarity; see `noise_cost`."""
+
+    similarity: float
+    """Mean over images drawn with the noise."""
+    without: float
+    """Mean over the same images drawn without it."""
+    lost: float
+    """Share lost of what the prompt gives; NaN where images match their prompts no better than others."""
+    falls: bool
+    """Whether that is more than `LOST`, and more than chance."""
 
 
 def annealed_noise(
@@ -108,3 +125,39 @@ def _with_moments_of(target: Tensor, values: Tensor) -> Tensor:
     target_mean = target.mean(dim=dims, keepdim=True)
     target_std = (target - target_mean).square().mean(dim=dims, keepdim=True).sqrt()
     return centred * (target_std / std.clamp(min=torch.finfo(std.dtype).tiny)) + target_mean
+
+
+def noise_cost(noised: Tensor, clean: Tensor, unrelated: Tensor) -> NoiseCost:
+    """How much of prompt-image similarity the noise on the prompt costs, in units that every scorer has.
+
+    What a prompt gives its images is how much better they match it than another prompt. The noise is too strong where
+    it takes more than `LOST` of that, ``mean(clean - noised) / mean(clean - unrelated)``, and both differences are
+    more than two standard errors above 0.
+
+    Args:
+        noised: [n], similarity to their prompts of images drawn with noise on the prompt; n >= 2.
+        clean: [n], of the same images drawn without it, from the same noise otherwise.
+        unrelated: [n], of the clean images to other prompts.
+
+    Raises:
+        InputError: if the shapes are not [n] or n is below 2.
+
+    Source: ours; DRIFT (arXiv 2601.12401) warns of noise that is too large, as we have it without a measure.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.conditioning import noise_cost
+        >>> cost = noise_cost(torch.tensor([5.0, 6.0]), torch.tensor([8.0, 8.0]), torch.tensor([2.0, 4.0]))
+        >>> cost.lost, cost.falls
+        (0.5, True)
+    """
+    for name, scores in (("noised", noised), ("clean", clean), ("unrelated", unrelated)):
+        if has_shape(name, scores, "[n]").shape != noised.shape or len(scores) < 2:
+            raise InputError(
+                f"{name}: expected shape [n], n >= 2, as noised has it ({list(noised.shape)}); got {list(scores.shape)}"
+            )
+    noised, clean, unrelated = noised.double(), clean.double(), unrelated.double()
+    loss, gift = clean - noised, clean - unrelated
+    lost = float(loss.mean() / gift.mean()) if float(gift.mean()) > 0 else math.nan
+    sure = all(bool(d.mean() > 2 * d.std() / len(d) ** 0.5) for d in (loss, gift))
+    return NoiseCost(float(noised.mean()), float(clean.mean()), lost, lost > LOST and sure)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import (
@@ -157,6 +157,10 @@ class PromptNoiseConfig(Section):
     """Strength of the noise on the prompt embedding, in units of its root mean square."""
     schedule: Literal["linear", "constant", "cosine", "cads"] = "linear"
     where: Literal["train", "test", "both", "neither"] = "train"
+    similarity: str = "auto"
+    """What scores prompt-image similarity, to warn of noise in training that is too strong: the name of a reward;
+    `none`, not to check; or `auto`: the trained reward if it is a model that reads the prompt (pickscore, hpsv2,
+    clipscore, imagereward), else, for the embedded model, the embedded one."""
 
 
 class AdvantageConfig(Section):
@@ -396,13 +400,22 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
         InputError: naming each bad key, what was given, what is allowed and the nearest valid name; for a base
             that cannot be read, or files that are each other's base.
     """
-    data, source = read_config(path) if path is not None else ({}, "configuration")
-    for override in overrides or []:
+    pairs = []
+    for override in (
+        overrides or []
+    ):  # before any file is read: what was meant for --set may have become its name
         key, sign, text = override.partition("=")
         if not sign or not key.strip():
             raise InputError(
                 f"--set: expected key=value, such as optimizer.learning_rate=1e-3; got {override!r}"
             )
+        pairs.append((key, text))
+    data, source = read_config(path) if path is not None else ({}, "configuration")
+    if "methods" in data:
+        raise InputError(
+            f"{path}: expected the configuration of a run; got a plan of several: driftrl experiment {path}"
+        )
+    for key, text in pairs:
         try:
             value = _parse_yaml(text)
         except (yaml.YAMLError, ValueError) as error:
@@ -528,19 +541,48 @@ def _parse_yaml(text: str) -> Any:
         loader.dispose()
 
 
+def setting_like(option: str) -> str:
+    """The dotted key that a command line option such as ``--iterations`` stands for; "" if there is none.
+
+    Example:
+        >>> from driftrl.config import setting_like
+        >>> setting_like("--learning-rate"), setting_like("--nothing")
+        ('optimizer.learning_rate', '')
+    """
+    name = option.lstrip("-").replace("-", "_")
+    return next((k for ks in _by_leaf(TrainConfig).values() for k in ks if name in (k, k.split(".")[-1])), "")
+
+
+def _by_leaf(section: Any, prefix: str = "") -> dict[str, list[str]]:
+    """The dotted keys of a section and those in it, by the last part of each."""
+    found: dict[str, list[str]] = {}
+    for name, field in section.model_fields.items():
+        found.setdefault(name, []).append(f"{prefix}{name}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            for leaf, keys in _by_leaf(field.annotation, f"{prefix}{name}.").items():
+                found.setdefault(leaf, []).extend(keys)
+    return found
+
+
 def _explain(problem: Any, root: type[Section]) -> str:
     place = [part for part in problem["loc"] if part not in _TAGS]
     key = ".".join(str(part) for part in place)
     given, context = problem.get("input"), problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
-        section: Any = root
+        leaf, section = str(place[-1]), cast(Any, root)
         if root is TrainConfig and place[0] == "reward":
             section, place = RewardPart, place[-1:]
         for part in place[:-1]:
             # A number is a place in a list.
             section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
-        names = list(section.model_fields)
-        return f"{key}: no such key{nearest(str(place[-1]), names)}; allowed here: {', '.join(names)}"
+        names, known = list(section.model_fields), _by_leaf(root)
+        elsewhere = " or ".join(f"'{dotted}'" for dotted in known.get(leaf, ()))
+        hint = f"; did you mean {elsewhere}?" if elsewhere else nearest(leaf, names)
+        if not hint:
+            hint = nearest(leaf, known)
+            for name, dotted in known.items():
+                hint = hint.replace(f"'{name}'", f"'{dotted[0]}'")
+        return f"{key}: no such key{hint}{' A' if hint else '; a'}llowed here: {', '.join(names)}"
     if problem["type"] == "model_type":
         return f"{key}: expected keys and values; got {given!r}"
     if problem["type"] == "missing":

@@ -98,7 +98,7 @@ def standing_of(loop: TrainingLoop) -> Standing:
     model = _bytes(parts)
     if on_cpu and isinstance(policy.weights, FullWeights):
         model += gradients_of(loop)  # the weights that training started from wait in main memory
-    rewards = (loop.reward, *loop.judges, loop.encoder)
+    rewards = (loop.reward, *loop.judges, loop.encoder, loop.similarity)
     instruments = [m for r in rewards for m in _modules(r) if m not in parts]
     tensors = [conditioning.embeds, conditioning.null_embeds, *conditioning.extra.values()]
     embeddings = sum(t.numel() * t.element_size() for t in tensors)
@@ -326,10 +326,12 @@ def _read(modules: list[Any]) -> None:
 
 def _modules(owner: Any) -> list[nn.Module]:
     """The networks that a reward or an encoder holds, or one that it wraps."""
-    inner = [] if not hasattr(owner, "reward") else _modules(owner.reward)
-    return inner + [
-        value for value in getattr(owner, "__dict__", {}).values() if isinstance(value, nn.Module)
-    ]
+    held = getattr(owner, "__dict__", {})
+    inner = [held[name] for name in ("reward", "tower") if name in held] + list(held.get("rewards", ()))
+    own = [value for value in held.values() if isinstance(value, nn.Module)]
+    return list(
+        {id(module): module for module in (*own, *(m for one in inner for m in _modules(one)))}.values()
+    )
 
 
 def _status(name: str) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from driftrl import checkpoint, prompts
 from driftrl.advantages import AdvantageRule, advantages_of
 from driftrl.checkpoint import Position
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
+from driftrl.conditioning import noise_cost
 from driftrl.distributed import ALONE, Team
 from driftrl.diversity.functional import pairwise_distances
 from driftrl.memory import Memory
@@ -28,9 +30,20 @@ from driftrl.noise import generator
 from driftrl.objectives.gate import Anchor, gate, reward_disagreement
 from driftrl.rollout import PromptNoise, rollout
 from driftrl.selection import select
-from driftrl.shaping import Shaping, diversity_bonus, group_diversity, shape_at_advantage, shape_at_reward
+from driftrl.shaping import (
+    DiversityWarning,
+    Shaping,
+    diversity_bonus,
+    group_diversity,
+    shape_at_advantage,
+    shape_at_reward,
+)
 from driftrl.types import Conditioning, Encoder, Policy, Reward, Rollout
 from driftrl.update import Objective, update
+
+NOISE_CHECKED_EVERY, NOISE_PROBES = 10, 8
+"""Iterations between looks at what the noise on the prompt costs, the first one included, and the images drawn
+again without it: at least so many."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,10 @@ class RewardWarning(UserWarning):
     """All kept candidates of a prompt have the same reward, so they teach nothing (design 2.6)."""
 
 
+class PromptNoiseWarning(UserWarning):
+    """The noise on the prompt is so strong that images no longer match the prompt (design 2.6)."""
+
+
 class NotFiniteWarning(UserWarning):
     """An iteration's update was skipped, for something in it was NaN or infinite."""
 
@@ -97,11 +114,13 @@ class TrainingLoop:
         configuration: dict[str, Any] | None = None,
         judges: tuple[Reward, ...] = (),
         team: Team = ALONE,
+        similarity: Reward | None = None,
     ) -> None:
         """Take over built objects; ``checkpoints`` is the folder that checkpoints go to, each with
         ``configuration``. ``judges`` are rewards whose disagreement with ``reward`` decides whom the divergence
         holds (`driftrl.objectives.gate`); with none it holds every sample.
         The processes of ``team`` share the prompts of each iteration out; the first one writes checkpoints.
+        ``similarity`` of image and prompt shows whether the noise on the prompt is too strong; None does not look.
         """
         self.policy, self.reward, self.encoder, self.prompt_set = policy, reward, encoder, prompt_set
         self.method, self.objective, self.optimizer, self.checkpoints = (
@@ -112,12 +131,14 @@ class TrainingLoop:
         )
         self.seed, self.prompts_per_iteration, self.rollout_batch = seed, prompts_per_iteration, rollout_batch
         self.checkpoint_every, self.keep_last, self.keep_every = checkpoint_every, keep_last, keep_every
-        self.max_failures, self.configuration, self.judges, self.team = (
+        self.max_failures, self.configuration, self.judges, self.team, self.similarity = (
             max_failures,
             configuration,
             judges,
             team,
+            similarity if method.prompt_noise.eta > 0 else None,
         )
+        self._said: set[type[Warning]] = set()
         self.position = Position(0)
         self.memory = Memory.empty(method.advantage, len(prompt_set), policy.device)
         self._saved: int | None = None
@@ -192,6 +213,9 @@ class TrainingLoop:
             sampled = self._sample(conditioning, which[mine], number)
             _demand_finite("latent", sampled.latents, texts[mine])
             clock.lap("rollout")
+            matches = self._matches(sampled.images, conditioning, which[mine], number)
+            if matches is not None:
+                clock.lap("noise_check")
 
             flat = [text for text in texts[mine] for _ in range(method.candidates)]
             pictures = sampled.images.flatten(0, 1)
@@ -224,7 +248,8 @@ class TrainingLoop:
 
         shaped = shape_at_reward(kept_rewards, bonus, method.shaping)
         advantages = advantages_of(shaped, method.advantage, rewards, memory.rows(which))
-        advantages = shape_at_advantage(advantages, bonus, method.shaping, self.policy.scored)
+        with self._saying_once(DiversityWarning):
+            advantages = shape_at_advantage(advantages, bonus, method.shaping, self.policy.scored)
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
         stats = update(
             self.policy, self.optimizer, kept, advantages, conditioning, self.objective, (self.seed, number),
@@ -258,14 +283,14 @@ class TrainingLoop:
             "warning/constant_reward_groups": int((kept_rewards.std(1, correction=0) < 1e-6).sum()),
             "warning/skipped": 0,
             "warning/constant_diversity_groups": int((diversity.std(1, correction=0) < 1e-6).sum()),
+            **self._noise_metrics(matches, number),
         }
         constant = metrics["warning/constant_reward_groups"]
         if constant:
-            warnings.warn(
+            self._say(
+                RewardWarning,
                 f"in iteration {number + 1} the kept rewards of {constant} of {len(texts)} prompts are all equal: "
                 "nothing is learned from them; a finer reward or more candidates would help",
-                RewardWarning,
-                stacklevel=2,
             )
         metrics = {k: v if math.isfinite(v) else float("nan") for k, v in metrics.items()}
         return Iteration(number + 1, metrics, clock.seconds, texts, sampled.images, rewards, chosen)
@@ -309,6 +334,67 @@ class TrainingLoop:
         """What ``reward`` gives all candidates: [P, N], or [P, N, R] of R rewards."""
         scores = reward(pictures, flat).float().unflatten(0, (-1, self.method.candidates))
         return scores.to(self.policy.device)
+
+    def _matches(
+        self, images: Tensor, conditioning: Conditioning, which: list[int], number: int
+    ) -> Tensor | None:
+        """How well some candidates match their prompts with the noise on the prompt, without it, and how well they
+        match another prompt then: [n, 3]; None where it is not time to look.
+
+        Args:
+            images: [p, N, 3, H, W], of this process's prompts.
+            conditioning: p rows.
+            which: p places in the prompt set.
+            number: of the iteration, from 0.
+        """
+        if self.similarity is None or number % NOISE_CHECKED_EVERY:
+            return None
+        count = min(images.shape[1], math.ceil(NOISE_PROBES / self.prompts_per_iteration))
+        keys = [(self.seed, number, prompt) for prompt in which]
+        clean = rollout(self.policy, conditioning, keys, count, self.rollout_batch).images.flatten(0, 1)
+        noised = images[:, :count].flatten(0, 1)
+        total = len(self.prompt_set)
+        own = [self.prompt_set[place] for place in which for _ in range(count)]
+        other = [self.prompt_set[(place + total // 2) % total] for place in which for _ in range(count)]
+        scores = [self.similarity(*asked) for asked in ((noised, own), (clean, own), (clean, other))]
+        return torch.stack(scores, 1).float().to(self.policy.device)
+
+    def _noise_metrics(self, matches: Tensor | None, number: int) -> dict[str, float]:
+        """What the noise on the prompt costs, over the prompts of all processes."""
+        if matches is None:
+            return {}
+        cost = noise_cost(*self.team.gather(matches).unbind(1))
+        if cost.falls:
+            self._say(
+                PromptNoiseWarning,
+                f"in iteration {number + 1} the noise on the prompt takes {cost.lost:.0%} of the prompt-image "
+                f"similarity that a prompt gives: {cost.without:.3g} without it, {cost.similarity:.3g} with it; "
+                "a lower prompt_noise.eta would help",
+            )
+        return {
+            "prompt_noise/similarity": cost.similarity,
+            "prompt_noise/similarity_without": cost.without,
+            "prompt_noise/lost": cost.lost,
+            "warning/prompt_noise": int(cost.falls),
+        }
+
+    def _say(self, kind: type[Warning], message: str) -> None:
+        """Warn, once in a run: metrics.jsonl has every time."""
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(message, kind, stacklevel=3)
+
+    @contextmanager
+    def _saying_once(self, kind: type[Warning]) -> Iterator[None]:
+        """Within this context, warnings of ``kind`` are as by `_say`, and others as ever."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+        for one in caught:
+            if one.category is kind:
+                self._say(kind, str(one.message))
+            else:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
     def _disagreement(self, rewards: Tensor, opinions: list[Tensor], texts: list[str]) -> Tensor | None:
         """How much higher ``rewards`` [P, N] rank each candidate than the judges do, if there are any."""

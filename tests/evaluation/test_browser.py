@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 from browser import Browser, find_chromium
@@ -14,7 +15,7 @@ from made import PROMPTS, make_run
 
 from driftrl.evaluation.blind import write_blind
 from driftrl.evaluation.judge import judge
-from driftrl.evaluation.report import write_comparison, write_report
+from driftrl.evaluation.report import COLOURS, write_comparison, write_report
 
 WIDTHS = (360, 800, 1400)
 SHOWN = "Promise.all([...document.images].map((i) => i.decode())).then(() => [...document.images].map((i) => i.naturalWidth))"
@@ -115,6 +116,77 @@ def test_sorting(opened, pages):
             assert values["ascending"] == values["descending"][::-1] and set(values["ascending"]) == set(
                 PROMPTS
             )
+
+
+def test_sorting_a_comparison(opened, pages):
+    """Each table by itself, by what is shown; what cannot be compared stays at the end."""
+    page = opened(pages["comparison"])
+    tables = page.evaluate("document.querySelectorAll('.sortable').length")
+    assert tables == 2
+    for table in range(tables):
+        this = f"document.querySelectorAll('.sortable')[{table}]"
+        heads = page.evaluate(f"[...{this}.tHead.rows[0].cells].map((h) => h.textContent.trim())")
+        for column, head in enumerate(heads):
+            for sort in ("ascending", "descending"):
+                page.evaluate(f"{this}.tHead.rows[0].cells[{column}].firstElementChild.click()")
+                assert page.evaluate(f"{this}.tHead.rows[0].cells[{column}].ariaSort") == sort
+                shown = page.evaluate(
+                    f"[...{this}.tBodies[0].rows].map((r) => r.cells[{column}].textContent.trim())"
+                )
+                if head in ("method", "measure"):
+                    values = [text.lower() for text in shown]
+                else:
+                    values = [number(text.split("(")[0]) for text in shown if re.match("[\u2212+\\d]", text)]
+                    assert all(re.match("[\u2212+\\d]", text) for text in shown[: len(values)] if text)
+                assert values == sorted(values, reverse=sort == "descending"), (head, shown)
+        told = page.evaluate(f"{this}.closest('section').querySelector('[role=status]').textContent")
+        assert told == f"Sorted by {heads[-1]}, greatest first."
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A comparison of more methods than there are hues that anyone can tell apart."""
+    folder = tmp_path_factory.mktemp("many")
+    runs = [make_run(folder / f"m{k}", f"method-{k}", loss=0.01 + 0.01 * k) for k in range(COLOURS)]
+    return write_comparison(runs, folder / "many.html")
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_methods_have_colours_of_their_own_and_can_be_brought_out(opened, many, dark):
+    page = opened(many, dark=dark)
+    swatches = "[...document.querySelectorAll('.legend button .mark')].map((m) => getComputedStyle(m).fill)"
+    colours = page.evaluate(swatches)
+    assert len(set(colours)) == len(colours) == COLOURS
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert min(contrast(colour, paper) for colour in colours) > 3  # WCAG 2.2, 1.4.11
+    faint = (
+        "[...document.querySelectorAll('.plot [class*=\" c\"]:not(.cb)')]"
+        ".filter((part) => getComputedStyle(part).opacity < .1).map((part) => part.getAttribute('class'))"
+    )
+    assert page.evaluate(faint) == []
+    page.click(".legend button", 2)
+    dimmed = page.evaluate(faint)
+    assert dimmed and not any("c2" in each.split() for each in dimmed)
+    page.click(".legend button", 2)
+    assert page.evaluate(faint) == []
+    page.resize(360)
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    narrow = page.evaluate(
+        "Math.min(...[...document.images].map((i) => i.getBoundingClientRect().width).filter(Boolean))"
+    )
+    assert narrow > 60  # 17 pictures side by side would be 20 pixels each
+
+
+def contrast(one, other):
+    """Contrast ratio of two CSS colours, as WCAG 2 defines it."""
+
+    def luminance(colour):
+        parts = [int(x) / 255 for x in re.findall(r"\d+", colour)[:3]]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
 
 
 def number(text):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from driftrl.build import load_pipeline
 from driftrl.checks import InputError
+from driftrl.config import load_config
 from driftrl.evaluation.evaluate import FILE, Instruments, Readings, evaluate, load_evaluation, measure
+from driftrl.evaluation.generate import generate, open_policy
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +69,7 @@ def test_measures_base_and_every_checkpoint_once(run, prompts_file, clip_folder)
         "similarity",
         "diversity",
         "diversity/clip",
+        "diversity/latents",
         "vendi",
         "vendi/2",
     }
@@ -101,6 +106,35 @@ def test_goes_on_where_it_stopped_and_puts_other_settings_aside(run, prompts_fil
     labels.clear()
     evaluate(run, **chosen, checkpoints="all", progress=lambda label, *_: labels.append(label))
     assert not labels and load_evaluation(run) == both
+
+
+def test_goes_on_beside_a_base_model_that_an_older_version_measured(run, prompts_file, clip_folder):
+    """What it did not measure yet is left out of the new checkpoints too, so that the file stays whole."""
+    chosen = settings(prompts_file, clip_folder)
+    evaluate(run, **chosen)
+    data = json.loads((run / FILE).read_text())
+    for point in data["points"]:
+        del point["figures"]["diversity/latents"]
+    (run / FILE).write_text(json.dumps(data))
+    evaluate(run, **chosen, checkpoints="1,2")
+    evaluation = load_evaluation(run)
+    assert [p.label for p in evaluation.points] == ["base", "000001", "000002"]
+    assert "diversity/latents" not in evaluation.points[1].figures
+
+
+def test_latent_diversity_is_by_the_autoencoder_that_nothing_trains(run, prompts_file, clip_folder):
+    evaluate(run, **settings(prompts_file, clip_folder))
+    texts = Path(prompts_file).read_text().split("\n")[:1]
+    policy, noise = open_policy(run)
+    images = generate(policy, texts, 4, prompt_noise=noise)[0]
+    vae = load_pipeline(load_config(run / "config.yaml").model).vae
+    with torch.no_grad():
+        z = vae.encode(images * 2 - 1).latent_dist.mean.flatten(1).double()  # 8 x 8 places already
+    z = z / z.norm(dim=1, keepdim=True)
+    expected = (1 - z @ z.T).sum() / 12
+    assert load_evaluation(run).tuned[-1].figures["diversity/latents"].per_prompt[0] == pytest.approx(
+        float(expected), abs=1e-4
+    )
 
 
 def test_a_checkpoint_trained_anew_is_measured_anew(run, prompts_file, clip_folder):

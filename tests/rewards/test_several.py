@@ -67,7 +67,7 @@ def test_the_configuration_round_trips(tmp_path):
     [
         (
             "[{name: a, wieght: 1}]",
-            r"reward\.0\.wieght: no such key; did you mean 'weight'\?; allowed here: name, ",
+            r"reward\.0\.wieght: no such key; did you mean 'weight'\? Allowed here: name, ",
         ),
         ("[{name: a}, {weight: 1}]", r"reward\.1\.name: is missing"),
         ("[{name: a, weight: x}]", r"reward\.0\.weight: expected a valid number; got 'x'"),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+CONFIG = Annotated[
+    Path | None,
+    typer.Argument(metavar="CONFIG.yaml", help="A YAML file; without one, DRIFT on the embedded model."),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -15,20 +20,47 @@ Set = Annotated[
 ]
 
 
+def _flag(*names: str, help: str) -> Any:
+    """A switch, without a type in the help."""
+    return typer.Option(*names, help=help, metavar="")
+
+
+class _WithSettings(TyperCommand):
+    """A command whose unknown options may be settings: then it says how these are given."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse as ever, and add to the message about an option that does not exist."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            option = getattr(error, "option_name", None)
+            if isinstance(option, str):
+                from driftrl.config import setting_like
+
+                key = setting_like(option)
+                if key:
+                    error.message += f"; settings are given as --set {key}=VALUE"  # type: ignore[attr-defined]
+            raise
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
 
-    @app.command()
+    @app.command(cls=_WithSettings)
     def train(
-        config: Annotated[
-            Path | None, typer.Argument(help="A YAML file; without one, DRIFT on the embedded model.")
-        ] = None,
+        config: CONFIG = None,
         settings: Set = None,
-        out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
-        resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
-        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")] = False,
+        out: Annotated[
+            Path | None, typer.Option(metavar="DIR", help="The run folder; by default runs/ and the name.")
+        ] = None,
+        resume: Annotated[
+            Path | None, typer.Option(metavar="DIR", help="Go on with the run in this folder.")
+        ] = None,
+        quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress display.")] = False,
     ) -> None:
         """Fine-tune a model.
+
+        Ctrl-C leaves a checkpoint that --resume goes on from. Settings: docs/methods.md, and config.yaml of any run.
 
         Examples:
 
@@ -44,17 +76,13 @@ def register(app: typer.Typer) -> None:
 
         work(config, settings or [], out, resume, quiet)
 
-    @app.command()
+    @app.command(cls=_WithSettings)
     def estimate(
-        config: Annotated[
-            Path | None, typer.Argument(help="A YAML file; without one, DRIFT on the embedded model.")
-        ] = None,
+        config: CONFIG = None,
         settings: Set = None,
         no_probe: Annotated[
             bool,
-            typer.Option(
-                "--no-probe", help="Count only: no times, and no memory of what is computed meanwhile."
-            ),
+            _flag("--no-probe", help="Count only: no times, and no memory of what is computed meanwhile."),
         ] = False,
     ) -> None:
         """Say what a run will take, in time and memory, before it is paid for.
@@ -78,17 +106,19 @@ def register(app: typer.Typer) -> None:
         source: Annotated[
             str,
             typer.Argument(
-                help="A run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'."
+                metavar="RUN_OR_MODEL",
+                help="A run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'.",
             ),
         ],
         prompt: Annotated[
-            list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")
+            list[str],
+            typer.Option("--prompt", "-p", metavar="TEXT", help="What to draw; may be given several times."),
         ],
-        count: Annotated[int, typer.Option("-n", help="Images per prompt.", min=1)] = 16,
+        count: Annotated[int, typer.Option("-n", metavar="N", help="Images per prompt.", min=1)] = 16,
         seed: Annotated[int, typer.Option(help="The same seed gives the same images.", min=0)] = 0,
-        out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
+        out: Annotated[Path, typer.Option(metavar="FILE.png", help="The PNG to write.")] = Path("grid.png"),
         base: Annotated[
-            bool, typer.Option("--base", help="Show the base model beside it, on the same seeds.")
+            bool, _flag("--base", help="Show the base model beside it, on the same seeds.")
         ] = False,
         steps: Annotated[
             int | None, typer.Option(help="Denoising steps; by default those of the run.", min=1)
@@ -98,13 +128,15 @@ def register(app: typer.Typer) -> None:
         ] = None,
         deterministic: Annotated[
             bool,
-            typer.Option(
+            _flag(
                 "--deterministic",
                 help="No noise on the way (DDIM with eta = 0, the plain flow), as stock pipelines draw.",
             ),
         ] = False,
     ) -> None:
         """Draw images with a fine-tuned model, or any model.
+
+        Writes one PNG, a row for each prompt.
 
         Examples:
 
@@ -121,13 +153,15 @@ def register(app: typer.Typer) -> None:
         source: Annotated[
             str,
             typer.Argument(
-                help="A run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'."
+                metavar="RUN_OR_MODEL",
+                help="A run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'.",
             ),
         ],
         prompts: Annotated[
             str | None,
             typer.Option(
-                help="A prompt set of the package, or a TXT or JSONL file; by default that of the run."
+                metavar="FILE",
+                help="A prompt set of the package, or a TXT or JSONL file; by default that of the run.",
             ),
         ] = None,
         images: Annotated[
@@ -138,21 +172,25 @@ def register(app: typer.Typer) -> None:
         ] = "last",
         reward: Annotated[
             list[str] | None,
-            typer.Option(help="One more reward, scored beside the trained one; may be given several times."),
+            typer.Option(
+                metavar="NAME",
+                help="One more reward, scored beside the trained one; may be given several times.",
+            ),
         ] = None,
         seed: Annotated[int, typer.Option(help="Of the images; the same for base and tuned.", min=0)] = 0,
         encoder: Annotated[
-            str | None, typer.Option(help="Image encoder for variety; by default that of the run.")
+            str | None,
+            typer.Option(metavar="NAME", help="Image encoder for variety; by default that of the run."),
         ] = None,
         clip: Annotated[
             Path | None,
-            typer.Option(help="Folder of a CLIP model for CLIP diversity; by default the embedded one."),
+            typer.Option(
+                metavar="DIR", help="Folder of a CLIP model for CLIP diversity; by default the embedded one."
+            ),
         ] = None,
-        keep_images: Annotated[
-            bool, typer.Option("--keep-images", help="Write every image as a PNG too.")
-        ] = False,
+        keep_images: Annotated[bool, _flag("--keep-images", help="Write every image as a PNG too.")] = False,
         out: Annotated[
-            Path | None, typer.Option(help="Folder to write to; by default the run folder.")
+            Path | None, typer.Option(metavar="DIR", help="Folder to write to; by default the run folder.")
         ] = None,
         steps: Annotated[
             int | None, typer.Option(help="Denoising steps; by default those of the run.", min=1)
@@ -160,7 +198,7 @@ def register(app: typer.Typer) -> None:
         guidance_scale: Annotated[
             float | None, typer.Option(help="By default that of the run.", min=0)
         ] = None,
-        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")] = False,
+        quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress display.")] = False,
     ) -> None:
         """Measure reward and variety beside the base model, and write report.html.
 
@@ -199,11 +237,14 @@ def register(app: typer.Typer) -> None:
         runs: Annotated[
             list[Path],
             typer.Argument(
+                metavar="RUN",
                 help="Evaluated run folders, or the files that driftrl experiment collects, or folders of these; "
-                "runs of one name are its seeds."
+                "runs of one name are its seeds.",
             ),
         ],
-        out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+        out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path(
+            "report.html"
+        ),
         against: Annotated[
             str | None, typer.Option(metavar="NAME", help="The method to compare with; by default the first.")
         ] = None,
@@ -243,7 +284,9 @@ def register(app: typer.Typer) -> None:
         folder: Annotated[
             Path, typer.Argument(metavar="DIR", help="What driftrl compare --blind DIR wrote.")
         ],
-        answers: Annotated[list[Path], typer.Argument(help="The file that each rater saved.")],
+        answers: Annotated[
+            list[Path], typer.Argument(metavar="ANSWERS.json", help="The file that each rater saved.")
+        ],
     ) -> None:
         """Say what raters chose on a blinded page: win rates, intervals, agreement.
 
@@ -259,9 +302,12 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def experiment(
-        plan: Annotated[Path, typer.Argument(help="A YAML file (experiments/README.md).")],
+        plan: Annotated[
+            Path, typer.Argument(metavar="PLAN.yaml", help="A YAML file (experiments/README.md).")
+        ],
         out: Annotated[
-            Path | None, typer.Option(help="The folder of the runs; by default runs/ and the plan's name.")
+            Path | None,
+            typer.Option(metavar="DIR", help="The folder of the runs; by default runs/ and the plan's name."),
         ] = None,
         jobs: Annotated[
             int | None,
@@ -271,9 +317,9 @@ def register(app: typer.Typer) -> None:
         ] = None,
         retry: Annotated[int, typer.Option(help="How often a run that fails is tried again.", min=0)] = 1,
         dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="List the runs and the settings in which they differ.")
+            bool, _flag("--dry-run", help="List the runs and the settings in which they differ.")
         ] = False,
-        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")] = False,
+        quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress display.")] = False,
     ) -> None:
         """Train, evaluate and compare many runs: methods x settings x seeds.
 
@@ -293,7 +339,9 @@ def register(app: typer.Typer) -> None:
 
     @app.command("serve-reward")
     def serve_reward(
-        name: Annotated[str, typer.Argument(help="A reward of the package, or module:function.")],
+        name: Annotated[
+            str, typer.Argument(metavar="NAME", help="A reward of the package, or module:function.")
+        ],
         host: Annotated[
             str, typer.Option(help="The address to listen on; by default this machine only.")
         ] = "127.0.0.1",
@@ -329,6 +377,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Serve a reward over HTTP to a driftrl in another environment (docs/reward-server.md).
 
+        Ctrl-C stops it once the requests in hand are answered.
+
         Examples:
 
           driftrl serve-reward tiny-animals
@@ -343,7 +393,14 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def doctor() -> None:
-        """Check this machine: versions, devices, the embedded model, free space."""
+        """Check this machine: versions, devices, the embedded model, free space.
+
+        The exit status is 1 if something is wrong.
+
+        Examples:
+
+          driftrl doctor
+        """
         from driftrl.cli.doctor import doctor as work
 
         work()

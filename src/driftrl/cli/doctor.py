@@ -13,11 +13,13 @@ from rich.table import Table
 def doctor() -> None:
     """Print what this machine has, try the embedded model once, and exit 1 if something is wrong."""
     import torch
+    from transformers.utils import logging
 
     from driftrl.checkpoint import versions
     from driftrl.evaluation.generate import generate, open_policy
     from driftrl.run import free_space
 
+    logging.disable_progress_bar()  # its bars for loading weights would come between the lines
     console, healthy = Console(), True
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, number in versions().items():

@@ -3,21 +3,51 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from driftrl import __version__
 from driftrl.cli import commands
 
 app = typer.Typer(
     name="driftrl",
-    help="Reinforcement fine-tuning of text-to-image models [bold]without losing their variety[/bold].",
+    help="""Reinforcement fine-tuning of text-to-image models [bold]without losing their variety[/bold].
+
+    Every command has examples in its own help: driftrl train --help.
+
+    Examples:
+
+      driftrl doctor
+
+      driftrl train
+
+      driftrl sample runs/drift-seed0 --prompt "a cat"
+    """,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 commands.register(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"driftrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_version, is_eager=True, help="Say which version this is."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

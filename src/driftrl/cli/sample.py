@@ -6,6 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from driftrl.checks import InputError
+
 
 def sample(
     source: str,
@@ -20,6 +22,8 @@ def sample(
 ) -> None:
     """Draw a grid, a row for each prompt, and write it as a PNG."""
     console = Console(stderr=True)
+    if out.is_dir() or out.suffix.lower() != ".png":
+        raise InputError(f"--out: expected a PNG file, such as grid.png; got {out}")
     with console.status("loading the model", spinner="dots"):
         from transformers.utils import logging
 
@@ -36,5 +40,8 @@ def sample(
             picture = beside(list(before), list(tuned), prompts, ("base model", Path(source).name))
         else:
             picture = grid(list(tuned), prompts)
-    save_png(picture, out)
-    console.print(f"{out}: {picture.width} x {picture.height}")
+    try:
+        save_png(picture, out)
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be written: {error.strerror or error}") from error
+    console.print(f"{out}: {picture.width} x {picture.height}", highlight=False, soft_wrap=True, markup=False)

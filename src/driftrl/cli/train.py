@@ -29,12 +29,7 @@ def train(
     config: Path | None, settings: list[str], out: Path | None, resume: Path | None, quiet: bool
 ) -> None:
     """Train, showing progress; exit 130 or 143 after Ctrl-C or SIGTERM."""
-    if resume is not None:
-        if out is not None or config is not None:
-            raise InputError("--resume: the run folder says everything; leave out CONFIG and --out")
-        if not (resume / "config.yaml").is_file():
-            raise InputError(f"--resume {resume}: no run folder, for it has no config.yaml")
-        config = resume / "config.yaml"
+    config = _config_of(config, out, resume)
     parsed = load_config(config, settings)
     console = Console(stderr=True, quiet=not leads())
     if parsed.evaluation.at_end:
@@ -97,6 +92,28 @@ def train(
         from driftrl.cli.evaluate import evaluate
 
         evaluate(trainer.folder, quiet=quiet)
+
+
+def _config_of(config: Path | None, out: Path | None, resume: Path | None) -> Path | None:
+    """The file to read: CONFIG, or that of the run to go on with."""
+    if resume is not None:
+        if out is not None or config is not None:
+            raise InputError("--resume: the run folder says everything; leave out CONFIG and --out")
+        if not (resume / "config.yaml").is_file():
+            run = resume.parent.parent
+            hint = (
+                f"; name the run of this checkpoint: --resume {run}"
+                if (run / "config.yaml").is_file()
+                else ""
+            )
+            raise InputError(f"--resume {resume}: no run folder, for it has no config.yaml{hint}")
+        return resume / "config.yaml"
+    if config is not None and (config / "config.yaml").is_file():
+        raise InputError(
+            f"{config}: expected a YAML file; got a run folder; go on with it by --resume {config}, or start anew as "
+            f"it was: driftrl train {config / 'config.yaml'}"
+        )
+    return config
 
 
 @contextmanager

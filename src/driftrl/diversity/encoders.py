@@ -97,14 +97,21 @@ class DreamSimEncoder:
 class LatentEncoder:
     """The policy's own autoencoder: mean latents, flattened (the paper's open question 1)."""
 
-    def __init__(self, vae: Any, batch_size: int = 64) -> None:
-        """Take a diffusers autoencoder, which stays as it is."""
-        self.vae, self.batch_size = vae, batch_size
+    def __init__(self, vae: Any, batch_size: int = 64, side: int | None = None) -> None:
+        """Take a diffusers autoencoder, which stays as it is; with ``side`` latents are averaged down to that size."""
+        self.vae, self.batch_size, self.side = vae, batch_size, side
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features float32 [N, C * h * w]."""
-        return _in_batches(images, self.batch_size, lambda x: encode_latents(self.vae, x).flatten(1))
+        """Features float32 [N, C * h * w], h and w at most ``side``."""
+        return _in_batches(images, self.batch_size, self._encode)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        latents = encode_latents(self.vae, images)
+        if self.side is not None:
+            height, width = latents.shape[-2:]
+            latents = F.adaptive_avg_pool2d(latents, (min(height, self.side), min(width, self.side)))
+        return latents.flatten(1)
 
 
 class MidBlockEncoder:

@@ -41,6 +41,7 @@ from driftrl.evaluation.pareto import bootstrap_interval
 from driftrl.files import read_json, sha256, write_json, write_text
 from driftrl.mixture import mixed
 from driftrl.pictures import save_png, to_pil
+from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.prompts import load_prompts
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
 from driftrl.types import Encoder, Policy, Reward
@@ -51,6 +52,8 @@ LEVEL = 0.95
 """Coverage of the bootstrap intervals over prompts."""
 NEIGHBOURS = 5
 """k of recall, precision, density and coverage, where there are more than k images per prompt."""
+LATENT_SIDE = 8
+"""Places on a side that latents are averaged down to: layout and colours, and small enough to keep."""
 REFERENCE = 2**30
 """Added to the seed for the reference images of recall: another draw of the base model, so that the base
 model's own figure says what a perfect copy would reach, and equal seeds do not pass for coverage."""
@@ -171,6 +174,8 @@ class Readings:
     """[P, N, D] by the encoder."""
     clip: Tensor | None
     """[P, N, E] image embeddings, or None."""
+    latents: Tensor | None = None
+    """[P, N, F] by the model's autoencoder, or None."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,7 @@ class Instruments:
     rewards: Mapping[str, Reward]
     encoder: Encoder
     clip: Encoder | None
+    latents: Encoder | None = None
 
     def read(self, images: Tensor, prompts: Sequence[str]) -> Readings:
         """Read images [P, N, 3, H, W] of P prompts.
@@ -197,11 +203,15 @@ class Instruments:
                     f"{name}: expected {len(texts)} values for as many images; got {list(values.shape)}"
                 )
             rewards[name] = is_finite(name, values).view(shape)
-        clip = (
-            None if self.clip is None else _features("CLIP embeddings", self.clip, flat).unflatten(0, shape)
-        )
+
+        def features(name: str, encoder: Encoder) -> Tensor:
+            return _features(name, encoder, flat).unflatten(0, shape)
+
         return Readings(
-            rewards, _features("encoder's features", self.encoder, flat).unflatten(0, shape), clip
+            rewards,
+            features("encoder's features", self.encoder),
+            None if self.clip is None else features("CLIP embeddings", self.clip),
+            None if self.latents is None else features("latents", self.latents),
         )
 
 
@@ -254,6 +264,8 @@ def measure(readings: Readings, reference: Tensor, neighbours: int = NEIGHBOURS)
     figures["diversity"] = [float(mean_pairwise_distance(f)) for f in readings.features]
     if readings.clip is not None:
         figures["diversity/clip"] = [float(mean_pairwise_distance(f)) for f in readings.clip]
+    if readings.latents is not None:
+        figures["diversity/latents"] = [float(mean_pairwise_distance(f)) for f in readings.latents]
     figures["vendi"] = [float(vendi_score(f)) for f in readings.features]
     figures["vendi/2"] = [float(vendi_score(f, q=2.0)) for f in readings.features]
     scores = [
@@ -476,10 +488,12 @@ class _Studio:
             return self.team.gather(torch.cat(own)[: len(self.mine)])
 
         clip = [part.clip for part in parts if part.clip is not None]
+        latents = [part.latents for part in parts if part.latents is not None]
         return Readings(
             {name: everyone([part.rewards[name] for part in parts]) for name in self.bench.rewards},
             everyone([part.features for part in parts]),
             everyone(clip) if clip else None,
+            everyone(latents) if latents else None,
         )
 
     def _read(
@@ -515,7 +529,9 @@ class _Studio:
             self.progress(label, self.done, self.total)
 
 
-def _instruments(settings: Settings, clip_folder: Path | None, policy: Policy) -> Instruments:
+def _instruments(settings: Settings, clip_folder: Path | None, policy: PipelinePolicy) -> Instruments:
+    from driftrl.diversity.encoders import LatentEncoder
+
     device = policy.device
     first, *others = settings.rewards
     towers: Towers = {}
@@ -535,7 +551,7 @@ def _instruments(settings: Settings, clip_folder: Path | None, policy: Policy) -
         clip = tower.embed_images
         if "tiny-animals" not in (*parts, *settings.rewards):
             rewards["similarity"] = model
-    return Instruments(rewards, encoder, clip)
+    return Instruments(rewards, encoder, clip, LatentEncoder(policy.pipeline.vae, side=LATENT_SIDE))
 
 
 def _features(name: str, encoder: Encoder, images: Tensor) -> Tensor:
@@ -546,9 +562,14 @@ def _features(name: str, encoder: Encoder, images: Tensor) -> Tensor:
 
 
 def _figures(values: dict[str, list[float]], base: Point | None) -> dict[str, Figure]:
-    """Means, intervals and, where a base model is given, changes from it."""
+    """Means, intervals and, where a base model is given, changes from it.
+
+    What was not measured of a base model that an older version measured is left out.
+    """
     figures = {}
     for name, numbers in values.items():
+        if base is not None and name not in base.figures:
+            continue
         interval, change = bootstrap_interval(numbers, LEVEL), None
         if base is not None:
             before = base.figures[name].per_prompt

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from driftrl import checkpoint
 from driftrl.build import build_policy, default_batch, prompt_noise_of, usual_sampling
-from driftrl.checks import InputError
+from driftrl.checks import InputError, nearest
 from driftrl.config import ModelConfig, TrainConfig, load_config
 from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
@@ -33,6 +33,24 @@ def run_of(source: str | Path) -> tuple[Path, Path | None] | None:
     return None
 
 
+def _demand_source(source: str) -> None:
+    """Refuse a folder that holds nothing to draw with, or the name of one that is not there, by naming what is."""
+    path = Path(source)
+    inside = path if path.is_dir() else path.parent
+    runs = sorted(p.parent.name for p in inside.glob("*/config.yaml")) if inside.is_dir() else []
+    if path.exists() and not (path / "model_index.json").is_file():
+        problem = "this is none"
+    elif path.exists() or not runs or "/" not in source:
+        return
+    else:
+        problem = "there is no such folder"
+    listing = f"; in {inside} are the runs {', '.join(runs)}" if runs else ""
+    raise InputError(
+        f"{source}: expected a run folder (with config.yaml), one of its checkpoints, a pipeline folder (with "
+        f"model_index.json), a hub name or 'tiny-animals'; {problem}{listing}{nearest(path.name, runs)}"
+    )
+
+
 def open_policy(
     source: str | Path,
     steps: int | None = None,
@@ -49,6 +67,7 @@ def open_policy(
     """
     found = run_of(source)
     if found is None:
+        _demand_source(str(source))
         config, noise, path = TrainConfig(model=ModelConfig(path=str(source))), NO_NOISE, None
         usual = usual_sampling(str(source))
     else:

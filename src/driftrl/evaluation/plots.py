@@ -11,6 +11,8 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 372, 282
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 14, 44
+DIGIT = 7.5
+"""About the width of a digit of a tick's label."""
 MARKS = 4
 """Shapes of points; with colour they tell methods apart."""
 
@@ -73,8 +75,10 @@ def plot(
         x, _ = at(tick, y_low)
         if LEFT - 1 <= x <= WIDTH - RIGHT + 1:
             parts.append(f'<path class="axis" d="M{x:.1f} {HEIGHT - BOTTOM}v5"/>')
+            text = label(tick, x_ticks)
+            across, anchor = (WIDTH, "end") if x + DIGIT * len(text) / 2 > WIDTH else (x, "middle")
             parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{label(tick, x_ticks)}</text>'
+                f'<text class="tick" x="{across:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="{anchor}">{text}</text>'
             )
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     parts.append(

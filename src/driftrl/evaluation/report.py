@@ -37,7 +37,8 @@ from driftrl.evaluation.results import read_metrics
 from driftrl.files import write_text
 from driftrl.prompts import prompt_sets
 
-COLOURS = 6
+COLOURS = 16
+"""Colours of methods in the style sheet (look.css); beyond them colour and shape come again."""
 PART = re.compile(r"reward/.+/mean")
 """One of several rewards in metrics.jsonl."""
 FIRST = 8
@@ -71,6 +72,11 @@ METRICS = {
         headline=True,
         variety=True,
     ),
+    "diversity/latents": Metric(
+        "latent diversity",
+        "The same by the model's own autoencoder: neither a reward nor, unless told to, shaping uses it.",
+        variety=True,
+    ),
     "recall": Metric(
         "recall",
         "Share of the base model's images that lie within what the tuned model draws. The base model's own "
@@ -100,6 +106,14 @@ FIRED = {
         "Groups whose diversity was constant",
         "Shaping had nothing to tell apart there: the encoder may not see the differences, or the images are "
         "all the same.",
+    ),
+    "warning/prompt_noise": (
+        "Looks at the noise on the prompt that found it too strong",
+        "It took more than a tenth of the prompt-image similarity that a prompt gives: lower prompt_noise.eta.",
+    ),
+    "warning/skipped": (
+        "Iterations whose update was skipped",
+        "A latent, reward, loss or gradient in them was not finite; the weights were left as they were.",
     ),
 }
 
@@ -134,6 +148,7 @@ def write_report(folder: Path) -> Path:
     config = folder / "config.yaml"
     page = render(
         "report.html.j2",
+        colours=COLOURS,
         describe=describe,
         first=FIRST,
         short=_short,
@@ -184,6 +199,7 @@ def write_comparison(folders: Sequence[Path], out: Path, against: str | None = N
         )
     page = render(
         "report.html.j2",
+        colours=COLOURS,
         describe=describe,
         first=FIRST,
         short=_short,
@@ -240,8 +256,7 @@ def _verdict(evaluation: Evaluation, tuned: Point | None) -> str:
             share = tuned.figures[name].mean / evaluation.base.figures[name].mean
             kept.append(f"{share:.0%} of the {METRICS[name].title}")
     if kept:
-        listing = ", ".join(kept[:-1]) + (f" and {kept[-1]}" if len(kept) > 1 else kept[-1])
-        text += f". Compared with the base model, the tuned one has {listing}"
+        text += f". Compared with the base model, the tuned one has {_listed(kept)}"
     return f"{text}."
 
 
@@ -464,7 +479,7 @@ def _spread(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison], rival: str) -> str:
-    parts = []
+    alike: dict[tuple[str, ...], list[str]] = {}
     for method in methods:
         if method.name == rival:
             continue
@@ -478,16 +493,30 @@ def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison]
                 ahead.append(title)
             elif gain.high < 0:
                 behind.append(title)
-        if ahead:
-            parts.append(f"At equal reward {method.name} has more than {rival} of: {', '.join(ahead)}.")
-        if behind:
-            parts.append(f"At equal reward {method.name} has less than {rival} of: {', '.join(behind)}.")
-        if not ahead and not behind:
-            parts.append(f"At equal reward {method.name} and {rival} cannot be told apart in variety.")
+        told = [f"more than {rival} of: {', '.join(ahead)}"] if ahead else []
+        told += [f"less than {rival} of: {', '.join(behind)}"] if behind else []
+        alike.setdefault(tuple(told), []).append(method.name)
+    parts = []
+    for found, names in alike.items():
+        who = _listed(names)
+        has = "has" if len(names) == 1 else "have"
+        parts += [f"At equal reward {who} {has} {what}." for what in found]
+        if not found:
+            both = (
+                f"{who} and {rival} cannot be told apart"
+                if len(names) == 1
+                else f"{who} cannot be told apart from {rival}"
+            )
+            parts.append(f"At equal reward {both} in variety.")
     if parts and min(len(method.runs) for method in methods) == 1:
         parts = [part.replace("At equal reward", "At equal reward, on a single seed,") for part in parts]
         parts.append("More seeds would tell chance from effect.")
     return " ".join(parts) or f"Only one method, {rival}, with {len(methods[0].runs)} seeds."
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in a sentence."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _summary(methods: list[Method], metrics: list[str]) -> list[dict[str, Any]]:

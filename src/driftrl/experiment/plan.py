@@ -162,7 +162,13 @@ def load_plan(path: Path) -> Plan:
     Raises:
         InputError: naming each bad key, what was given, what is allowed and the nearest valid name.
     """
-    return parse(Plan, read_yaml(path), str(path))
+    data = read_yaml(path)
+    settings = TrainConfig.model_fields.keys() - Plan.model_fields.keys()
+    if data.keys() & settings and not data.keys() & {"methods", "grid", "seeds"}:
+        raise InputError(
+            f"{path}: expected a plan of several runs; got the configuration of one: driftrl train {path}"
+        )
+    return parse(Plan, data, str(path))
 
 
 def expand(plan: Plan, path: Path) -> list[PlannedRun]:
