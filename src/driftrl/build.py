@@ -435,6 +435,11 @@ def default_batch(device: torch.device) -> int:
     return 32 if device.type == "cpu" else 128
 
 
+def open_sizes(config: TrainConfig) -> tuple[bool, bool]:
+    """Whether the batch sizes of rollout and update are left to `driftrl.probe.fit`."""
+    return config.sampling.batch_size is None, config.optimizer.batch_size is None
+
+
 def prompt_noise_of(config: TrainConfig, when: str) -> PromptNoise:
     """The prompt noise at ``when``, 'train' or 'test'."""
     spec = config.prompt_noise

@@ -63,10 +63,12 @@ def save(
     position: Position,
     configuration: dict[str, Any] | None = None,
     memory: Mapping[str, torch.Tensor] | None = None,
+    sizes: list[list[int]] | None = None,
 ) -> Path:
     """Write ``folder/000050`` for iteration 50, and return it; on any failure nothing is left behind.
 
-    ``memory`` is whatever else the method needs to go on exactly.
+    ``memory`` is whatever else the method needs to go on exactly; ``sizes`` are the batch sizes of each process, on
+    which rounding depends.
     """
     from safetensors.torch import save_file
 
@@ -87,7 +89,9 @@ def save(
         for file in place.glob("*.safetensors"):
             sort_header(file)
         write_json(
-            place / "state.json", asdict(position) | {"versions": versions(), "configuration": configuration}
+            place / "state.json",
+            asdict(position)
+            | {"versions": versions(), "batch_sizes": sizes or [], "configuration": configuration},
         )
         files = {f.name: sha256(f) for f in sorted(place.iterdir())}
         write_json(place / "manifest.json", {"format": FORMAT, "files": files})
@@ -146,6 +150,12 @@ def load_memory(path: Path) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in load_file(path / MEMORY).items()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path / MEMORY}: {error}") from error
+
+
+def batch_sizes(path: Path) -> list[list[int]]:
+    """Of rollout and update, in each process that wrote a checkpoint; nothing where it does not say."""
+    found = read_json(path / "state.json").get("batch_sizes")
+    return [[int(size) for size in sizes] for sizes in found or []]
 
 
 def configuration(path: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -22,6 +23,8 @@ from pydantic import (
 from driftrl.checks import InputError, nearest
 
 Positive = Annotated[int, Field(ge=1)]
+Size = Annotated[Positive | None, BeforeValidator(lambda value: None if value == "auto" else value)]
+"""A batch size; null, which may be written 'auto', leaves it to us."""
 SectionKind = TypeVar("SectionKind", bound="Section")
 
 
@@ -50,6 +53,9 @@ class ModelConfig(Section):
     """Decode in tiles, for large images on small cards; seams may show."""
     device: str = "auto"
     """'auto' takes a GPU if there is one; else 'cpu', 'cuda', 'cuda:1', 'mps'."""
+    memory_budget: float | None = Field(None, gt=0)
+    """GiB that a process may use, which batch sizes are fitted into before training where they are left open. Null:
+    what a GPU has free, less a reserve; on a CPU nothing is fitted."""
 
 
 class AdapterConfig(Section):
@@ -92,8 +98,9 @@ class SamplingConfig(Section):
     width: Positive | None = None
     candidates: Positive = 16
     """Images drawn per prompt, 2G."""
-    batch_size: Positive | None = None
-    """Candidates denoised at once; changes speed and memory, no sample. Null: 32 on a CPU, else 128."""
+    batch_size: Size = None
+    """Candidates denoised at once; changes speed and memory, no sample. Null or 'auto': 32 on a CPU, else 128, and
+    less where model.memory_budget, or a GPU's memory, does not suffice."""
 
 
 class RewardPart(Section):
@@ -244,9 +251,9 @@ class OptimizerConfig(Section):
     """Optimiser steps per iteration; the pairs are shared out among them."""
     epochs: Positive = 1
     """Passes over the pairs of an iteration."""
-    batch_size: Positive | None = None
-    """(sample, timestep) pairs replayed at once; changes speed and memory, not the update. Null: 48 on a CPU,
-    else 96."""
+    batch_size: Size = None
+    """(sample, timestep) pairs replayed at once; changes speed and memory, not the update. Null or 'auto': 48 on a
+    CPU, else 96, and less where memory does not suffice."""
 
 
 class LoggingConfig(Section):

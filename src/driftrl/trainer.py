@@ -18,6 +18,7 @@ from torch import Tensor
 
 from driftrl import checkpoint, prompts
 from driftrl.advantages import AdvantageRule, advantages_of
+from driftrl.batches import BatchSize
 from driftrl.checkpoint import Position
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
 from driftrl.distributed import ALONE, Team
@@ -110,7 +111,9 @@ class TrainingLoop:
             optimizer,
             checkpoints,
         )
-        self.seed, self.prompts_per_iteration, self.rollout_batch = seed, prompts_per_iteration, rollout_batch
+        self.seed, self.prompts_per_iteration = seed, prompts_per_iteration
+        self.rollout_batch = BatchSize(rollout_batch, "sampling.batch_size")
+        self.update_batch = BatchSize(objective.batch_size, "optimizer.batch_size")
         self.checkpoint_every, self.keep_last, self.keep_every = checkpoint_every, keep_last, keep_every
         self.max_failures, self.configuration, self.judges, self.team = (
             max_failures,
@@ -130,7 +133,20 @@ class TrainingLoop:
         """Go on from a checkpoint."""
         self.position = checkpoint.load(path, self.policy, self.optimizer)
         self.memory = self.memory.restored(checkpoint.load_memory(path), self.policy)
+        self.restored_sizes(checkpoint.batch_sizes(path))
         self._saved = self.position.iteration
+
+    def sizes(self) -> Tensor:
+        """Batch sizes of rollout and update in each process: int64 [processes, 2]."""
+        return self.team.gather(torch.tensor([[self.rollout_batch.now, self.update_batch.now]]))
+
+    def restored_sizes(self, found: list[list[int]]) -> None:
+        """Take over what `sizes` gave, for rounding depends on them; if there were other processes, their smallest."""
+        if found:
+            own = (
+                found[self.team.rank] if len(found) == self.team.size else map(min, zip(*found, strict=True))
+            )
+            self.rollout_batch.now, self.update_batch.now = own
 
     def run(
         self, iterations: int, watch: Callable[[Iteration], Any], stop: Callable[[], bool] = bool
@@ -214,12 +230,16 @@ class TrainingLoop:
         kept = sampled.keep(chosen[mine])
         kept_rewards = rewards.gather(1, chosen)
 
+        drawn = sampled.images
+        del sampled  # the trajectories of those that were not chosen, before gradients need the memory
+
         distances = team.gather(self._distances(kept.images))
         diversity = group_diversity(distances)
         bonus = diversity_bonus(
             distances if kept.clean is None else team.gather(pairwise_distances(kept.clean.transpose(1, 2))),
             method.shaping,
         )
+        kept = kept.path()
         clock.lap("diversity")
 
         shaped = shape_at_reward(kept_rewards, bonus, method.shaping)
@@ -228,7 +248,7 @@ class TrainingLoop:
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
         stats = update(
             self.policy, self.optimizer, kept, advantages, conditioning, self.objective, (self.seed, number),
-            method.prompt_noise, texts, held, lambda: memory.reference_of(self.policy), team,
+            method.prompt_noise, texts, held, lambda: memory.reference_of(self.policy), team, self.update_batch,
         )  # fmt: skip
         self.memory = memory.after(stats.kl, method.anchor, self.policy)
         clock.lap("update")
@@ -268,11 +288,11 @@ class TrainingLoop:
                 stacklevel=2,
             )
         metrics = {k: v if math.isfinite(v) else float("nan") for k, v in metrics.items()}
-        return Iteration(number + 1, metrics, clock.seconds, texts, sampled.images, rewards, chosen)
+        return Iteration(number + 1, metrics, clock.seconds, texts, drawn, rewards, chosen)
 
     def save(self) -> Path:
         """Write a checkpoint now, or wait until the first process has."""
-        path = self.checkpoints / checkpoint.name_of(self.position)
+        path, sizes = self.checkpoints / checkpoint.name_of(self.position), self.sizes()
         if self.team.leads:
             checkpoint.save(
                 self.checkpoints,
@@ -281,6 +301,7 @@ class TrainingLoop:
                 self.position,
                 self.configuration,
                 self.memory.tensors(),
+                sizes.tolist(),
             )
             checkpoint.prune(self.checkpoints, self.keep_last, self.keep_every)
         self.team.wait()

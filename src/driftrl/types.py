@@ -59,7 +59,7 @@ class Rollout:
     """float32 [P, N, T]: mean over latent dimensions; 0 at steps that are never scored."""
     images: Tensor
     """float32 [P, N, 3, height, width] in 0..1."""
-    prompt_noise: Tensor | None
+    prompt_noise: Tensor | None = None
     """[P, N, L, D], or None without noise-conditioned prompting."""
     clean: Tensor | None = None
     """float32 [P, N, T + 1, F]: features of the predicted clean latent at x_T, ..., x_1, and of x_0 itself; None
@@ -73,6 +73,10 @@ class Rollout:
         return Rollout(
             self.latents[p, indices], self.log_probs[p, indices], self.images[p, indices], noise, clean
         )
+
+    def path(self) -> Rollout:
+        """What replay needs: without images [0] and clean latents."""
+        return replace(self, images=self.images.new_empty(0), clean=None)
 
 
 @dataclass(frozen=True)
