@@ -140,7 +140,7 @@ def test_sizes_are_the_largest_that_fit(config, tmp_path, rows_as_bytes, budget,
     """The budget in MiB. 18 images and 6 pairs a step are all there is; what an iteration stores is 0.2 MiB."""
     loop = rows_as_bytes(build_loop(config(), tmp_path))
     before = [p.detach().clone() for p in loop.policy.parameters()]
-    probe.fit(loop, budget / 1024, True, True)
+    probe.fit(loop, budget / (1 - probe.SPARE) / 1024, True, True)
     assert (loop.rollout_batch.now, loop.update_batch.now) == expected
     assert all(torch.equal(p, q) for p, q in zip(before, loop.policy.parameters(), strict=True))
     assert not loop.optimizer.state and all(p.grad is None for p in loop.policy.parameters())
@@ -155,7 +155,7 @@ def test_fitting_changes_no_bit(config, tmp_path):
 
 def test_a_size_that_was_chosen_is_left_alone(config, tmp_path, rows_as_bytes):
     loop = rows_as_bytes(build_loop(config(sampling__batch_size=17), tmp_path))
-    probe.fit(loop, 13.5 / 1024, False, True)
+    probe.fit(loop, 13.5 / (1 - probe.SPARE) / 1024, False, True)
     assert (loop.rollout_batch.now, loop.update_batch.now) == (17, 1)
     probe.fit(loop, None, True, True)  # a CPU without a budget
     assert loop.rollout_batch.now == 17

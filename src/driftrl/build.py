@@ -427,12 +427,22 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
         config.model_dump(mode="json"),
         build_judges(config, reward, towers),
         team,
+        overlaps(config, policy.device),
     )
 
 
 def default_batch(device: torch.device) -> int:
     """Images denoised at once where nobody said: what stays in a CPU's cache, or keeps a GPU busy."""
     return 32 if device.type == "cpu" else 128
+
+
+def overlaps(config: TrainConfig, device: torch.device) -> bool:
+    """Whether rewards are computed while the next images are drawn: where they do not want the same cores."""
+    asked = config.sampling.overlap_reward
+    if asked != "auto":
+        return asked
+    names = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
+    return device.type == "cuda" or any(name.startswith(("http://", "https://")) for name in names)
 
 
 def open_sizes(config: TrainConfig) -> tuple[bool, bool]:

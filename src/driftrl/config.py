@@ -101,6 +101,9 @@ class SamplingConfig(Section):
     batch_size: Size = None
     """Candidates denoised at once; changes speed and memory, no sample. Null or 'auto': 32 on a CPU, else 128, and
     less where model.memory_budget, or a GPU's memory, does not suffice."""
+    overlap_reward: Literal["auto"] | bool = "auto"
+    """Score each finished batch while the next one is denoised, in place of all images at the end. 'auto': for reward
+    servers and beside a GPU, not where reward and model share a CPU's cores."""
 
 
 class RewardPart(Section):
@@ -277,7 +280,8 @@ class GuardsConfig(Section):
     reward_attempts: Positive = 3
     """How often a reward that raises or takes too long is tried."""
     reward_timeout: float | None = Field(None, gt=0)
-    """Seconds that a reward may take for one iteration's images; null waits for ever."""
+    """Seconds that a reward may take for one call: an iteration's images, or, with sampling.overlap_reward, a batch of
+    them; null waits for ever."""
 
 
 class EvaluationConfig(Section):

@@ -31,6 +31,8 @@ PROBED = 4
 """Rows that `fit` tries; what more of them take is extrapolated."""
 RESERVE = 2**30
 """Bytes of a GPU that `fit` leaves alone: for work space of kernels, and gaps between blocks."""
+SPARE = 1 / 8
+"""Share of a budget that `fit` leaves alone on a CPU, whose allocator holds more than is in use."""
 PATIENCE = 20.0
 """Seconds that one piece of work may take on a CPU: fewer images at once are timed where more would take longer."""
 
@@ -277,7 +279,7 @@ def advice(phase: str, loop: TrainingLoop, plan: Plan) -> list[str]:
 
 def _allowed(device: torch.device, budget: float | None) -> float | None:
     """Bytes that this process may have in use, if there is a limit that is known."""
-    found = [] if budget is None else [budget * 2**30]
+    found = [] if budget is None else [budget * 2**30 * (1 - SPARE if device.type == "cpu" else 1)]
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         found.append(free + torch.cuda.memory_reserved(device) - RESERVE)

@@ -28,6 +28,7 @@ from driftrl.mixture import Part, columns, mixed
 from driftrl.noise import generator
 from driftrl.objectives.gate import Anchor, gate, reward_disagreement
 from driftrl.rollout import PromptNoise, rollout
+from driftrl.scoring import Scoring
 from driftrl.selection import select
 from driftrl.shaping import Shaping, diversity_bonus, group_diversity, shape_at_advantage, shape_at_reward
 from driftrl.types import Conditioning, Encoder, Policy, Reward, Rollout
@@ -98,11 +99,13 @@ class TrainingLoop:
         configuration: dict[str, Any] | None = None,
         judges: tuple[Reward, ...] = (),
         team: Team = ALONE,
+        overlap_reward: bool = False,
     ) -> None:
         """Take over built objects; ``checkpoints`` is the folder that checkpoints go to, each with
         ``configuration``. ``judges`` are rewards whose disagreement with ``reward`` decides whom the divergence
         holds (`driftrl.objectives.gate`); with none it holds every sample.
-        The processes of ``team`` share the prompts of each iteration out; the first one writes checkpoints.
+        The processes of ``team`` share the prompts of each iteration out; the first one writes checkpoints. With
+        ``overlap_reward`` each finished batch of images is scored while the next one is drawn.
         """
         self.policy, self.reward, self.encoder, self.prompt_set = policy, reward, encoder, prompt_set
         self.method, self.objective, self.optimizer, self.checkpoints = (
@@ -112,6 +115,7 @@ class TrainingLoop:
             checkpoints,
         )
         self.seed, self.prompts_per_iteration = seed, prompts_per_iteration
+        self.overlap_reward = overlap_reward
         self.rollout_batch = BatchSize(rollout_batch, "sampling.batch_size")
         self.update_batch = BatchSize(objective.batch_size, "optimizer.batch_size")
         self.checkpoint_every, self.keep_last, self.keep_every = checkpoint_every, keep_last, keep_every
@@ -204,16 +208,16 @@ class TrainingLoop:
         mine = team.share(len(which))
         conditioning = self.conditioning.rows(torch.tensor(which[mine], device=self.policy.device))
 
-        with team.together():  # a latent or reward that is not finite, or cannot be had, concerns all
-            sampled = self._sample(conditioning, which[mine], number)
+        flat = [text for text in texts[mine] for _ in range(method.candidates)]
+        scoring = Scoring((self.reward, *self.judges), flat, self.overlap_reward)
+        with (
+            team.together(),
+            scoring,
+        ):  # a latent or reward that is not finite, or cannot be had, concerns all
+            sampled = self._sample(conditioning, which[mine], number, scoring)
             _demand_finite("latent", sampled.latents, texts[mine])
             clock.lap("rollout")
-
-            flat = [text for text in texts[mine] for _ in range(method.candidates)]
-            pictures = sampled.images.flatten(0, 1)
-            scores, *opinions = (
-                self._scores(reward, pictures, flat) for reward in (self.reward, *self.judges)
-            )
+            scores, *opinions = map(self._by_prompt, scoring.scores(sampled.images.flatten(0, 1)))
         scores, opinions = team.gather(scores), [team.gather(opinion) for opinion in opinions]
         parts = columns(scores, method.rewards)
         for name, part in parts.items():
@@ -313,12 +317,20 @@ class TrainingLoop:
         if self._saved != self.position.iteration:
             self.save()
 
-    def _sample(self, conditioning: Conditioning, which: list[int], number: int) -> Rollout:
+    def _sample(self, conditioning: Conditioning, which: list[int], number: int, scoring: Scoring) -> Rollout:
         keys = [(self.seed, number, prompt) for prompt in which]
         noise, count = self.method.prompt_noise, self.method.candidates
         stepwise = self.method.shaping.potential == "stepwise"
         return rollout(
-            self.policy, conditioning, keys, count, self.rollout_batch, noise, self.on_sampled, stepwise
+            self.policy,
+            conditioning,
+            keys,
+            count,
+            self.rollout_batch,
+            noise,
+            self.on_sampled,
+            stepwise,
+            scoring.add,
         )
 
     def _distances(self, images: Tensor) -> Tensor:
@@ -326,10 +338,9 @@ class TrainingLoop:
         features = self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         return pairwise_distances(features.to(self.policy.device))
 
-    def _scores(self, reward: Reward, pictures: Tensor, flat: list[str]) -> Tensor:
-        """What ``reward`` gives all candidates: [P, N], or [P, N, R] of R rewards."""
-        scores = reward(pictures, flat).float().unflatten(0, (-1, self.method.candidates))
-        return scores.to(self.policy.device)
+    def _by_prompt(self, scores: Tensor) -> Tensor:
+        """Scores [P * N, ...] as [P, N, ...]."""
+        return scores.unflatten(0, (-1, self.method.candidates)).to(self.policy.device)
 
     def _disagreement(self, rewards: Tensor, opinions: list[Tensor], texts: list[str]) -> Tensor | None:
         """How much higher ``rewards`` [P, N] rank each candidate than the judges do, if there are any."""
