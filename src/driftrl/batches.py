@@ -23,9 +23,11 @@ class BatchSize:
     What is computed does not depend on it but for rounding, so work that failed is done again with less at once.
     """
 
-    def __init__(self, size: int, setting: str) -> None:
-        """Start with ``size`` rows; ``setting`` is the configuration's name for it."""
-        self.now, self.setting = size, setting
+    def __init__(self, size: int, setting: str, firm: bool = False) -> None:
+        """Start with ``size`` rows; ``setting`` is the configuration's name for it. A ``firm`` size stays: an error of
+        memory is then raised as it is.
+        """
+        self.now, self.setting, self.firm = size, setting, firm
 
     def attempt(self, work: Callable[[int], Result]) -> Result:
         """``work(size)``, tried again with half as much at once as long as it runs out of memory; one warning.
@@ -40,7 +42,7 @@ class BatchSize:
             try:
                 result = work(self.now)
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if self.firm or not out_of_memory(error):
                     raise
                 if self.now == 1:
                     raise RunFailedError(

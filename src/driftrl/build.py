@@ -153,8 +153,10 @@ def _demand_parts(folder: Path) -> None:
         )
 
 
-def build_policy(config: TrainConfig, adapter: bool = True) -> PipelinePolicy:
-    """The policy of a configuration, with fresh trainable weights unless told otherwise."""
+def build_policy(config: TrainConfig, adapter: bool = True, sharded: bool = False) -> PipelinePolicy:
+    """The policy of a configuration, with fresh trainable weights unless told otherwise; of full fine-tuning each
+    process holds all of them, or, ``sharded``, a part.
+    """
     pipeline, device = load_pipeline(config.model), device_of(config.model.device)
     sampling = config.sampling
     policy = PIPELINES[type(pipeline).__name__](
@@ -176,7 +178,9 @@ def build_policy(config: TrainConfig, adapter: bool = True) -> PipelinePolicy:
         pipeline.vae.enable_tiling()
     if adapter:
         lora = config.adapter
-        if lora.kind == "full":
+        if lora.kind == "full" and sharded:
+            policy.train_in_parts()
+        elif lora.kind == "full":
             policy.train_fully()
         else:
             policy.add_lora(lora.rank, lora.alpha, lora.targets, config.seed)
@@ -360,9 +364,15 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
             f"prompts.per_iteration: expected at least {team.size}, one for each process; got "
             f"{config.prompts.per_iteration}; ask for more, or start fewer processes"
         )
+    sharded = config.adapter.shard and team.size > 1
+    if sharded and config.prompts.per_iteration % team.size:
+        raise InputError(
+            f"prompts.per_iteration: with adapter.shard expected a multiple of the {team.size} processes, which must "
+            f"call the network equally often; got {config.prompts.per_iteration}"
+        )
     towers: Towers = {}
     reward = build_training_reward(config, towers)
-    policy = build_policy(config)
+    policy = build_policy(config, sharded=sharded)
     encoder = build_encoder(config.shaping.encoder, policy.device, policy)
     if not bool(policy.scored.any()):
         raise InputError(

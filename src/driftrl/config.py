@@ -68,6 +68,8 @@ class AdapterConfig(Section):
     """The adapter's scale is alpha / rank."""
     targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
     """Module names that get an adapter: by default the attention projections."""
+    shard: bool = False
+    """Of `full` and several processes: each holds and optimises a part of every weight (FSDP), not the whole."""
 
 
 class PromptConfig(Section):
@@ -389,11 +391,24 @@ class TrainConfig(Section):
                 f"shaping.level: potential 'stepwise' gives each step its own advantage, so level must be "
                 f"'advantage'; got {shaping.level!r}"
             )
+        self._check_shard()
         if self.sampling.eta == 0:
             raise ValueError(
                 "sampling.eta: expected more than 0 to train, for without noise nothing is scored; got 0"
             )
         return self
+
+    def _check_shard(self) -> None:
+        if not self.adapter.shard:
+            return
+        if self.adapter.kind != "full":
+            raise ValueError("adapter.shard: goes with adapter.kind 'full'; a LoRA is small: leave it whole")
+        if self.objective.reference_kl is not None or self.objective.reference_every is not None:
+            raise ValueError(
+                "adapter.shard: does not go with a reference that moves (objective.reference_...)"
+            )
+        if self.shaping.encoder == "policy:mid-block":
+            raise ValueError("adapter.shard: does not go with shaping.encoder 'policy:mid-block'")
 
 
 def load_config(path: Path | None = None, overrides: list[str] | None = None) -> TrainConfig:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from driftrl.batches import BatchSize, MemoryWarning, Result, out_of_memory
+from driftrl.batches import BatchSize, MemoryWarning, out_of_memory
 from driftrl.checks import RunFailedError
+from driftrl.distributed import own
 from driftrl.estimate import FLOAT, Costs, Need, Phases, Plan, Standing, picture_bytes, remedies, stored_bytes
 from driftrl.policies.full import FullWeights
 from driftrl.policies.pipeline import PipelinePolicy
@@ -95,8 +96,8 @@ def pictures_of(loop: TrainingLoop, plan: Plan) -> int:
 
 
 def gradients_of(loop: TrainingLoop) -> int:
-    """Bytes of the gradients of all trained weights."""
-    return FLOAT * sum(p.numel() for p in loop.policy.parameters())
+    """Bytes of the gradients of all trained weights, as far as this process has them."""
+    return FLOAT * sum(own(p).numel() for p in loop.policy.parameters())
 
 
 def standing_of(loop: TrainingLoop) -> Standing:
@@ -335,7 +336,7 @@ class _Work:
         """``count`` candidates in one batch."""
         loop = self._loop
         return rollout(
-            self.policy, self._one, [(loop.seed, 0, 0)], count, _Fixed(count, ""), loop.method.prompt_noise,
+            self.policy, self._one, [(loop.seed, 0, 0)], count, _firm(count), loop.method.prompt_noise,
             keep_clean=loop.method.shaping.potential == "stepwise",
         )  # fmt: skip
 
@@ -346,15 +347,13 @@ class _Work:
         update(
             self.policy, optimizer, kept, torch.ones(1, count, device=device), self._one, self._objective,
             (loop.seed, 0), loop.method.prompt_noise,
-            reference=lambda: loop.memory.reference_of(loop.policy), batch=_Fixed(count, ""),
+            reference=lambda: loop.memory.reference_of(loop.policy), batch=_firm(count),
         )  # fmt: skip
 
 
-class _Fixed(BatchSize):
-    """A batch that is not made smaller: whoever measures wants to know that it does not fit."""
-
-    def attempt(self, work: Callable[[int], Result]) -> Result:
-        return work(self.now)
+def _firm(count: int) -> BatchSize:
+    """Whoever measures wants to know that a batch does not fit."""
+    return BatchSize(count, "", firm=True)
 
 
 class _Still(torch.optim.Optimizer):
@@ -441,7 +440,9 @@ def _policy(loop: TrainingLoop) -> PipelinePolicy:
 def _bytes(modules: list[Any]) -> int:
     """Of all parameters and buffers, each counted once."""
     tensors = {
-        t.data_ptr(): t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers())
+        t.data_ptr(): t.numel() * t.element_size()
+        for m in modules
+        for t in map(own, (*m.parameters(), *m.buffers()))
     }
     return sum(tensors.values())
 
@@ -450,7 +451,7 @@ def _read(modules: list[Any]) -> None:
     """Look at every page of the weights."""
     for module in modules:
         for parameter in module.parameters():
-            parameter.detach().flatten()[::1024].sum()
+            own(parameter).flatten()[::1024].sum()
 
 
 def _modules(owner: Any) -> list[nn.Module]:

@@ -21,7 +21,7 @@ from driftrl.advantages import AdvantageRule, advantages_of
 from driftrl.batches import BatchSize
 from driftrl.checkpoint import Position
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
-from driftrl.distributed import ALONE, Team
+from driftrl.distributed import ALONE, Team, in_parts
 from driftrl.diversity.functional import pairwise_distances
 from driftrl.memory import Memory
 from driftrl.mixture import Part, columns, mixed
@@ -116,8 +116,10 @@ class TrainingLoop:
         )
         self.seed, self.prompts_per_iteration = seed, prompts_per_iteration
         self.overlap_reward = overlap_reward
-        self.rollout_batch = BatchSize(rollout_batch, "sampling.batch_size")
-        self.update_batch = BatchSize(objective.batch_size, "optimizer.batch_size")
+        # Processes that hold parts of the weights call the network equally often, so none may try again on its own.
+        self.in_parts = any(map(in_parts, policy.parameters()))
+        self.rollout_batch = BatchSize(rollout_batch, "sampling.batch_size", self.in_parts)
+        self.update_batch = BatchSize(objective.batch_size, "optimizer.batch_size", self.in_parts)
         self.checkpoint_every, self.keep_last, self.keep_every = checkpoint_every, keep_last, keep_every
         self.max_failures, self.configuration, self.judges, self.team = (
             max_failures,
@@ -297,6 +299,7 @@ class TrainingLoop:
     def save(self) -> Path:
         """Write a checkpoint now, or wait until the first process has."""
         path, sizes = self.checkpoints / checkpoint.name_of(self.position), self.sizes()
+        tensors = checkpoint.gathered(self.policy, self.optimizer) if self.in_parts or self.team.leads else {}
         if self.team.leads:
             checkpoint.save(
                 self.checkpoints,
@@ -306,6 +309,7 @@ class TrainingLoop:
                 self.configuration,
                 self.memory.tensors(),
                 sizes.tolist(),
+                tensors,
             )
             checkpoint.prune(self.checkpoints, self.keep_last, self.keep_every)
         self.team.wait()

@@ -6,7 +6,7 @@ width D.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,8 +155,8 @@ class Policy(Protocol):
         """Within this context, the policy is the one that training started from."""
         ...
 
-    def save_adapter(self, folder: Path) -> None:
-        """Write what was trained, in diffusers' LoRA format."""
+    def save_adapter(self, folder: Path, values: Mapping[str, Tensor] | None = None) -> None:
+        """Write what was trained, in diffusers' LoRA format; ``values`` are all of the trainable parameters, by name."""
         ...
 
     def load_adapter(self, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from driftrl import noise
 from driftrl.batches import BatchSize
 from driftrl.checks import NotFiniteError
-from driftrl.distributed import ALONE, Team
+from driftrl.distributed import ALONE, Team, in_parts, whole
 from driftrl.objectives.clipped_surrogate import clipped_surrogate
 from driftrl.objectives.kl import divergence, step_weights
 from driftrl.rollout import NO_NOISE, PromptNoise, score_step
@@ -137,15 +137,15 @@ def update(
     held = _held(step_weights(policy.scored, objective.kl_schedule), old, gate, mine)
     passes = _passes(policy.scored, len(advantages) * group, objective, key, range(first, first + len(old)))
     batch = batch or BatchSize(objective.batch_size, "optimizer.batch_size")
-    scores = _Scores(replay, passes, objective.rescore)
+    turns = _Turns(team, policy.scored, any(map(in_parts, parameters)))
+    scores = _Scores(replay, passes, turns, objective.rescore)
 
     def learn(pairs: Pairs, used: Tensor, count: int, moved: bool, size: int) -> _Sums:
         """The gradient of one optimiser step, ``size`` pairs at a time."""
         optimizer.zero_grad(set_to_none=True)
         before = scores.before(size, moved)
         sums = _Sums.none(old.device)
-        for micro in used.split(size) if len(used) else ():
-            sample, step = pairs.sample[micro], pairs.step[micro]
+        for sample, step, counts in turns(pairs.sample[used], pairs.step[used], size):
             if objective.kl_weight > 0:  # first, for the policy's gradient wants its own weights in place
                 with torch.no_grad(), reference():
                     anchor, _ = replay(sample, step)
@@ -157,14 +157,16 @@ def update(
             if objective.kl_weight > 0:
                 kl = weight * divergence(objective.divergence, move.mean, anchor.mean, move.std)
             loss = surrogate.loss + objective.kl_weight * kl
-            (loss.sum() * (objective.loss_scale / count)).backward()
+            (loss.sum() * (counts * objective.loss_scale / count)).backward()
             with torch.no_grad():
-                share = len(micro)
+                share = len(sample)
                 found = torch.stack([loss.sum(), surrogate.loss.sum(), kl.sum(), weight.sum(),
                                      share * surrogate.approx_kl, share * surrogate.clip_fraction])  # fmt: skip
                 ratio = (log_prob - before[sample, step]).exp()
                 bad = _first_bad(sums.bad, loss, (first + sample) * steps + step)
-                sums = _Sums(sums.totals + found, torch.maximum(sums.deviation, (ratio - 1).abs().max()), bad)
+                sums = _Sums(
+                    sums.totals + counts * found, torch.maximum(sums.deviation, (ratio - 1).abs().max()), bad
+                )
         return sums
 
     totals, norms, deviation = torch.zeros(6, device=old.device), [], torch.zeros((), device=old.device)
@@ -174,8 +176,8 @@ def update(
             sums = batch.attempt(partial(learn, pairs, used, count, number > 0))
         totals += sums.totals
         deviation = sums.deviation if number == 0 else deviation
-        team.add(_gradients(parameters, objective.loss_scale))
-        norm = nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm)
+        team.add(_gradients(parameters, objective.loss_scale, team))
+        norm = whole(nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm))
         if not bool(torch.isfinite(norm)):
             optimizer.zero_grad(set_to_none=True)
             raise NotFiniteError(_where(int(team.largest(sums.bad)), steps, group, names))
@@ -219,17 +221,42 @@ class _Replay:
         return move, gaussian.log_prob(self._latents[sample, step + 1], move.mean, move.std)
 
 
+class _Turns:
+    """Pairs in micro-batches; equally many in all processes where each holds a part of the weights, for then they put
+    them together for every pass.
+    """
+
+    def __init__(self, team: Team, scored: Tensor, equally: bool) -> None:
+        self._team, self._equally = team, equally
+        self._spare = torch.zeros(1, dtype=torch.long, device=scored.device), scored.int().argmax()[None]
+
+    def __call__(self, sample: Tensor, step: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """(sample, step, 1) for each micro-batch; (a pair, 0) in a turn that only the others need."""
+        rounds = -(-len(sample) // size)
+        more = self._team.most(rounds) - rounds if self._equally else 0  # asked before anybody begins
+        if rounds:
+            yield from ((a, b, 1) for a, b in zip(sample.split(size), step.split(size), strict=True))
+        for _ in range(more):
+            yield (*self._spare, 0)
+
+
 class _Scores:
     """The log-probabilities that ratios are taken to: the rollout's, or those of the update's own batches."""
 
-    def __init__(self, replay: _Replay, passes: Sequence[Sequence[tuple[Pairs, int]]], rescore: bool) -> None:
-        self._replay, self._passes, self._rescore = replay, passes, rescore
+    def __init__(
+        self,
+        replay: _Replay,
+        passes: Sequence[Sequence[tuple[Pairs, int]]],
+        turns: _Turns,
+        rescore: bool,
+    ) -> None:
+        self._replay, self._passes, self._turns, self._rescore = replay, passes, turns, rescore
         self._before, self._size = replay.old, 0
 
     def before(self, size: int, moved: bool) -> Tensor:
         """[P * G, T], scored again ``size`` at a time if that is asked for and the policy has not ``moved`` yet."""
         if self._rescore and not moved and size != self._size:
-            self._before, self._size = _rescored(self._replay, self._passes, size), size
+            self._before, self._size = _rescored(self._replay, self._passes, self._turns, size), size
         return self._before
 
     def rescored_by(self) -> Tensor:
@@ -297,18 +324,25 @@ def _held(steps: Tensor, like: Tensor, gate: Tensor | None, mine: slice) -> Tens
     return steps.expand_as(like) if gate is None else steps * gate[mine].flatten()[:, None]
 
 
-def _gradients(parameters: list[nn.Parameter], loss_scale: float) -> list[Tensor]:
-    """Those of the loss itself, zero where there is none, so that the optimiser treats every step alike."""
+def _gradients(parameters: list[nn.Parameter], loss_scale: float, team: Team) -> list[Tensor]:
+    """Those of the loss itself, zero where there is none, so that the optimiser treats every step alike; returned are
+    those that are still to be added up over processes.
+    """
     gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         parameter.grad /= loss_scale  # a power of two: exact
-        gradients.append(parameter.grad)
+        if in_parts(parameter):
+            parameter.grad *= team.size  # added up already, and divided by that
+        else:
+            gradients.append(parameter.grad)
     return gradients
 
 
-def _rescored(replay: _Replay, passes: Sequence[Sequence[tuple[Pairs, int]]], size: int) -> Tensor:
+def _rescored(
+    replay: _Replay, passes: Sequence[Sequence[tuple[Pairs, int]]], turns: _Turns, size: int
+) -> Tensor:
     """Log-probabilities [samples, T], scored in batches as large as the update's."""
     before = replay.old.clone()
     with torch.no_grad():
@@ -316,8 +350,10 @@ def _rescored(replay: _Replay, passes: Sequence[Sequence[tuple[Pairs, int]]], si
             samples, steps = (
                 torch.cat(part) for part in zip(*((p.sample, p.step) for p, _ in parts), strict=True)
             )
-            for sample, step in zip(samples.split(size), steps.split(size), strict=True):
-                before[sample, step] = replay(sample, step)[1]
+            for sample, step, counts in turns(samples, steps, size):
+                score = replay(sample, step)[1]
+                if counts:
+                    before[sample, step] = score
     return before
 
 
