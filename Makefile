@@ -36,7 +36,8 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed  ## ratios, each measured in one run
 	$(BIN)/python benchmarks/vendi.py
-	$(BIN)/python benchmarks/scaling.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/floor.py
 	$(BIN)/python benchmarks/peers.py  # makes .venv-trl on first use; exits with 1 while a goal is missed
 

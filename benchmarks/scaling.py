@@ -1,9 +1,10 @@
 """How an iteration's cost grows with the group size G and with prompts: the exponent of a power law, by phase.
 
-    python benchmarks/scaling.py [--groups 4 8 16 32 64] [--prompts 2 4 8]
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--groups 4 8 16 32 64] [--prompts 2 4 8]
 
 CPU seconds of whole iterations of DRIFT on the embedded model (2G candidates, G kept), few denoising steps so that what
-is not linear would show. An exponent of 1 is linear; below it, a fixed cost is still being spread.
+is not linear would show. Of several threads CPU seconds count their waiting too, so take one. An exponent of 1 is linear;
+below it, a fixed cost is still being spread.
 """
 
 from __future__ import annotations

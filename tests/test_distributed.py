@@ -180,6 +180,85 @@ def test_two_processes_train_as_one(train, tmp_path, method):
     torch.testing.assert_close(weights(tmp_path / "two", 10), last, atol=1e-5, rtol=0)
 
 
+IN_PARTS = {
+    "adapter__kind": "full", "adapter__shard": True, "prompts__per_iteration": 4, "optimizer__batch_size": 2,
+    "sampling__batch_size": 6, "objective__timestep_choice": "random", "objective__timesteps": 0.7,
+    "reward": "smooth:reward", "optimizer__learning_rate": 2e-4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def smooth(tmp_path):
+    (tmp_path / "smooth.py").write_text(
+        "def reward(images, prompts):\n    return images.mean((1, 2, 3)) * 10\n"
+    )
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_weights_in_parts_train_as_whole_ones(train, launch, smooth, tmp_path, kl):
+    """Of every weight each of two processes holds a part (FSDP). The steps' pairs are drawn over all samples, so the
+    processes have different numbers of micro-batches. Divergence from the reference is asked between them.
+    """
+    settings = {"iterations": 5, "objective__kl_weight": kl, **IN_PARTS}
+    for name, processes in (("one", 1), ("two", 2)):
+        statuses, said = train(name, processes, **settings)
+        assert set(statuses) == {0}, said
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        assert a["policy/ratio_deviation"] <= 1e-6 and b["policy/ratio_deviation"] <= 1e-6
+        for name in ("reward/mean", "loss", "loss/kl", "policy/grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (name, a["iteration"])
+    assert (one[-1]["loss/kl"] > 0) == (kl > 0)
+    start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 5)
+    assert (last - start).abs().max() > 5e-4
+    close_but_for_signs(weights(tmp_path / "two", 5), last)
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        files = [tmp_path / run / "checkpoints/000005" / name for run in ("one", "two")]
+        if name == "config.json":
+            assert json.loads(files[0].read_text()) == json.loads(files[1].read_text())
+        else:
+            found = [load_file(file) for file in files]
+            assert found[0].keys() == found[1].keys()
+            close_but_for_signs(*(torch.cat([f[key].flatten() for key in sorted(f)]) for f in found))
+    statuses, said = launch(tmp_path, 1, "train", "--resume", "two", "--set", "iterations=6")
+    assert statuses == [0], said
+    statuses, said = launch(tmp_path, 2, "train", "--resume", "one", "--set", "iterations=6")
+    assert statuses == [0, 0], said
+    close_but_for_signs(weights(tmp_path / "one", 6), weights(tmp_path / "two", 6))
+
+
+def close_but_for_signs(one, two):
+    """To 1e-5, but for the few weights whose gradient is so near 0 that rounding has a say in its sign: AdamW moves
+    those as far as any, by a learning rate (2e-4) a step.
+    """
+    apart = (one - two).abs()
+    assert (apart > 1e-5).double().mean() < 1e-4
+    assert apart.max() < 2e-4
+
+
+def test_weights_in_parts_killed_and_resumed_end_the_same(train, launch, smooth, tmp_path):
+    settings = {**IN_PARTS, "model__dtype": "bfloat16", "objective__kl_weight": 0.1}
+    statuses, said = train(
+        "parts", 2, send=signal.SIGKILL, until="parts/checkpoints/000002", iterations=500,
+        logging__checkpoint_every=2, **settings,
+    )  # fmt: skip
+    assert statuses[1] == -signal.SIGKILL, said
+    done = int(max(p.name for p in (tmp_path / "parts/checkpoints").iterdir()))
+    statuses, said = launch(tmp_path, 2, "train", "--resume", "parts", "--set", f"iterations={done + 2}")
+    assert statuses == [0, 0], said
+    statuses, said = train("whole", 2, iterations=done + 2, **settings)
+    assert statuses == [0, 0], said
+    assert_same_files(tmp_path / "whole", tmp_path / "parts", done + 2)
+
+
+def test_parts_must_come_out_even(config, tmp_path):
+    with pytest.raises(InputError, match=r"with adapter\.shard expected a multiple of the 2 processes"):
+        build_loop(config(adapter__kind="full", adapter__shard=True), tmp_path, Team(0, 2))
+    for wrong in ({}, {"adapter__kind": "full", "objective__reference_every": 2}):
+        with pytest.raises(InputError, match=r"adapter\.shard"):
+            config(adapter__shard=True, **wrong)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_ended_in_one_process_and_resumed_ends_the_same(train, launch, tmp_path, number):
     """A signal to the second process ends both: at once, or after the iteration, which both have done then."""

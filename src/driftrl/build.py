@@ -156,8 +156,10 @@ def _demand_parts(folder: Path) -> None:
         )
 
 
-def build_policy(config: TrainConfig, adapter: bool = True) -> PipelinePolicy:
-    """The policy of a configuration, with fresh trainable weights unless told otherwise."""
+def build_policy(config: TrainConfig, adapter: bool = True, sharded: bool = False) -> PipelinePolicy:
+    """The policy of a configuration, with fresh trainable weights unless told otherwise; of full fine-tuning each
+    process holds all of them, or, ``sharded``, a part.
+    """
     pipeline, device = load_pipeline(config.model), device_of(config.model.device)
     sampling = config.sampling
     policy = PIPELINES[type(pipeline).__name__](
@@ -179,7 +181,9 @@ def build_policy(config: TrainConfig, adapter: bool = True) -> PipelinePolicy:
         pipeline.vae.enable_tiling()
     if adapter:
         lora = config.adapter
-        if lora.kind == "full":
+        if lora.kind == "full" and sharded:
+            policy.train_in_parts()
+        elif lora.kind == "full":
             policy.train_fully()
         else:
             policy.add_lora(lora.rank, lora.alpha, lora.targets, config.seed)
@@ -398,9 +402,15 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
             f"prompts.per_iteration: expected at least {team.size}, one for each process; got "
             f"{config.prompts.per_iteration}; ask for more, or start fewer processes"
         )
+    sharded = config.adapter.shard and team.size > 1
+    if sharded and config.prompts.per_iteration % team.size:
+        raise InputError(
+            f"prompts.per_iteration: with adapter.shard expected a multiple of the {team.size} processes, which must "
+            f"call the network equally often; got {config.prompts.per_iteration}"
+        )
     towers: Towers = {}
     reward = build_training_reward(config, towers)
-    policy = build_policy(config)
+    policy = build_policy(config, sharded=sharded)
     encoder = build_encoder(config.shaping.encoder, policy.device, policy)
     if not bool(policy.scored.any()):
         raise InputError(
@@ -465,6 +475,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
         config.model_dump(mode="json"),
         build_judges(config, reward, towers),
         team,
+        overlaps(config, policy.device),
         build_similarity(config, reward, towers),
     )
 
@@ -472,6 +483,20 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
 def default_batch(device: torch.device) -> int:
     """Images denoised at once where nobody said: what stays in a CPU's cache, or keeps a GPU busy."""
     return 32 if device.type == "cpu" else 128
+
+
+def overlaps(config: TrainConfig, device: torch.device) -> bool:
+    """Whether rewards are computed while the next images are drawn: where they do not want the same cores."""
+    asked = config.sampling.overlap_reward
+    if asked != "auto":
+        return asked
+    names = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
+    return device.type == "cuda" or any(name.startswith(("http://", "https://")) for name in names)
+
+
+def open_sizes(config: TrainConfig) -> tuple[bool, bool]:
+    """Whether the batch sizes of rollout and update are left to `driftrl.probe.fit`."""
+    return config.sampling.batch_size is None, config.optimizer.batch_size is None
 
 
 def prompt_noise_of(config: TrainConfig, when: str) -> PromptNoise:

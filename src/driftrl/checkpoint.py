@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from driftrl.checks import InputError
+from driftrl.distributed import part, whole
 from driftrl.files import new_folder, read_json, sha256, sort_header, write_json
 from driftrl.types import Policy
 
@@ -56,6 +57,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def gathered(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Trained parameters and the optimiser's state by name, in main memory; where processes hold parts of them, all
+    must ask.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in policy.named_parameters():
+        state = {"value": parameter, **optimizer.state.get(parameter, {})}
+        found |= {f"{name}/{key}": whole(value.detach()).cpu().contiguous()
+                  for key, value in state.items() if isinstance(value, torch.Tensor)}  # fmt: skip
+    return found
+
+
 def save(
     folder: Path,
     policy: Policy,
@@ -63,31 +76,31 @@ def save(
     position: Position,
     configuration: dict[str, Any] | None = None,
     memory: Mapping[str, torch.Tensor] | None = None,
+    sizes: list[list[int]] | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write ``folder/000050`` for iteration 50, and return it; on any failure nothing is left behind.
 
-    ``memory`` is whatever else the method needs to go on exactly.
+    ``memory`` is whatever else the method needs to go on exactly; ``sizes`` are the batch sizes of each process, on
+    which rounding depends; ``tensors`` is what `gathered` gave.
     """
     from safetensors.torch import save_file
 
     path = folder / name_of(position)
+    tensors = gathered(policy, optimizer) if tensors is None else tensors
     with new_folder(path) as place:
-        policy.save_adapter(place)
-        names = [name for name, _ in policy.named_parameters()]
-        tensors = {
-            f"{name}/{key}": value.detach().cpu().contiguous()
-            for name, parameter in zip(names, policy.parameters(), strict=True)
-            for key, value in optimizer.state.get(parameter, {}).items()
-            if isinstance(value, torch.Tensor)
-        }
-        tensors |= {f"{name}/value": p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
-        save_file(tensors, place / "training.safetensors")
+        policy.save_adapter(
+            place, {k.removesuffix("/value"): v for k, v in tensors.items() if k.endswith("/value")}
+        )
+        save_file(dict(tensors), place / "training.safetensors")
         if memory:
             save_file({k: v.detach().cpu().contiguous() for k, v in memory.items()}, place / MEMORY)
         for file in place.glob("*.safetensors"):
             sort_header(file)
         write_json(
-            place / "state.json", asdict(position) | {"versions": versions(), "configuration": configuration}
+            place / "state.json",
+            asdict(position)
+            | {"versions": versions(), "batch_sizes": sizes or [], "configuration": configuration},
         )
         files = {f.name: sha256(f) for f in sorted(place.iterdir())}
         write_json(place / "manifest.json", {"format": FORMAT, "files": files})
@@ -119,13 +132,13 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None = N
                 raise InputError(
                     f"{path}: the checkpoint does not fit this model, rank or targets (at {name})"
                 )
-            parameter.copy_(value)
+            parameter.copy_(part(value, parameter))
     if optimizer is not None:
         for name, parameter in named.items():
             state = {k.rsplit("/", 1)[1]: v for k, v in tensors.items() if k.rsplit("/", 1)[0] == name}
             if state:
                 optimizer.state[parameter] = {
-                    k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
+                    k: v if k == "step" else part(v.to(parameter.device), parameter) for k, v in state.items()
                 }
     state = read_json(path / "state.json")
     return Position(int(state["iteration"]), int(state.get("failures", 0)))
@@ -146,6 +159,12 @@ def load_memory(path: Path) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in load_file(path / MEMORY).items()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path / MEMORY}: {error}") from error
+
+
+def batch_sizes(path: Path) -> list[list[int]]:
+    """Of rollout and update, in each process that wrote a checkpoint; nothing where it does not say."""
+    found = read_json(path / "state.json").get("batch_sizes")
+    return [[int(size) for size in sizes] for sizes in found or []]
 
 
 def configuration(path: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -22,6 +23,8 @@ from pydantic import (
 from driftrl.checks import InputError, nearest
 
 Positive = Annotated[int, Field(ge=1)]
+Size = Annotated[Positive | None, BeforeValidator(lambda value: None if value == "auto" else value)]
+"""A batch size; null, which may be written 'auto', leaves it to us."""
 SectionKind = TypeVar("SectionKind", bound="Section")
 
 
@@ -50,6 +53,9 @@ class ModelConfig(Section):
     """Decode in tiles, for large images on small cards; seams may show."""
     device: str = "auto"
     """'auto' takes a GPU if there is one; else 'cpu', 'cuda', 'cuda:1', 'mps'."""
+    memory_budget: float | None = Field(None, gt=0)
+    """GiB that a process may use, which batch sizes are fitted into before training where they are left open. Null:
+    what a GPU has free, less a reserve; on a CPU nothing is fitted."""
 
 
 class AdapterConfig(Section):
@@ -62,6 +68,8 @@ class AdapterConfig(Section):
     """The adapter's scale is alpha / rank."""
     targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
     """Module names that get an adapter: by default the attention projections."""
+    shard: bool = False
+    """Of `full` and several processes: each holds and optimises a part of every weight (FSDP), not the whole."""
 
 
 class PromptConfig(Section):
@@ -92,8 +100,12 @@ class SamplingConfig(Section):
     width: Positive | None = None
     candidates: Positive = 16
     """Images drawn per prompt, 2G."""
-    batch_size: Positive | None = None
-    """Candidates denoised at once; changes speed and memory, no sample. Null: 32 on a CPU, else 128."""
+    batch_size: Size = None
+    """Candidates denoised at once; changes speed and memory, no sample. Null or 'auto': 32 on a CPU, else 128, and
+    less where model.memory_budget, or a GPU's memory, does not suffice."""
+    overlap_reward: Literal["auto"] | bool = "auto"
+    """Score each finished batch while the next one is denoised, in place of all images at the end. 'auto': for reward
+    servers and beside a GPU, not where reward and model share a CPU's cores."""
 
 
 class RewardPart(Section):
@@ -248,9 +260,9 @@ class OptimizerConfig(Section):
     """Optimiser steps per iteration; the pairs are shared out among them."""
     epochs: Positive = 1
     """Passes over the pairs of an iteration."""
-    batch_size: Positive | None = None
-    """(sample, timestep) pairs replayed at once; changes speed and memory, not the update. Null: 48 on a CPU,
-    else 96."""
+    batch_size: Size = None
+    """(sample, timestep) pairs replayed at once; changes speed and memory, not the update. Null or 'auto': 48 on a
+    CPU, else 96, and less where memory does not suffice."""
 
 
 class LoggingConfig(Section):
@@ -274,7 +286,8 @@ class GuardsConfig(Section):
     reward_attempts: Positive = 3
     """How often a reward that raises or takes too long is tried."""
     reward_timeout: float | None = Field(None, gt=0)
-    """Seconds that a reward may take for one iteration's images; null waits for ever."""
+    """Seconds that a reward may take for one call: an iteration's images, or, with sampling.overlap_reward, a batch of
+    them; null waits for ever."""
 
 
 class EvaluationConfig(Section):
@@ -382,11 +395,24 @@ class TrainConfig(Section):
                 f"shaping.level: potential 'stepwise' gives each step its own advantage, so level must be "
                 f"'advantage'; got {shaping.level!r}"
             )
+        self._check_shard()
         if self.sampling.eta == 0:
             raise ValueError(
                 "sampling.eta: expected more than 0 to train, for without noise nothing is scored; got 0"
             )
         return self
+
+    def _check_shard(self) -> None:
+        if not self.adapter.shard:
+            return
+        if self.adapter.kind != "full":
+            raise ValueError("adapter.shard: goes with adapter.kind 'full'; a LoRA is small: leave it whole")
+        if self.objective.reference_kl is not None or self.objective.reference_every is not None:
+            raise ValueError(
+                "adapter.shard: does not go with a reference that moves (objective.reference_...)"
+            )
+        if self.shaping.encoder == "policy:mid-block":
+            raise ValueError("adapter.shard: does not go with shaping.encoder 'policy:mid-block'")
 
 
 def load_config(path: Path | None = None, overrides: list[str] | None = None) -> TrainConfig:

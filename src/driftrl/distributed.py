@@ -87,6 +87,10 @@ class Team:
             group.all_reduce(tensor := tensor.clone(), op=group.ReduceOp.MAX)
         return tensor
 
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        return int(self.largest(torch.tensor(number)))
+
     def texts(self, text: str) -> list[str]:
         """The text of each process."""
         if self.size == 1:
@@ -128,6 +132,33 @@ class Team:
 ALONE = Team()
 
 
+def in_parts(tensor: Tensor) -> bool:
+    """Whether each process holds a part of a tensor (torch's DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is there in parts, which all processes must ask for; any other as it is."""
+    split: Any = tensor
+    return split.full_tensor() if in_parts(tensor) else tensor
+
+
+def own(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; no gradient flows through it."""
+    split: Any = tensor.detach()
+    return split.to_local() if in_parts(tensor) else split
+
+
+def part(value: Tensor, like: Tensor) -> Tensor:
+    """``value``, which all processes have, shared out as ``like`` is; itself where that is not."""
+    if not in_parts(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    place: Any = like
+    return distribute_tensor(value.to(like.device), place.device_mesh, place.placements, src_data_rank=None)
+
+
 def join() -> Team:
     """The processes that were launched together, after meeting them; `ALONE` where none were.
 
@@ -144,8 +175,8 @@ def join() -> Team:
     ):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise InputError(
-                f"accelerate launch {flag}: driftrl shards prompts, not weights: each process holds the whole model; "
-                "launch without it (docs/guide/several-gpus.md)"
+                f"accelerate launch {flag}: driftrl shards prompts, not weights; those too, by FSDP, with "
+                f"adapter.kind=full and adapter.shard=true, but launched without {flag} (docs/guide/several-gpus.md)"
             )
     from accelerate import PartialState
 

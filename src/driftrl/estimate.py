@@ -102,6 +102,11 @@ def calls(plan: Plan) -> Calls:
     )
 
 
+def picture_bytes(plan: Plan, image: tuple[int, ...]) -> int:
+    """Bytes of the images [3, height, width] of all candidates."""
+    return FLOAT * plan.images * math.prod(image)
+
+
 def stored_bytes(
     plan: Plan, latent: tuple[int, ...], image: tuple[int, ...], noise: tuple[int, ...] = (), clean: int = 0
 ) -> int:
@@ -188,19 +193,53 @@ class Standing:
         return self.program + self.model + self.instruments + self.conditioning + self.optimizer
 
 
-def peaks(plan: Plan, standing: Standing, stored: int, gradients: int, working: Phases) -> Phases:
+def peaks(
+    plan: Plan, standing: Standing, stored: int, pictures: int, gradients: int, working: Phases
+) -> Phases:
     """Most bytes in use during each phase of an iteration.
 
-    Trajectories are joined at the end of the rollout, and for that moment are there twice; the kept ones are copied.
+    Of the ``stored`` bytes of all candidates ``pictures`` are those of their images, which stay to the end of the
+    iteration. The kept candidates are copied, their images only until diversity is known, and the others then go.
     """
-    kept = stored * (1 + plan.keep / plan.candidates)
+    kept = plan.keep / plan.candidates
     return Phases(
         denoising=standing.total + stored + working.denoising,
-        decoding=standing.total + max(2 * stored, stored + working.decoding),
+        decoding=standing.total + stored + working.decoding,
         reward=standing.total + stored + working.reward,
-        diversity=standing.total + kept + working.diversity,
-        update=standing.total + kept + gradients + working.update,
+        diversity=standing.total + stored * (1 + kept) + working.diversity,
+        update=standing.total + pictures + (stored - pictures) * kept + gradients + working.update,
     )
+
+
+LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Batch sizes to choose from."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a batch of n rows takes, above what stays: ``base + row * n``."""
+
+    base: float
+    row: float
+
+    @staticmethod
+    def through(small: tuple[int, float], large: tuple[int, float]) -> Need:
+        """The line through two measurements (rows, bytes); where it would not rise, each row has its full share."""
+        row = (large[1] - small[1]) / (large[0] - small[0]) if large[0] > small[0] else 0.0
+        return Need(small[1] - row * small[0], row) if row > 0 else Need(0.0, large[1] / large[0])
+
+    def most(self, room: float, useful: int) -> int | None:
+        """The largest size of `LADDER`, at most the smallest that holds ``useful`` rows, that needs no more than
+        ``room`` bytes; None if not even one row fits.
+
+        Example:
+            >>> from driftrl.estimate import Need
+            >>> Need(base=10.0, row=2.0).most(room=50.0, useful=128), Need(10.0, 2.0).most(50.0, useful=5)
+            (16, 6)
+        """
+        enough = next((size for size in LADDER if size >= useful), LADDER[-1])
+        fitting = [size for size in LADDER if size <= enough and self.base + self.row * size <= room]
+        return max(fitting, default=None)
 
 
 def remedies(

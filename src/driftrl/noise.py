@@ -33,3 +33,8 @@ def generator(seed: int, iteration: int, prompt: int, candidate: int, purpose: s
 def normal(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
     """Standard normal float32 [len(generators), *shape], a row from each generator."""
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+
+
+def placed(draws: Tensor, device: torch.device) -> Tensor:
+    """``draws`` on ``device``. From pinned memory, so that the host need not wait until a GPU has caught up."""
+    return draws.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draws.to(device)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from driftrl.batches import BatchSize, MemoryWarning, out_of_memory
 from driftrl.checks import RunFailedError
-from driftrl.estimate import FLOAT, Costs, Phases, Plan, Standing, remedies, stored_bytes
+from driftrl.distributed import own
+from driftrl.estimate import FLOAT, Costs, Need, Phases, Plan, Standing, picture_bytes, remedies, stored_bytes
 from driftrl.policies.full import FullWeights
 from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.rollout import latent_features, rollout
@@ -25,6 +28,12 @@ from driftrl.update import update
 
 REPEATS = 3
 """Each piece of work is timed so often, after a first time that counts for nothing, and the median is taken."""
+PROBED = 4
+"""Rows that `fit` tries; what more of them take is extrapolated."""
+RESERVE = 2**30
+"""Bytes of a GPU that `fit` leaves alone: for work space of kernels, and gaps between blocks."""
+SPARE = 1 / 8
+"""Share of a budget that `fit` leaves alone on a CPU, whose allocator holds more than is in use."""
 PATIENCE = 20.0
 """Seconds that one piece of work may take on a CPU: fewer images at once are timed where more would take longer."""
 
@@ -62,10 +71,10 @@ def plan_of(loop: TrainingLoop) -> Plan:
         scored=int(policy.scored.sum()),
         trained=objective.timesteps,
         branches=policy.branches,
-        rollout_batch=loop.rollout_batch,
+        rollout_batch=loop.rollout_batch.now,
         updates=objective.updates,
         epochs=objective.epochs,
-        update_batch=objective.batch_size,
+        update_batch=loop.update_batch.now,
         reference=objective.kl_weight > 0,
         rescored=objective.rescore,
         judges=len(loop.judges),
@@ -81,9 +90,14 @@ def stored_of(loop: TrainingLoop, plan: Plan) -> int:
     return stored_bytes(plan, policy.latent_shape, policy.image_shape, noise, clean)
 
 
+def pictures_of(loop: TrainingLoop, plan: Plan) -> int:
+    """Bytes of the images among them."""
+    return picture_bytes(plan, _policy(loop).image_shape)
+
+
 def gradients_of(loop: TrainingLoop) -> int:
-    """Bytes of the gradients of all trained weights."""
-    return FLOAT * sum(p.numel() for p in loop.policy.parameters())
+    """Bytes of the gradients of all trained weights, as far as this process has them."""
+    return FLOAT * sum(own(p).numel() for p in loop.policy.parameters())
 
 
 def standing_of(loop: TrainingLoop) -> Standing:
@@ -121,9 +135,8 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
         RunFailedError: where memory does not suffice, naming the phase and what to change.
     """
     plan, policy, device = plan_of(loop), _policy(loop), loop.policy.device
-    before, brief = memory(device), _Brief(policy)
-    one, row = loop.conditioning.rows(torch.zeros(1, dtype=torch.long, device=device)), loop.prompt_set[0]
-    stepwise = loop.method.shaping.potential == "stepwise"
+    before, work = memory(device), _Work(loop)
+    row = loop.prompt_set[0]
 
     def attempt(phase: str, work: Callable[[int], Any], count: int) -> Measured:
         told(phase)
@@ -134,35 +147,20 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
                 raise
             raise RunFailedError(_too_large(phase, count, loop, plan, device)) from None
 
-    def draw(count: int) -> Rollout:
-        keys = [(loop.seed, 0, 0)]
-        return rollout(brief, one, keys, count, count, loop.method.prompt_noise, keep_clean=stepwise)
-
     at_once, together = min(plan.rollout_batch, plan.images), min(plan.update_batch, max(plan.parts))
-    denoising = attempt("denoising", draw, at_once)
-    drawn = draw(denoising.count)
+    denoising = attempt("denoising", work.draw, at_once)
+    drawn = work.draw(denoising.count)
     latents = drawn.latents[0, :, -1]
     decoding = attempt("decoding", lambda n: policy.decode(latents[:n]), denoising.count)
     images = policy.decode(latents[: decoding.count])
     rewarding = attempt("reward", lambda n: loop.reward(images[:n], [row] * n), decoding.count)
     encoding = attempt("diversity", lambda n: loop.encoder(images[:n]), min(decoding.count, plan.kept))
 
-    objective = replace(
-        loop.objective, updates=1, epochs=1, timesteps=1 / brief.count, timestep_choice="noisiest"
-    )
     waiting = _Stopwatch(loop.optimizer, device)
-
-    def learn(count: int) -> None:
-        kept = drawn.keep(torch.arange(count, device=device)[None] % denoising.count)
-        update(
-            brief, loop.optimizer, kept, torch.ones(1, count, device=device), one, objective, (loop.seed, 0),
-            loop.method.prompt_noise, reference=lambda: loop.memory.reference_of(policy),
-        )  # fmt: skip
-
-    learning = attempt("update", learn, together)
+    learning = attempt("update", lambda n: work.learn(drawn, n, loop.optimizer), together)
     optimizer = statistics.median(waiting.seconds[1:] or waiting.seconds)
     return Costs(
-        step=denoising.each / brief.count,
+        step=denoising.each / work.policy.count,
         decode=decoding.each,
         reward=rewarding.each,
         encode=encoding.each,
@@ -176,6 +174,52 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
             max(0.0, learning.working(together) - gradients_of(loop)),
         ),
     )
+
+
+def fit(loop: TrainingLoop, budget: float | None, rollout: bool, update: bool) -> None:
+    """Choose batch sizes that memory suffices for, at most those that the loop was built with, which are what pays.
+
+    On a CPU only where a budget is given. Leaves the loop otherwise as it was.
+
+    Args:
+        loop: a run's objects.
+        budget: GiB for this process; None is what a GPU has free, less `RESERVE`.
+        rollout: whether the rollout's size is to be chosen.
+        update: whether the update's is.
+
+    Raises:
+        RunFailedError: where memory does not suffice to try a single row.
+    """
+    device = loop.policy.device
+    allowed = _allowed(device, budget)
+    if allowed is None or not (rollout or update):
+        return
+    plan, work, gradients = plan_of(loop), _Work(loop), gradients_of(loop)
+    stored, pictures = stored_of(loop, plan), pictures_of(loop, plan)
+    standing_of(loop)  # reads what is not yet in memory
+    before = memory(device)
+    stays = before + 2 * gradients
+    kept = pictures + (stored - pictures) * plan.keep / plan.candidates
+    drawn = work.draw(1)
+
+    def draw(count: int) -> None:
+        loop.policy.decode(work.draw(count).latents[0, :, -1])
+
+    def learn(count: int) -> None:
+        work.learn(drawn, count, _Still(loop.policy.parameters(), {}))
+
+    for phase, size, wanted, held, useful, work_of in (
+        ("denoising", loop.rollout_batch, rollout, stored, plan.images, draw),
+        ("update", loop.update_batch, update, kept, max(plan.parts), learn),
+    ):
+        if wanted:
+            try:
+                need = _need(work_of, min(PROBED, useful), device, before)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                raise RunFailedError(_too_large(phase, 1, loop, plan, device)) from None
+            size.now = _size(need, allowed - stays - held, min(size.now, useful), size.setting, allowed)
 
 
 def memory(device: torch.device) -> int:
@@ -203,8 +247,12 @@ def start_peak(device: torch.device) -> None:
             return
 
 
-def room(device: torch.device) -> int:
-    """Bytes that a run may have here: the card's memory, or what is free and what this process has; 0 if unknown."""
+def room(device: torch.device, budget: float | None = None) -> int:
+    """Bytes that a run may have here: ``budget`` GiB, or the card's memory, or what is free and what this process has;
+    0 if unknown.
+    """
+    if budget is not None:
+        return int(budget * 2**30)
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type != "cpu":
@@ -215,11 +263,6 @@ def room(device: torch.device) -> int:
         return 0
     free = next((line.split()[1] for line in lines if line.startswith("MemAvailable")), "0")
     return int(free) * 1024 + memory(device)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory does not suffice, on a GPU or a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def advice(phase: str, loop: TrainingLoop, plan: Plan) -> list[str]:
@@ -233,6 +276,91 @@ def advice(phase: str, loop: TrainingLoop, plan: Plan) -> list[str]:
         half=policy.dtype != torch.float32,
         full=isinstance(policy.weights, FullWeights),
     )
+
+
+def _allowed(device: torch.device, budget: float | None) -> float | None:
+    """Bytes that this process may have in use, if there is a limit that is known."""
+    found = [] if budget is None else [budget * 2**30 * (1 - SPARE if device.type == "cpu" else 1)]
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        found.append(free + torch.cuda.memory_reserved(device) - RESERVE)
+    return min(found, default=None)
+
+
+def _need(work: Callable[[int], Any], most: int, device: torch.device, before: int) -> Need:
+    """What ``work`` takes for n rows, by a line through one row and ``most`` of them."""
+    work(1)  # with what is made only once
+    points = []
+    for count in sorted({1, most}):
+        start_peak(device)
+        try:
+            work(count)
+        except RuntimeError as error:
+            if count == 1 or not out_of_memory(error):
+                raise
+            break  # so the size follows from the first point, and is halved where that was too good a guess
+        _wait(device)
+        points.append((count, float(max(0, peak(device) - before))))
+    return Need.through(points[0], points[-1])
+
+
+def _size(need: Need, room: float, useful: int, setting: str, allowed: float) -> int:
+    size = need.most(room, useful)
+    if size is None:
+        missing = (need.base + need.row - room + allowed) / 2**30
+        warnings.warn(
+            f"{setting} is 1, and memory may still not suffice: about {missing:.1f} GiB are needed, and there are "
+            f"{allowed / 2**30:.1f}; driftrl estimate says what takes it and what to change",
+            MemoryWarning,
+            stacklevel=3,
+        )
+    return size or 1
+
+
+class _Work:
+    """A little of a loop's rollout and update: one prompt, one or two denoising steps, as many rows as asked for."""
+
+    def __init__(self, loop: TrainingLoop) -> None:
+        self.policy = _Brief(_policy(loop))
+        self._loop, device = loop, loop.policy.device
+        self._one = loop.conditioning.rows(torch.zeros(1, dtype=torch.long, device=device))
+        self._objective = replace(
+            loop.objective,
+            updates=1,
+            epochs=1,
+            timesteps=1 / self.policy.count,
+            timestep_choice="noisiest",
+        )
+
+    def draw(self, count: int) -> Rollout:
+        """``count`` candidates in one batch."""
+        loop = self._loop
+        return rollout(
+            self.policy, self._one, [(loop.seed, 0, 0)], count, _firm(count), loop.method.prompt_noise,
+            keep_clean=loop.method.shaping.potential == "stepwise",
+        )  # fmt: skip
+
+    def learn(self, drawn: Rollout, count: int, optimizer: torch.optim.Optimizer) -> None:
+        """An optimiser step on ``count`` of the pairs of ``drawn``, over and over if there are fewer, in one batch."""
+        loop, device, there = self._loop, self._loop.policy.device, drawn.log_probs.shape[1]
+        kept = drawn.keep(torch.arange(count, device=device)[None] % there).path()
+        update(
+            self.policy, optimizer, kept, torch.ones(1, count, device=device), self._one, self._objective,
+            (loop.seed, 0), loop.method.prompt_noise,
+            reference=lambda: loop.memory.reference_of(loop.policy), batch=_firm(count),
+        )  # fmt: skip
+
+
+def _firm(count: int) -> BatchSize:
+    """Whoever measures wants to know that a batch does not fit."""
+    return BatchSize(count, "", firm=True)
+
+
+class _Still(torch.optim.Optimizer):
+    """Leaves the weights as they are."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        pass
 
 
 class _Brief:
@@ -312,7 +440,9 @@ def _policy(loop: TrainingLoop) -> PipelinePolicy:
 def _bytes(modules: list[Any]) -> int:
     """Of all parameters and buffers, each counted once."""
     tensors = {
-        t.data_ptr(): t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers())
+        t.data_ptr(): t.numel() * t.element_size()
+        for m in modules
+        for t in map(own, (*m.parameters(), *m.buffers()))
     }
     return sum(tensors.values())
 
@@ -321,7 +451,7 @@ def _read(modules: list[Any]) -> None:
     """Look at every page of the weights."""
     for module in modules:
         for parameter in module.parameters():
-            parameter.detach().flatten()[::1024].sum()
+            own(parameter).flatten()[::1024].sum()
 
 
 def _modules(owner: Any) -> list[nn.Module]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from driftrl import noise
+from driftrl.batches import BatchSize
 from driftrl.conditioning import annealed_noise
 from driftrl.transitions import gaussian
 from driftrl.types import Conditioning, Policy, Rollout, Transition
@@ -80,68 +81,99 @@ def rollout(
     conditioning: Conditioning,
     keys: Sequence[tuple[int, int, int]],
     candidates: int,
-    batch_size: int,
+    batch_size: int | BatchSize,
     prompt_noise: PromptNoise = NO_NOISE,
     progress: Callable[[int], None] | None = None,
     keep_clean: bool = False,
+    finished: Callable[[Tensor], None] | None = None,
 ) -> Rollout:
     """Draw ``candidates`` images for each of P prompts.
+
+    Nothing in it waits for the device, so the host is ahead of it throughout.
 
     Args:
         policy: what is sampled from.
         conditioning: P rows.
         keys: P triples (seed, iteration, prompt index) for the keyed generators of `driftrl.noise`.
         candidates: N.
-        batch_size: candidates denoised at once; no sample depends on it.
+        batch_size: candidates denoised at once, fewer where memory does not suffice; no sample depends on it.
         prompt_noise: the noise on the prompt embedding.
         progress: called with the number of images finished after each batch.
         keep_clean: keep features of the predicted clean latents, for stepwise potentials.
+        finished: called with the images [n, 3, height, width] of each batch, in order.
 
     Returns:
         Trajectories, log-probabilities and images of all P x N candidates.
     """
-    prompts, steps = len(conditioning.embeds), len(policy.timesteps)
-    device, shape = policy.device, policy.latent_shape
+    prompts = len(conditioning.embeds)
+    batch = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size, "sampling.batch_size")
     scored = policy.scored.tolist()
-    embed_shape = conditioning.embeds.shape[1:]
-    latents, log_probs, images, noises, cleans = [], [], [], [], []
     flat = [(p, n) for p in range(prompts) for n in range(candidates)]
-    for start in range(0, len(flat), batch_size):
-        chunk = flat[start : start + batch_size]
-        rows = conditioning.rows(torch.tensor([p for p, _ in chunk], device=device))
-        draws = [noise.generator(*keys[p], n, "latents") for p, n in chunk]
-        eps = None
-        if prompt_noise.eta > 0:
-            own = [noise.generator(*keys[p], n, "prompt") for p, n in chunk]
-            eps = noise.normal(own, embed_shape).to(device)
-            noises.append(eps)
-        x = noise.normal(draws, shape).to(device)
-        path, scores, clean = [x], [], []
-        for step in range(steps):
-            at = torch.full((len(chunk),), step, device=device)
-            move = score_step(policy, x, at, rows, eps, prompt_noise)
-            if keep_clean:
-                clean.append(latent_features(move.x0))
-            # Drawn even where nothing is added, as diffusers' scheduler does, so that both draw alike.
-            x = gaussian.sample(move.mean, move.std, noise.normal(draws, shape).to(device))
-            scores.append(
-                gaussian.log_prob(x, move.mean, move.std)
-                if scored[step]
-                else torch.zeros(len(chunk), device=device)
-            )
-            path.append(x)
-        latents.append(torch.stack(path, 1))
-        log_probs.append(torch.stack(scores, 1))
-        images.append(policy.decode(x))
-        if keep_clean:
-            cleans.append(torch.stack([*clean, latent_features(x)], 1))
+    kept: dict[str, Tensor] = {}
+    done = 0
+
+    def draw(size: int) -> Tensor:
+        """The next batch, put where it belongs."""
+        chunk = flat[done : done + size]
+        own = torch.arange(done, done + len(chunk), device=policy.device) // candidates
+        parts = _denoise(policy, conditioning.rows(own), [(*keys[p], n) for p, n in chunk],
+                         scored, prompt_noise, keep_clean)  # fmt: skip
+        for name, part in parts.items():
+            if len(part) == len(flat):
+                kept[name] = part
+                continue
+            if (
+                name not in kept
+            ):  # once for all, for joining the batches in the end would take twice the memory
+                kept[name] = part.new_empty(len(flat), *part.shape[1:])
+            kept[name][done : done + len(chunk)] = part
+        return parts["images"]
+
+    while done < len(flat):
+        images = batch.attempt(draw)
+        done += len(images)
+        if finished is not None:
+            finished(images)
         if progress is not None:
-            progress(len(chunk))
+            progress(len(images))
+    return Rollout(**{name: part.unflatten(0, (prompts, candidates)) for name, part in kept.items()})
 
-    def grouped(parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts).unflatten(0, (prompts, candidates))
 
-    def maybe(parts: list[Tensor]) -> Tensor | None:
-        return grouped(parts) if parts else None
-
-    return Rollout(grouped(latents), grouped(log_probs), grouped(images), maybe(noises), maybe(cleans))
+def _denoise(
+    policy: Policy,
+    rows: Conditioning,
+    keys: Sequence[tuple[int, int, int, int]],
+    scored: Sequence[bool],
+    prompt_noise: PromptNoise,
+    keep_clean: bool,
+) -> dict[str, Tensor]:
+    """One batch of n candidates, from noise to image: the fields of a `Rollout`, each [n, ...]."""
+    device, shape = policy.device, policy.latent_shape
+    draws = [noise.generator(*key, "latents") for key in keys]
+    eps = None
+    if prompt_noise.eta > 0:
+        own = [noise.generator(*key, "prompt") for key in keys]
+        eps = noise.placed(noise.normal(own, rows.embeds.shape[1:]), device)
+    x = noise.placed(noise.normal(draws, shape), device)
+    path, scores, clean = [x], [], []
+    for step, counts in enumerate(scored):
+        at = torch.full((len(keys),), step, device=device)
+        move = score_step(policy, x, at, rows, eps, prompt_noise)
+        if keep_clean:
+            clean.append(latent_features(move.x0))
+        # Drawn even where nothing is added, as diffusers' scheduler does, so that both draw alike.
+        x = gaussian.sample(move.mean, move.std, noise.placed(noise.normal(draws, shape), device))
+        scores.append(
+            gaussian.log_prob(x, move.mean, move.std) if counts else torch.zeros(len(keys), device=device)
+        )
+        path.append(x)
+    parts = {
+        "latents": torch.stack(path, 1),
+        "log_probs": torch.stack(scores, 1),
+        "images": policy.decode(x).contiguous(),
+    }
+    if eps is not None:
+        parts["prompt_noise"] = eps
+    if keep_clean:
+        parts["clean"] = torch.stack([*clean, latent_features(x)], 1)
+    return parts

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from driftrl import checkpoint
-from driftrl.build import build_loop
+from driftrl import checkpoint, probe
+from driftrl.build import build_loop, open_sizes
 from driftrl.checks import InputError, RunFailedError
 from driftrl.config import TrainConfig, dump_config, load_config
 from driftrl.distributed import LostProcessError, join
@@ -80,6 +80,14 @@ class Trainer:
             if self.resumed_from is not None:
                 self._refuse_changes(checkpoint.configuration(self.resumed_from), str(self.resumed_from))
                 self.loop.resume(self.resumed_from)
+        if self.resumed_from is None or not checkpoint.batch_sizes(self.resumed_from):
+            self._fit()
+
+    def _fit(self) -> None:
+        """Batch sizes that memory suffices for, in all processes the smallest of what each could have."""
+        with self.team.together():
+            probe.fit(self.loop, self.config.model.memory_budget, *open_sizes(self.config))
+        self.loop.restored_sizes([[int(x) for x in self.loop.sizes().amin(0)]] * self.team.size)
 
     def run(self, watch: Callable[[Iteration], Any] | None = None) -> Path:
         """Train to the end, or until Ctrl-C or SIGTERM (then `stopped_by` is the signal); return the folder."""

@@ -19,16 +19,18 @@ from torch import Tensor
 
 from driftrl import checkpoint, prompts
 from driftrl.advantages import AdvantageRule, advantages_of
+from driftrl.batches import BatchSize
 from driftrl.checkpoint import Position
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
 from driftrl.conditioning import noise_cost
-from driftrl.distributed import ALONE, Team
+from driftrl.distributed import ALONE, Team, in_parts
 from driftrl.diversity.functional import pairwise_distances
 from driftrl.memory import Memory
 from driftrl.mixture import Part, columns, mixed
 from driftrl.noise import generator
 from driftrl.objectives.gate import Anchor, gate, reward_disagreement
 from driftrl.rollout import PromptNoise, rollout
+from driftrl.scoring import Scoring
 from driftrl.selection import select
 from driftrl.shaping import (
     DiversityWarning,
@@ -114,12 +116,14 @@ class TrainingLoop:
         configuration: dict[str, Any] | None = None,
         judges: tuple[Reward, ...] = (),
         team: Team = ALONE,
+        overlap_reward: bool = False,
         similarity: Reward | None = None,
     ) -> None:
         """Take over built objects; ``checkpoints`` is the folder that checkpoints go to, each with
         ``configuration``. ``judges`` are rewards whose disagreement with ``reward`` decides whom the divergence
         holds (`driftrl.objectives.gate`); with none it holds every sample.
-        The processes of ``team`` share the prompts of each iteration out; the first one writes checkpoints.
+        The processes of ``team`` share the prompts of each iteration out; the first one writes checkpoints. With
+        ``overlap_reward`` each finished batch of images is scored while the next one is drawn.
         ``similarity`` of image and prompt shows whether the noise on the prompt is too strong; None does not look.
         """
         self.policy, self.reward, self.encoder, self.prompt_set = policy, reward, encoder, prompt_set
@@ -129,7 +133,12 @@ class TrainingLoop:
             optimizer,
             checkpoints,
         )
-        self.seed, self.prompts_per_iteration, self.rollout_batch = seed, prompts_per_iteration, rollout_batch
+        self.seed, self.prompts_per_iteration = seed, prompts_per_iteration
+        self.overlap_reward = overlap_reward
+        # Processes that hold parts of the weights call the network equally often, so none may try again on its own.
+        self.in_parts = any(map(in_parts, policy.parameters()))
+        self.rollout_batch = BatchSize(rollout_batch, "sampling.batch_size", self.in_parts)
+        self.update_batch = BatchSize(objective.batch_size, "optimizer.batch_size", self.in_parts)
         self.checkpoint_every, self.keep_last, self.keep_every = checkpoint_every, keep_last, keep_every
         self.max_failures, self.configuration, self.judges, self.team, self.similarity = (
             max_failures,
@@ -151,7 +160,20 @@ class TrainingLoop:
         """Go on from a checkpoint."""
         self.position = checkpoint.load(path, self.policy, self.optimizer)
         self.memory = self.memory.restored(checkpoint.load_memory(path), self.policy)
+        self.restored_sizes(checkpoint.batch_sizes(path))
         self._saved = self.position.iteration
+
+    def sizes(self) -> Tensor:
+        """Batch sizes of rollout and update in each process: int64 [processes, 2]."""
+        return self.team.gather(torch.tensor([[self.rollout_batch.now, self.update_batch.now]]))
+
+    def restored_sizes(self, found: list[list[int]]) -> None:
+        """Take over what `sizes` gave, for rounding depends on them; if there were other processes, their smallest."""
+        if found:
+            own = (
+                found[self.team.rank] if len(found) == self.team.size else map(min, zip(*found, strict=True))
+            )
+            self.rollout_batch.now, self.update_batch.now = own
 
     def run(
         self, iterations: int, watch: Callable[[Iteration], Any], stop: Callable[[], bool] = bool
@@ -209,19 +231,14 @@ class TrainingLoop:
         mine = team.share(len(which))
         conditioning = self.conditioning.rows(torch.tensor(which[mine], device=self.policy.device))
 
-        with team.together():  # a latent or reward that is not finite, or cannot be had, concerns all
-            sampled = self._sample(conditioning, which[mine], number)
+        flat = [text for text in texts[mine] for _ in range(method.candidates)]
+        scoring = Scoring((self.reward, *self.judges), flat, self.overlap_reward)
+        # A latent or reward that is not finite, or cannot be had, concerns all.
+        with team.together(), scoring:
+            sampled = self._sample(conditioning, which[mine], number, scoring)
             _demand_finite("latent", sampled.latents, texts[mine])
             clock.lap("rollout")
-            matches = self._matches(sampled.images, conditioning, which[mine], number)
-            if matches is not None:
-                clock.lap("noise_check")
-
-            flat = [text for text in texts[mine] for _ in range(method.candidates)]
-            pictures = sampled.images.flatten(0, 1)
-            scores, *opinions = (
-                self._scores(reward, pictures, flat) for reward in (self.reward, *self.judges)
-            )
+            scores, *opinions = map(self._by_prompt, scoring.scores(sampled.images.flatten(0, 1)))
         scores, opinions = team.gather(scores), [team.gather(opinion) for opinion in opinions]
         parts = columns(scores, method.rewards)
         for name, part in parts.items():
@@ -231,6 +248,10 @@ class TrainingLoop:
         disagreement = self._disagreement(rewards, opinions, texts)
         memory = self.memory.with_rewards(which, rewards)
         clock.lap("reward")
+        with team.together():
+            matches = self._matches(sampled.images, conditioning, which[mine], number)
+        if matches is not None:
+            clock.lap("noise_check")
 
         chosen = select(
             rewards, method.keep, method.strategy, generator(self.seed, number, 0, 0, "selection")
@@ -238,12 +259,16 @@ class TrainingLoop:
         kept = sampled.keep(chosen[mine])
         kept_rewards = rewards.gather(1, chosen)
 
+        drawn = sampled.images
+        del sampled  # the trajectories of those that were not chosen, before gradients need the memory
+
         distances = team.gather(self._distances(kept.images))
         diversity = group_diversity(distances)
         bonus = diversity_bonus(
             distances if kept.clean is None else team.gather(pairwise_distances(kept.clean.transpose(1, 2))),
             method.shaping,
         )
+        kept = kept.path()
         clock.lap("diversity")
 
         shaped = shape_at_reward(kept_rewards, bonus, method.shaping)
@@ -253,7 +278,7 @@ class TrainingLoop:
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
         stats = update(
             self.policy, self.optimizer, kept, advantages, conditioning, self.objective, (self.seed, number),
-            method.prompt_noise, texts, held, lambda: memory.reference_of(self.policy), team,
+            method.prompt_noise, texts, held, lambda: memory.reference_of(self.policy), team, self.update_batch,
         )  # fmt: skip
         self.memory = memory.after(stats.kl, method.anchor, self.policy)
         clock.lap("update")
@@ -293,11 +318,12 @@ class TrainingLoop:
                 "nothing is learned from them; a finer reward or more candidates would help",
             )
         metrics = {k: v if math.isfinite(v) else float("nan") for k, v in metrics.items()}
-        return Iteration(number + 1, metrics, clock.seconds, texts, sampled.images, rewards, chosen)
+        return Iteration(number + 1, metrics, clock.seconds, texts, drawn, rewards, chosen)
 
     def save(self) -> Path:
         """Write a checkpoint now, or wait until the first process has."""
-        path = self.checkpoints / checkpoint.name_of(self.position)
+        path, sizes = self.checkpoints / checkpoint.name_of(self.position), self.sizes()
+        tensors = checkpoint.gathered(self.policy, self.optimizer) if self.in_parts or self.team.leads else {}
         if self.team.leads:
             checkpoint.save(
                 self.checkpoints,
@@ -306,6 +332,8 @@ class TrainingLoop:
                 self.position,
                 self.configuration,
                 self.memory.tensors(),
+                sizes.tolist(),
+                tensors,
             )
             checkpoint.prune(self.checkpoints, self.keep_last, self.keep_every)
         self.team.wait()
@@ -317,12 +345,20 @@ class TrainingLoop:
         if self._saved != self.position.iteration:
             self.save()
 
-    def _sample(self, conditioning: Conditioning, which: list[int], number: int) -> Rollout:
+    def _sample(self, conditioning: Conditioning, which: list[int], number: int, scoring: Scoring) -> Rollout:
         keys = [(self.seed, number, prompt) for prompt in which]
         noise, count = self.method.prompt_noise, self.method.candidates
         stepwise = self.method.shaping.potential == "stepwise"
         return rollout(
-            self.policy, conditioning, keys, count, self.rollout_batch, noise, self.on_sampled, stepwise
+            self.policy,
+            conditioning,
+            keys,
+            count,
+            self.rollout_batch,
+            noise,
+            self.on_sampled,
+            stepwise,
+            scoring.add,
         )
 
     def _distances(self, images: Tensor) -> Tensor:
@@ -330,10 +366,9 @@ class TrainingLoop:
         features = self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         return pairwise_distances(features.to(self.policy.device))
 
-    def _scores(self, reward: Reward, pictures: Tensor, flat: list[str]) -> Tensor:
-        """What ``reward`` gives all candidates: [P, N], or [P, N, R] of R rewards."""
-        scores = reward(pictures, flat).float().unflatten(0, (-1, self.method.candidates))
-        return scores.to(self.policy.device)
+    def _by_prompt(self, scores: Tensor) -> Tensor:
+        """Scores [P * N, ...] as [P, N, ...]."""
+        return scores.unflatten(0, (-1, self.method.candidates)).to(self.policy.device)
 
     def _matches(
         self, images: Tensor, conditioning: Conditioning, which: list[int], number: int

@@ -6,7 +6,7 @@ width D.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +59,7 @@ class Rollout:
     """float32 [P, N, T]: mean over latent dimensions; 0 at steps that are never scored."""
     images: Tensor
     """float32 [P, N, 3, height, width] in 0..1."""
-    prompt_noise: Tensor | None
+    prompt_noise: Tensor | None = None
     """[P, N, L, D], or None without noise-conditioned prompting."""
     clean: Tensor | None = None
     """float32 [P, N, T + 1, F]: features of the predicted clean latent at x_T, ..., x_1, and of x_0 itself; None
@@ -73,6 +73,10 @@ class Rollout:
         return Rollout(
             self.latents[p, indices], self.log_probs[p, indices], self.images[p, indices], noise, clean
         )
+
+    def path(self) -> Rollout:
+        """What replay needs: without images [0] and clean latents."""
+        return replace(self, images=self.images.new_empty(0), clean=None)
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,8 @@ class Policy(Protocol):
         """Within this context, the policy is the one that training started from."""
         ...
 
-    def save_adapter(self, folder: Path) -> None:
-        """Write what was trained, in diffusers' LoRA format."""
+    def save_adapter(self, folder: Path, values: Mapping[str, Tensor] | None = None) -> None:
+        """Write what was trained, in diffusers' LoRA format; ``values`` are all of the trainable parameters, by name."""
         ...
 
     def load_adapter(self, folder: Path) -> None:

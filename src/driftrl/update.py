@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from driftrl import noise
+from driftrl.batches import BatchSize
 from driftrl.checks import NotFiniteError
-from driftrl.distributed import ALONE, Team
+from driftrl.distributed import ALONE, Team, in_parts, whole
 from driftrl.objectives.clipped_surrogate import clipped_surrogate
 from driftrl.objectives.kl import divergence, step_weights
 from driftrl.rollout import NO_NOISE, PromptNoise, score_step
@@ -91,6 +94,7 @@ def update(
     gate: Tensor | None = None,
     reference: Callable[[], AbstractContextManager[None]] | None = None,
     team: Team = ALONE,
+    batch: BatchSize | None = None,
 ) -> UpdateStats:
     """Take `objective.updates` optimiser steps on a rollout.
 
@@ -112,6 +116,7 @@ def update(
         gate: [P, G], what the divergence weighs for each sample; None is 1.
         reference: a context within which the policy is the reference; by default ``policy.reference``.
         team: the processes that share the prompts out.
+        batch: pairs replayed at once, fewer where memory does not suffice; by default ``objective.batch_size``.
 
     Returns:
         Averages over all pairs.
@@ -119,71 +124,161 @@ def update(
     Raises:
         NotFiniteError: before the optimiser steps, if the loss or the gradient is not finite; it names the prompt and
             the denoising step where it can.
+        RunFailedError: if memory does not suffice for a single pair.
     """
-    prompts, group = rollout.log_probs.shape[:2]
+    group, steps = rollout.log_probs.shape[1:]
     mine = team.share(len(advantages))
     first = mine.start * group  # of the samples in ``rollout``, which are numbered from 0 here
-    own = advantages[mine]
-    per_step = (own.unsqueeze(-1).expand_as(rollout.log_probs) if own.dim() == 2 else own).flatten(0, 1)
-    latents, old = rollout.latents.flatten(0, 1), rollout.log_probs.flatten(0, 1)
-    eps = None if rollout.prompt_noise is None else rollout.prompt_noise.flatten(0, 1)
-    prompt_of = torch.arange(prompts, device=old.device).repeat_interleave(group)
-    parameters, device = policy.parameters(), old.device
+    per_step = _per_step(advantages[mine], rollout.log_probs)
+    replay = _Replay(policy, rollout, conditioning, prompt_noise)
+    old = replay.old
+    parameters = policy.parameters()
     reference = reference or policy.reference
     held = _held(step_weights(policy.scored, objective.kl_schedule), old, gate, mine)
-    # Sums over pairs: loss, surrogate, kl and its weight, approx_kl, clip_fraction; on the device until the end.
-    sums, norms = torch.zeros(6, device=device), []
-    deviation = torch.zeros((), device=device)
-    bad = torch.full((), -1, device=device)  # first pair whose loss is not finite: sample * steps + step
-
-    def replay(sample: Tensor, step: Tensor) -> tuple[Transition, Tensor]:
-        own = None if eps is None else eps[sample]
-        move = score_step(
-            policy, latents[sample, step], step, conditioning.rows(prompt_of[sample]), own, prompt_noise
-        )
-        return move, gaussian.log_prob(latents[sample, step + 1], move.mean, move.std)
-
     passes = _passes(policy.scored, len(advantages) * group, objective, key, range(first, first + len(old)))
-    before = _rescored(old, replay, passes, objective) if objective.rescore else old
-    for epoch, parts in enumerate(passes):
-        for number, (pairs, count) in enumerate(parts):
-            optimizer.zero_grad(set_to_none=True)
-            used = torch.arange(len(pairs.sample), device=device)
-            if objective.kl_weight == 0:  # without KL a pair of zero advantage has no gradient: leave it out
-                used = used[per_step[pairs.sample, pairs.step] != 0]
-            for micro in used.split(objective.batch_size) if len(used) else ():
-                sample, step = pairs.sample[micro], pairs.step[micro]
-                if objective.kl_weight > 0:  # first, for the policy's gradient wants its own weights in place
-                    with torch.no_grad(), reference():
-                        anchor, _ = replay(sample, step)
-                move, log_prob = replay(sample, step)
-                surrogate = clipped_surrogate(
-                    log_prob, before[sample, step], per_step[sample, step], objective.clip_range
+    batch = batch or BatchSize(objective.batch_size, "optimizer.batch_size")
+    turns = _Turns(team, policy.scored, any(map(in_parts, parameters)))
+    scores = _Scores(replay, passes, turns, objective.rescore)
+
+    def learn(pairs: Pairs, used: Tensor, count: int, moved: bool, size: int) -> _Sums:
+        """The gradient of one optimiser step, ``size`` pairs at a time."""
+        optimizer.zero_grad(set_to_none=True)
+        before = scores.before(size, moved)
+        sums = _Sums.none(old.device)
+        for sample, step, counts in turns(pairs.sample[used], pairs.step[used], size):
+            if objective.kl_weight > 0:  # first, for the policy's gradient wants its own weights in place
+                with torch.no_grad(), reference():
+                    anchor, _ = replay(sample, step)
+            move, log_prob = replay(sample, step)
+            surrogate = clipped_surrogate(
+                log_prob, before[sample, step], per_step[sample, step], objective.clip_range
+            )
+            weight, kl = held[sample, step], torch.zeros_like(log_prob)
+            if objective.kl_weight > 0:
+                kl = weight * divergence(objective.divergence, move.mean, anchor.mean, move.std)
+            loss = surrogate.loss + objective.kl_weight * kl
+            (loss.sum() * (counts * objective.loss_scale / count)).backward()
+            with torch.no_grad():
+                share = len(sample)
+                found = torch.stack([loss.sum(), surrogate.loss.sum(), kl.sum(), weight.sum(),
+                                     share * surrogate.approx_kl, share * surrogate.clip_fraction])  # fmt: skip
+                ratio = (log_prob - before[sample, step]).exp()
+                bad = _first_bad(sums.bad, loss, (first + sample) * steps + step)
+                sums = _Sums(
+                    sums.totals + counts * found, torch.maximum(sums.deviation, (ratio - 1).abs().max()), bad
                 )
-                weight, kl = held[sample, step], torch.zeros_like(log_prob)
-                if objective.kl_weight > 0:
-                    kl = weight * divergence(objective.divergence, move.mean, anchor.mean, move.std)
-                loss = surrogate.loss + objective.kl_weight * kl
-                bad = _first_bad(bad, loss.detach(), (first + sample) * old.shape[1] + step)
-                (loss.sum() * (objective.loss_scale / count)).backward()
-                with torch.no_grad():
-                    share = len(micro)
-                    sums += torch.stack([loss.sum(), surrogate.loss.sum(), kl.sum(), weight.sum(),
-                                         share * surrogate.approx_kl, share * surrogate.clip_fraction])  # fmt: skip
-                    if number == 0 and epoch == 0:
-                        deviation = torch.maximum(
-                            deviation, ((log_prob - before[sample, step]).exp() - 1).abs().max()
-                        )
-            team.add(_gradients(parameters, objective.loss_scale))
-            norm = nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm)
-            if not bool(torch.isfinite(norm)):
-                optimizer.zero_grad(set_to_none=True)
-                raise NotFiniteError(_where(int(team.largest(bad)), old.shape[1], group, names))
-            optimizer.step()
-            norms.append(norm.detach())
+        return sums
+
+    totals, norms, deviation = torch.zeros(6, device=old.device), [], torch.zeros((), device=old.device)
+    for number, (pairs, count) in enumerate(part for parts in passes for part in parts):
+        used = _used(pairs, per_step, objective)
+        with team.together():
+            sums = batch.attempt(partial(learn, pairs, used, count, number > 0))
+        totals += sums.totals
+        deviation = sums.deviation if number == 0 else deviation
+        team.add(_gradients(parameters, objective.loss_scale, team))
+        norm = whole(nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm))
+        if not bool(torch.isfinite(norm)):
+            optimizer.zero_grad(set_to_none=True)
+            raise NotFiniteError(_where(int(team.largest(sums.bad)), steps, group, names))
+        optimizer.step()
+        norms.append(norm.detach())
     optimizer.zero_grad(set_to_none=True)
     total = sum(count for parts in passes for _, count in parts)
-    return _stats(sums, torch.stack([deviation, (before - old).abs().max()]), norms, total, team)
+    return _stats(totals, torch.stack([deviation, scores.rescored_by()]), norms, total, team)
+
+
+def _per_step(advantages: Tensor, like: Tensor) -> Tensor:
+    """[P * G, T], of advantages [P, G] or [P, G, T]."""
+    return (advantages.unsqueeze(-1).expand_as(like) if advantages.dim() == 2 else advantages).flatten(0, 1)
+
+
+def _used(pairs: Pairs, advantages: Tensor, objective: Objective) -> Tensor:
+    """The places of the pairs to replay: without KL one of zero advantage has no gradient, and is left out."""
+    if objective.kl_weight > 0:
+        return torch.arange(len(pairs.sample), device=advantages.device)
+    return advantages[pairs.sample, pairs.step].nonzero()[:, 0]
+
+
+class _Replay:
+    """The kernel of rollout, on what a rollout stored: any (sample, step) pairs [n], with gradient."""
+
+    def __init__(
+        self, policy: Policy, rollout: Rollout, conditioning: Conditioning, prompt_noise: PromptNoise
+    ) -> None:
+        prompts, group = rollout.log_probs.shape[:2]
+        self._policy, self._conditioning, self._spec = policy, conditioning, prompt_noise
+        self._latents, self.old = rollout.latents.flatten(0, 1), rollout.log_probs.flatten(0, 1)
+        self._eps = None if rollout.prompt_noise is None else rollout.prompt_noise.flatten(0, 1)
+        self._prompt_of = torch.arange(prompts, device=self.old.device).repeat_interleave(
+            group, output_size=prompts * group
+        )
+
+    def __call__(self, sample: Tensor, step: Tensor) -> tuple[Transition, Tensor]:
+        eps = None if self._eps is None else self._eps[sample]
+        rows = self._conditioning.rows(self._prompt_of[sample])
+        move = score_step(self._policy, self._latents[sample, step], step, rows, eps, self._spec)
+        return move, gaussian.log_prob(self._latents[sample, step + 1], move.mean, move.std)
+
+
+class _Turns:
+    """Pairs in micro-batches; equally many in all processes where each holds a part of the weights, for then they put
+    them together for every pass.
+    """
+
+    def __init__(self, team: Team, scored: Tensor, equally: bool) -> None:
+        self._team, self._equally = team, equally
+        self._spare = torch.zeros(1, dtype=torch.long, device=scored.device), scored.int().argmax()[None]
+
+    def __call__(self, sample: Tensor, step: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """(sample, step, 1) for each micro-batch; (a pair, 0) in a turn that only the others need."""
+        rounds = -(-len(sample) // size)
+        more = self._team.most(rounds) - rounds if self._equally else 0  # asked before anybody begins
+        if rounds:
+            yield from ((a, b, 1) for a, b in zip(sample.split(size), step.split(size), strict=True))
+        for _ in range(more):
+            yield (*self._spare, 0)
+
+
+class _Scores:
+    """The log-probabilities that ratios are taken to: the rollout's, or those of the update's own batches."""
+
+    def __init__(
+        self,
+        replay: _Replay,
+        passes: Sequence[Sequence[tuple[Pairs, int]]],
+        turns: _Turns,
+        rescore: bool,
+    ) -> None:
+        self._replay, self._passes, self._turns, self._rescore = replay, passes, turns, rescore
+        self._before, self._size = replay.old, 0
+
+    def before(self, size: int, moved: bool) -> Tensor:
+        """[P * G, T], scored again ``size`` at a time if that is asked for and the policy has not ``moved`` yet."""
+        if self._rescore and not moved and size != self._size:
+            self._before, self._size = _rescored(self._replay, self._passes, self._turns, size), size
+        return self._before
+
+    def rescored_by(self) -> Tensor:
+        """The largest change."""
+        return (self._before - self._replay.old).abs().max()
+
+
+class _Sums(NamedTuple):
+    """What an optimiser step adds up over its pairs; on the device until the end."""
+
+    totals: Tensor
+    """[6]: loss, surrogate, kl and its weight, approx_kl, clip_fraction."""
+    deviation: Tensor
+    """Largest |ratio - 1|."""
+    bad: Tensor
+    """The first pair whose loss is not finite, as sample * steps + step; or -1."""
+
+    @staticmethod
+    def none(device: torch.device) -> _Sums:
+        """Of no pair."""
+        zeros = torch.zeros(7, device=device)
+        return _Sums(zeros[:6], zeros[6], torch.full((), -1, device=device))
 
 
 def _stats(sums: Tensor, most: Tensor, norms: list[Tensor], total: int, team: Team) -> UpdateStats:
@@ -229,41 +324,43 @@ def _held(steps: Tensor, like: Tensor, gate: Tensor | None, mine: slice) -> Tens
     return steps.expand_as(like) if gate is None else steps * gate[mine].flatten()[:, None]
 
 
-def _gradients(parameters: list[nn.Parameter], loss_scale: float) -> list[Tensor]:
-    """Those of the loss itself, zero where there is none, so that the optimiser treats every step alike."""
+def _gradients(parameters: list[nn.Parameter], loss_scale: float, team: Team) -> list[Tensor]:
+    """Those of the loss itself, zero where there is none, so that the optimiser treats every step alike; returned are
+    those that are still to be added up over processes.
+    """
     gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         parameter.grad /= loss_scale  # a power of two: exact
-        gradients.append(parameter.grad)
+        if in_parts(parameter):
+            parameter.grad *= team.size  # added up already, and divided by that
+        else:
+            gradients.append(parameter.grad)
     return gradients
 
 
 def _rescored(
-    old: Tensor,
-    replay: Callable[[Tensor, Tensor], tuple[Transition, Tensor]],
-    passes: Sequence[Sequence[tuple[Pairs, int]]],
-    objective: Objective,
+    replay: _Replay, passes: Sequence[Sequence[tuple[Pairs, int]]], turns: _Turns, size: int
 ) -> Tensor:
-    """Log-probabilities like ``old`` [samples, T], scored in batches as large as the update's."""
-    before = old.clone()
+    """Log-probabilities [samples, T], scored in batches as large as the update's."""
+    before = replay.old.clone()
     with torch.no_grad():
         for parts in passes:
             samples, steps = (
                 torch.cat(part) for part in zip(*((p.sample, p.step) for p, _ in parts), strict=True)
             )
-            for sample, step in zip(
-                samples.split(objective.batch_size), steps.split(objective.batch_size), strict=True
-            ):
-                before[sample, step] = replay(sample, step)[1]
+            for sample, step, counts in turns(samples, steps, size):
+                score = replay(sample, step)[1]
+                if counts:
+                    before[sample, step] = score
     return before
 
 
 def _first_bad(bad: Tensor, loss: Tensor, pair: Tensor) -> Tensor:
     """The first pair with a loss that is not finite, or -1, without asking the device."""
     wrong = ~torch.isfinite(loss)
-    return torch.where((bad < 0) & wrong.any(), pair[wrong.int().argmax()], bad)
+    return torch.where((bad < 0) & wrong.any(), pair[wrong.int().argmax()[None]][0], bad)
 
 
 def _where(pair: int, steps: int, group: int, names: Sequence[str] | None) -> str:

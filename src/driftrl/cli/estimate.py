@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from driftrl.batches import out_of_memory
 from driftrl.checks import RunFailedError
 from driftrl.config import TrainConfig, load_config
 from driftrl.estimate import Calls, Costs, Phases, Plan, Standing, calls, evaluation_seconds, peaks, seconds
@@ -28,7 +29,7 @@ def estimate(config: Path | None, settings: list[str], probed: bool) -> None:
         from transformers.utils import logging
 
         from driftrl import probe
-        from driftrl.build import build_loop
+        from driftrl.build import build_loop, open_sizes
         from driftrl.prompts import load_prompts
 
         logging.disable_progress_bar()
@@ -37,21 +38,25 @@ def estimate(config: Path | None, settings: list[str], probed: bool) -> None:
             try:
                 loop = build_loop(parsed, Path())
             except RuntimeError as error:
-                if not probe.out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 raise RunFailedError(
                     "out of memory while the model was loaded; try --set model.dtype=bfloat16"
                 ) from None
+            if probed:
+                status.update("fitting batches into memory")
+                probe.fit(loop, parsed.model.memory_budget, *open_sizes(parsed))
             plan, device = probe.plan_of(loop), loop.policy.device
             standing, gradients = probe.standing_of(loop), probe.gradients_of(loop)
-            stored = probe.stored_of(loop, plan)
+            stored, pictures = probe.stored_of(loop, plan), probe.pictures_of(loop, plan)
             costs = probe.measure(loop, lambda phase: status.update(f"trying {phase}")) if probed else None
     texts = len(load_prompts(parsed.evaluation.prompts)) if parsed.evaluation.at_end else 0
     console.print(_times(parsed, plan, costs, EVALUATED * texts * parsed.evaluation.images))
     working = Phases(0, 0, 0, 0, 0) if costs is None else costs.working
     console.print(_memory(plan, standing, stored, gradients, working, costs is not None))
-    phase, most = max(peaks(plan, standing, stored, gradients, working).items(), key=lambda item: item[1])
-    room = probe.room(device)
+    in_use = peaks(plan, standing, stored, pictures, gradients, working)
+    phase, most = max(in_use.items(), key=lambda item: item[1])
+    room = probe.room(device, parsed.model.memory_budget)
     where = f"{device} with {size(room)}" if room else str(device)
     console.print(f"most in use, during {phase}: [bold]{size(most)}[/], on {where}", highlight=False)
     if costs is None:
@@ -150,7 +155,7 @@ def _memory(
         ("", "embeddings of the prompt set", standing.conditioning),
         ("", "optimiser: two moments", standing.optimizer),
         ("in turn", f"trajectories and images of {plan.images} candidates", stored),
-        ("", f"the {plan.kept} kept ones, copied", stored * plan.keep / plan.candidates),
+        ("", f"the {plan.kept} kept ones, copied; the others then go", stored * plan.keep / plan.candidates),
         ("", "gradients", gradients),
     ]
     if standing.program:

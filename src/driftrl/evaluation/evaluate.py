@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from driftrl import checkpoint
+from driftrl.batches import BatchSize
 from driftrl.build import (
     TINY_ANIMALS,
     Towers,
@@ -467,6 +468,7 @@ class _Studio:
     ) -> None:
         self.policy, self.bench, self.settings = policy, bench, settings
         self.batch, self.progress, self.team, self.done = batch, progress, team, 0
+        self.size = BatchSize(batch, "the number of images drawn at once,")
         self.mine = range(len(settings.prompts))[team.share(len(settings.prompts))]
         self.total = models * settings.images * len(self.mine)
         with torch.no_grad():
@@ -511,7 +513,7 @@ class _Studio:
             # The keys of `generate`, which gives the same images: a prompt's place, not that in its batch.
             keys = [(seed, EVALUATION, place) for place in places]
             drawn = rollout(
-                self.policy, rows, keys, count, self.batch, noise, lambda n: self._tell(label, n)
+                self.policy, rows, keys, count, self.size, noise, lambda n: self._tell(label, n)
             ).images
             yield self.bench.read(drawn, [prompts[place] for place in places])
             if folder is not None and self.mine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,15 @@ class FluxPolicy(FlowPolicy):
         extra = {"pooled": pooled.float(), "null_pooled": null_pooled.float().repeat(len(embeds), 1)}
         return Conditioning(embeds.float(), null.float(), extra)
 
+    @cached_property
+    def _image_ids(self) -> Tensor:
+        """The places of an image's tokens, made once: diffusers makes them on the host."""
+        _, height, width = self.latent_shape
+        ids: Tensor = self.pipeline._prepare_latent_image_ids(
+            1, height // 2, width // 2, self.device, self.dtype
+        )
+        return ids
+
     def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
         n, channels, height, width = latents.shape
         pipeline, device, dtype = self.pipeline, latents.device, latents.dtype
@@ -146,7 +156,7 @@ class FluxPolicy(FlowPolicy):
             pooled_projections=extra["pooled"],
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=device, dtype=dtype),
-            img_ids=pipeline._prepare_latent_image_ids(n, height // 2, width // 2, device, dtype),
+            img_ids=self._image_ids,
             return_dict=False,
         )[0]
         factor = pipeline.vae_scale_factor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class FullWeights:
             for name, parameter in named.items():
                 parameter.data = kept[name]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, values: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write the network as diffusers does: ``type(network).from_pretrained(folder)`` reads it."""
         self.network.save_pretrained(folder, max_shard_size="1TB")
 

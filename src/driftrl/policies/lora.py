@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class LoRA:
         finally:
             self.network.enable_adapters()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, values: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write it in diffusers' LoRA format."""
         save_lora(self.pipeline, self.component, self.network, folder)
 

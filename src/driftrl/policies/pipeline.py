@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +206,12 @@ class PipelinePolicy:
         """Train every weight of the network, in float32; it computes in the precision it was loaded in."""
         self.weights = FullWeights(self.network)
 
+    def train_in_parts(self) -> None:
+        """The same, with every process holding a part of each weight (`driftrl.policies.sharded`)."""
+        from driftrl.policies.sharded import ShardedWeights
+
+        self.weights = ShardedWeights(self.network, self.device)
+
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The trainable parameters by name, in a fixed order."""
         return ((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
@@ -228,9 +234,9 @@ class PipelinePolicy:
         """Within this context the policy is the one that training started from."""
         return self._trained().reference()
 
-    def save_adapter(self, folder: Path) -> None:
+    def save_adapter(self, folder: Path, values: Mapping[str, Tensor] | None = None) -> None:
         """Write what was trained: a LoRA in diffusers' format, or the whole network as diffusers saves it."""
-        self._trained().save(folder)
+        self._trained().save(folder, values)
 
     def load_adapter(self, folder: Path) -> None:
         """Read what `save_adapter` wrote."""
