@@ -42,10 +42,20 @@ class Norm:
         if channels < x.shape[1]:  # the kernel reads dense rows only
             x, normal = (dense(part[:, :channels]) for part in (x, normal))
             mean, rstd = mean[:, :groups].contiguous(), rstd[:, :groups].contiguous()
+        # The kernel takes the gradient for laid out as x is.
+        gradient = dense(torch.ops.aten.silu_backward(gradient, normal))
         own: Tensor = torch.ops.aten.native_group_norm_backward(
-            torch.ops.aten.silu_backward(gradient, normal), x, mean, rstd, weight[:channels],
-            n, channels, height * width, groups, [True, False, False],
-        )[0]  # fmt: skip
+            gradient,
+            x,
+            mean,
+            rstd,
+            weight[:channels],
+            n,
+            channels,
+            height * width,
+            groups,
+            [True, False, False],
+        )[0]
         return own
 
 
