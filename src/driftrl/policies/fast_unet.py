@@ -29,8 +29,6 @@ from driftrl.policies.winograd import Plain, convolution
 CLOSE = 1e-3
 """How far an output may be from diffusers', relative to its largest value: a hundred times what rounding makes of it,
 and far below what a layer that is computed wrongly would."""
-
-
 SMALL = 2**24
 """Weights of a network up to which memory for transformed ones is taken, several times theirs."""
 
@@ -100,7 +98,7 @@ class FastUNet:
         """
         network = self.network
         time = F.silu(network.time_embedding(network.get_time_embed(latents, timesteps)))
-        # The sum of n rows of latents that b branches share is taken where they part: at the first cross-attention.
+        # n rows, which the branches share, until these part at the first cross-attention.
         x = self.first(latents.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for block in self.down:
