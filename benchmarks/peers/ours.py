@@ -64,8 +64,14 @@ def train(args, config: TrainConfig, folder: Path) -> None:
 
 
 def floor(args, config: TrainConfig) -> None:
-    """The forward passes of the rollout, the decoding, and the forward and backward passes of the update."""
+    """The forward passes of the rollout, the decoding, and the forward and backward passes of the update.
+
+    Through the layers that the training loop uses, which take one set of latents for both branches of guidance.
+    """
     policy = build_policy(config)
+    network = policy.fast
+    if network is None:
+        raise SystemExit("the floor is measured through driftrl's own form of the network: this one has none")
     images = args.prompts * args.candidates
     conditioning = policy.encode(list(PROMPTS[: args.prompts]))
     every = conditioning.rows(torch.arange(images) % args.prompts)
@@ -76,8 +82,8 @@ def floor(args, config: TrainConfig) -> None:
 
     def inputs(batch: int):
         return (
-            torch.randn(copies * batch, *policy.latent_shape),
-            torch.full((copies * batch,), 500),
+            torch.randn(batch, *policy.latent_shape),
+            torch.full((batch,), 500),
             rows[: copies * batch],
         )
 
@@ -89,14 +95,14 @@ def floor(args, config: TrainConfig) -> None:
             for _ in range(images // args.rollout_batch):
                 x, t, e = inputs(args.rollout_batch)
                 for _ in range(args.steps):
-                    policy.network(x, t, e, return_dict=False)
+                    network(x, t, e)
         sampled = time.perf_counter()
         latents = torch.randn(images, *policy.latent_shape)
         policy.decode(latents)
         decoded = time.perf_counter()
         x, t, e = inputs(args.update_batch)
         for _ in range(images * args.trained // args.update_batch):
-            policy.network(x, t, e, return_dict=False)[0].square().mean().backward()
+            network(x, t, e).square().mean().backward()
         end = time.perf_counter()
         for parameter in parameters:
             parameter.grad = None

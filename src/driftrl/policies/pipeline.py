@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from driftrl.checks import InputError
-from driftrl.policies import fast_linear
+from driftrl.policies import fast_linear, fast_unet
 from driftrl.policies.full import FullWeights
 from driftrl.policies.lora import LoRA
 from driftrl.types import Conditioning, Transition
@@ -71,6 +71,8 @@ class PipelinePolicy:
         self.network.to(device, memory_format=torch.channels_last)
         pipeline.vae.to(device, memory_format=torch.channels_last)
         self.weights: LoRA | FullWeights | None = None
+        self.fast: fast_unet.FastUNet | None = None
+        """What computes the network's output in its place, where that is possible."""
         self._shape = self._latent_shape()
 
     def _latent_shape(self) -> tuple[int, int, int]:
@@ -162,11 +164,13 @@ class PipelinePolicy:
         ``run(latents, timesteps, embeds, extra)`` calls the network; entries of ``conditioning.extra`` named
         ``null_...`` take the place of their counterparts on the unconditional branch.
         """
+        fast = self._fast(latents)
         inputs, embeds = latents.to(self.dtype), conditioning.embeds.to(self.dtype)
         extra = {k: v for k, v in conditioning.extra.items() if not k.startswith("null_")}
         if guidance_scale != 1.0:
             null = conditioning.null_embeds.to(self.dtype).expand_as(embeds)
-            inputs, timesteps = inputs.repeat(2, 1, 1, 1), timesteps.repeat(2)
+            if fast is None:
+                inputs, timesteps = inputs.repeat(2, 1, 1, 1), timesteps.repeat(2)
             embeds = torch.cat([null, embeds])
             extra = {k: torch.cat([conditioning.extra.get(f"null_{k}", v), v]) for k, v in extra.items()}
         mixed = torch.autocast(
@@ -176,11 +180,23 @@ class PipelinePolicy:
         with mixed, warnings.catch_warnings():
             # Under autocast with float32 weights: that a fused kernel cannot be had.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-            output = run(inputs, timesteps, embeds, {k: v.to(self.dtype) for k, v in extra.items()}).float()
+            if fast is None:
+                output = run(
+                    inputs, timesteps, embeds, {k: v.to(self.dtype) for k, v in extra.items()}
+                ).float()
+            else:
+                output = fast(inputs, timesteps, embeds)
         if guidance_scale != 1.0:
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance_scale * (conditional - unconditional)
         return output
+
+    def _fast(self, latents: Tensor) -> fast_unet.FastUNet | None:
+        """What computes the network's output for ``latents`` in its place."""
+        usable = (
+            self.fast is not None and self.fast.fits(latents) and not self.network.is_gradient_checkpointing
+        )
+        return self.fast if usable else None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -201,6 +217,7 @@ class PipelinePolicy:
         """
         self.weights = LoRA(self.pipeline, self.component, self.network, rank, alpha, targets, seed)
         fast_linear.install(self.network)
+        self.fast = fast_unet.build(self.network)
 
     def train_fully(self, seed: int = 0) -> None:
         """Train every weight of the network, in float32; it computes in the precision it was loaded in."""
