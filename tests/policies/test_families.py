@@ -1,10 +1,12 @@
 """Every family of models through the same rollout, replay, training and saving."""
 
 import json
+import shutil
 
 import families
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from driftrl import Trainer, noise
 from driftrl.build import GuidanceWarning, build_policy
@@ -285,13 +287,67 @@ def test_refuses_to_train_without_noise(settings, tmp_path):
 
 
 def test_names_what_a_folder_lacks(settings, folders, tmp_path):
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(folders["sd3"], broken)
     shutil.rmtree(broken / "transformer")
     with pytest.raises(InputError, match=r"model.path: .*broken lacks its transformer"):
         build_policy(settings("sd3", model__path=str(broken)))
+
+
+PART = "diffusion_pytorch_model.safetensors"
+
+
+def without(path, name):
+    weights = load_file(path)
+    del weights[next(k for k in weights if k.endswith(name))]
+    save_file(weights, path, {"format": "pt"})
+
+
+def renamed(folder, old, new):
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace(old, new))
+
+
+BROKEN = {
+    "a weight of the UNet": (
+        lambda d: without(d / "unet" / PART, "conv_in.weight"), r"unet holds [\d,]+ of the [\d,]+ numbers of a UNet"),
+    "a weight of the autoencoder": (
+        lambda d: without(d / "vae" / PART, "decoder.conv_in.bias"), r"vae holds [\d,]+ of the [\d,]+ numbers"),
+    "weights of the text encoder": (
+        lambda d: without(d / "text_encoder/model.safetensors", "final_layer_norm.weight"),
+        r"text_encoder holds [\d,]+ of the [\d,]+ numbers of a CLIPTextModel: it is damaged"),
+    "the end of a file": (
+        lambda d: (d / "text_encoder/model.safetensors").write_bytes(b"x" * 100), r"cannot be loaded: .*header"),
+    "the end of another": (lambda d: (d / "unet" / PART).write_bytes(b"x" * 100), r"cannot be loaded: Unable"),
+    "the words": (
+        lambda d: [f.unlink() for f in (d / "tokenizer").iterdir()], r"tokenizer: its tokenizer has no vocabulary"),
+    "a second text encoder": (
+        lambda d: renamed(d, "StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+        r"has no text_encoder_2, tokenizer_2, which a StableDiffusionXLPipeline needs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.filterwarnings("ignore")  # what the libraries say of it
+def test_a_folder_that_lacks(settings, folders, tmp_path, what):
+    """Libraries would go on with random weights, or stop deep inside."""
+    destroy, message = BROKEN[what]
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["sd"], broken)
+    destroy(broken)
+    with pytest.raises(InputError, match=rf"model\.path: .*{message}"):
+        build_policy(settings("sd", model__path=str(broken)))
+
+
+def test_refuses_a_network_for_inpainting(settings, folders, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    folder = tmp_path / "inpainting"
+    shutil.copytree(folders["sd"], folder)
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    UNet2DConditionModel.from_config({**config, "in_channels": 9}).save_pretrained(folder / "unet")
+    with pytest.raises(InputError, match=r"latents with 4 channels.*got 9 \(is it one for inpainting\?\)"):
+        build_policy(settings("sd", model__path=str(folder)))
 
 
 def test_the_network_computes_as_many_rows_as_estimated(settings, family):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from driftrl.checks import InputError
+from driftrl.loading import load_whole
 from driftrl.preprocess import preprocessing_of
 
 DREAMSIM = {"dreamsim": "ensemble"} | {
@@ -30,11 +31,14 @@ class TransformersEncoder:
         """Load the model from a folder or the hub, in float32.
 
         Raises:
-            InputError: if it is no model of images.
+            InputError: if it is no model of images, or weights of its image part are missing.
         """
-        from transformers import AutoModel
+        from transformers import AutoConfig, AutoModel
 
-        model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        both = hasattr(
+            AutoConfig.from_pretrained(folder), "vision_config"
+        )  # and a text part, which is not used
+        model: Any = load_whole(AutoModel, folder, ("vision_model", "visual_projection") if both else ("",))
         self.projection: Any = getattr(model, "visual_projection", None)
         self.model = getattr(model, "vision_model", model)
         if getattr(self.model, "main_input_name", "") != "pixel_values":

@@ -49,13 +49,15 @@ class PipelinePolicy:
     component = "unet"
     """The pipeline's part that is trained."""
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    dispensable: tuple[str, ...] = ()
+    """Text encoders and tokenizers that the model also draws without."""
     num_train_timesteps: int
 
     def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
         """Take over ``pipeline`` and freeze it.
 
         Raises:
-            InputError: for an image size that the model cannot draw.
+            InputError: for an image size that the model cannot draw, or one for inpainting.
         """
         self.pipeline, self.sampler, self._device = pipeline, sampler, device
         pipeline.set_progress_bar_config(disable=True)
@@ -85,6 +87,11 @@ class PipelinePolicy:
                     f"sampling.{name}: expected a multiple of {factor * self._patch()} pixels; got {pixels}"
                 )
             sides.append(side if pixels is None else pixels // factor)
+        if self._channels() != self.pipeline.vae.config.latent_channels:
+            raise InputError(
+                f"model.path: expected a {self.component} of latents with {self.pipeline.vae.config.latent_channels} "
+                f"channels, which the autoencoder has; got {self._channels()} (is it one for inpainting?)"
+            )
         return self._channels(), sides[0], sides[1]
 
     @property
