@@ -1,5 +1,6 @@
 """The command line as a stranger would misuse it: one message, exit status 2, nothing written."""
 
+import re
 import subprocess
 import sys
 
@@ -93,3 +94,13 @@ def test_missing_configuration_file(tmp_path):
 
 def test_help_shows_examples():
     assert "driftrl train --resume" in driftrl("train", "--help").stdout
+
+
+def test_doctor_measures_the_ratio_of_an_untouched_policy(pipeline_folder, tmp_path):
+    result = driftrl("doctor", "--model", pipeline_folder, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert re.search(rf"replay in {dtype} +max \|log-ratio\| \d\.\de-\d\d over 12 samples", result.stdout)
+    result = driftrl("doctor", "--model", "nowhere", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "'nowhere' is none" in result.stderr

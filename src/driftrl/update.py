@@ -144,21 +144,19 @@ def update(
         return move, gaussian.log_prob(latents[sample, step + 1], move.mean, move.std)
 
     passes = _passes(policy.scored, len(advantages) * group, objective, key, range(first, first + len(old)))
-    before = _rescored(old, replay, passes, objective) if objective.rescore else old
+    before = [old] * len(passes)
+    if objective.rescore:
+        before = [_rescored(old, replay, parts, per_step, objective) for parts in passes]
     for epoch, parts in enumerate(passes):
         for number, (pairs, count) in enumerate(parts):
             optimizer.zero_grad(set_to_none=True)
-            used = torch.arange(len(pairs.sample), device=device)
-            if objective.kl_weight == 0:  # without KL a pair of zero advantage has no gradient: leave it out
-                used = used[per_step[pairs.sample, pairs.step] != 0]
-            for micro in used.split(objective.batch_size) if len(used) else ():
-                sample, step = pairs.sample[micro], pairs.step[micro]
+            for sample, step in _micro_batches(pairs, per_step, objective):
                 if objective.kl_weight > 0:  # first, for the policy's gradient wants its own weights in place
                     with torch.no_grad(), reference():
                         anchor, _ = replay(sample, step)
                 move, log_prob = replay(sample, step)
                 surrogate = clipped_surrogate(
-                    log_prob, before[sample, step], per_step[sample, step], objective.clip_range
+                    log_prob, before[epoch][sample, step], per_step[sample, step], objective.clip_range
                 )
                 weight, kl = held[sample, step], torch.zeros_like(log_prob)
                 if objective.kl_weight > 0:
@@ -167,12 +165,12 @@ def update(
                 bad = _first_bad(bad, loss.detach(), (first + sample) * old.shape[1] + step)
                 (loss.sum() * (objective.loss_scale / count)).backward()
                 with torch.no_grad():
-                    share = len(micro)
+                    share = len(sample)
                     sums += torch.stack([loss.sum(), surrogate.loss.sum(), kl.sum(), weight.sum(),
                                          share * surrogate.approx_kl, share * surrogate.clip_fraction])  # fmt: skip
                     if number == 0 and epoch == 0:
                         deviation = torch.maximum(
-                            deviation, ((log_prob - before[sample, step]).exp() - 1).abs().max()
+                            deviation, ((log_prob - before[epoch][sample, step]).exp() - 1).abs().max()
                         )
             team.add(_gradients(parameters, objective.loss_scale))
             norm = nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm)
@@ -183,7 +181,8 @@ def update(
             norms.append(norm.detach())
     optimizer.zero_grad(set_to_none=True)
     total = sum(count for parts in passes for _, count in parts)
-    return _stats(sums, torch.stack([deviation, (before - old).abs().max()]), norms, total, team)
+    moved = torch.stack([(scores - old).abs().max() for scores in before]).max()
+    return _stats(sums, torch.stack([deviation, moved]), norms, total, team)
 
 
 def _stats(sums: Tensor, most: Tensor, norms: list[Tensor], total: int, team: Team) -> UpdateStats:
@@ -243,21 +242,27 @@ def _gradients(parameters: list[nn.Parameter], loss_scale: float) -> list[Tensor
 def _rescored(
     old: Tensor,
     replay: Callable[[Tensor, Tensor], tuple[Transition, Tensor]],
-    passes: Sequence[Sequence[tuple[Pairs, int]]],
+    parts: Sequence[tuple[Pairs, int]],
+    per_step: Tensor,
     objective: Objective,
 ) -> Tensor:
-    """Log-probabilities like ``old`` [samples, T], scored in batches as large as the update's."""
+    """Log-probabilities like ``old`` [samples, T], those of one pass scored in its very micro-batches."""
     before = old.clone()
     with torch.no_grad():
-        for parts in passes:
-            samples, steps = (
-                torch.cat(part) for part in zip(*((p.sample, p.step) for p, _ in parts), strict=True)
-            )
-            for sample, step in zip(
-                samples.split(objective.batch_size), steps.split(objective.batch_size), strict=True
-            ):
+        for pairs, _ in parts:
+            for sample, step in _micro_batches(pairs, per_step, objective):
                 before[sample, step] = replay(sample, step)[1]
     return before
+
+
+def _micro_batches(pairs: Pairs, per_step: Tensor, objective: Objective) -> list[tuple[Tensor, Tensor]]:
+    """Samples and steps that are replayed together, for one optimiser step."""
+    used = torch.arange(len(pairs.sample), device=pairs.sample.device)
+    if objective.kl_weight == 0:  # without KL a pair of zero advantage has no gradient: leave it out
+        used = used[per_step[pairs.sample, pairs.step] != 0]
+    if not len(used):
+        return []
+    return [(pairs.sample[micro], pairs.step[micro]) for micro in used.split(objective.batch_size)]
 
 
 def _first_bad(bad: Tensor, loss: Tensor, pair: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class PipelinePolicy:
             if module is not None:
                 module.requires_grad_(False).eval()
         if getattr(pipeline.vae.config, "force_upcast", False) and pipeline.vae.dtype == torch.float16:
-            pipeline.vae.to(torch.float32)  # SDXL's overflows in half precision
+            torch.nn.Module.to(pipeline.vae, torch.float32)  # SDXL's overflows in half precision
         # Convolutions are faster so: oneDNN and cuDNN need not reorder what comes in and goes out.
         self.network.to(device, memory_format=torch.channels_last)
         pipeline.vae.to(device, memory_format=torch.channels_last)
