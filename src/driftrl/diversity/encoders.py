@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from driftrl.checks import InputError
 from driftrl.loading import load_whole
-from driftrl.preprocess import preprocessing_of
+from driftrl.preprocess import preprocessing_of, resized
 
 DREAMSIM = {"dreamsim": "ensemble"} | {
     f"dreamsim:{branch}": branch
@@ -93,7 +92,7 @@ class DreamSimEncoder:
     def _encode(self, images: Tensor) -> Tensor:
         x = images.to(self.device).float()
         if x.shape[-2:] != (224, 224):
-            x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            x = resized(x, (224, 224))
         features: Tensor = self.model.embed(x)
         return features.flatten(1).float()
 
