@@ -1,6 +1,6 @@
 """How near `driftrl estimate` comes: seconds and memory of an iteration, estimated and measured, each in a fresh process.
 
-    python benchmarks/estimate.py            # several settings of the embedded model; minutes, on a machine left alone
+    python benchmarks/estimate.py                            # several settings of the embedded model; minutes, on a machine left alone
     python benchmarks/estimate.py --only lora --iterations 3
 
 Exits with 1 if an estimate is off by more than a fifth.

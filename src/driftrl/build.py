@@ -123,7 +123,11 @@ def load_pipeline(model: ModelConfig) -> Any:
     transformers_logging.set_verbosity_error()  # it tells everyone without torchvision so, at every start
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            path, revision=model.revision, dtype=getattr(torch, model.dtype), use_safetensors=True
+            path,
+            revision=model.revision,
+            dtype=getattr(torch, model.dtype),
+            use_safetensors=True,
+            **_left_out(folder),
         )
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
@@ -143,7 +147,7 @@ def load_pipeline(model: ModelConfig) -> Any:
 def _reason(error: Exception) -> str:
     """An error's first line, without the asides of the hub's library."""
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return re.sub(r" \((?:[^()]|\([^()]*\))*\)| Please check out the root cause.*", "", line)
+    return re.sub(r" \((?:[^()]|\([^()]*\))*\)| Please check out the root cause.*", "", line).rstrip(" .")
 
 
 def _advice(path: str) -> str:
@@ -178,6 +182,13 @@ def _demand_whole(pipeline: Any, folder: Path, policy: type[PipelinePolicy]) -> 
                 f"model.path: {folder / name} holds {found:,} of the {wanted:,} numbers of a {type(part).__name__}: "
                 "it is damaged, or of another model"
             )
+
+
+def _left_out(folder: Path) -> dict[str, None]:
+    """Parts that a folder was saved without, and may be, such as SD3's T5: diffusers wants to be told so."""
+    index = read_json(folder / "model_index.json") if folder.exists() else {}
+    policy = PIPELINES.get(index.get("_class_name", ""), PipelinePolicy)
+    return {name: None for name in policy.dispensable if index.get(name) == [None, None]}
 
 
 def _demand_parts(folder: Path) -> None:

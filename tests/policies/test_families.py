@@ -109,6 +109,14 @@ def test_guidance_and_every_condition_reach_the_network(settings, family):
         assert (rollout(policy, moved, KEYS, 2, 4).images - base).abs().max() > 1e-6, name
 
 
+def load_stock(folder, family):
+    """SD3.5 without T5, which diffusers wants to be told."""
+    import diffusers
+
+    lacks = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd35" else {}
+    return diffusers.DiffusionPipeline.from_pretrained(folder, **lacks)
+
+
 def stock(pipeline, family, guidance, draw, extra=None):
     arguments = {"true_cfg_scale": guidance, "negative_prompt": [""] * 4} if family == "schnell" else {}
     if family == "sdxl":
@@ -156,7 +164,7 @@ def test_one_iteration_and_the_adapter_in_the_stock_pipeline(settings, family, f
 
     policy, _ = open_policy(run, deterministic=True)
     ours = generate(policy, PROMPTS, 2).flatten(0, 1)
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folders[family])
+    pipeline = load_stock(folders[family], family)
     if family in DIFFUSION:
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -174,6 +182,27 @@ def test_one_iteration_and_the_adapter_in_the_stock_pipeline(settings, family, f
     ours, theirs = (np.asarray(picture, np.int16) for picture in (
         Image.open(tmp_path / "grid.png"), grid(list(theirs.unflatten(0, (2, 2))), PROMPTS)))  # fmt: skip
     assert np.abs(ours - theirs).max() <= 1
+
+
+def test_adapters_of_earlier_releases_are_read(settings, family, tmp_path):
+    """They have diffusers' own names for attention layers."""
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+
+    policy = build_policy(settings(family))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.normal_()
+    wanted = [parameter.detach().clone() for parameter in policy.parameters()]
+    policy.save_adapter(tmp_path)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    part = f"{policy.component}."
+    new = {name.removeprefix(part): value for name, value in load_file(path).items()}
+    old = convert_state_dict_to_diffusers(new)
+    assert set(old) != set(new)
+    save_file({part + name: value for name, value in old.items()}, path)
+    other = build_policy(settings(family))
+    other.load_adapter(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), wanted, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -255,7 +284,6 @@ def test_the_loss_scale_changes_no_gradient(settings):
 
 def test_full_fine_tuning_trains_saves_and_resumes(settings, family, folders, tmp_path):
     """The checkpoint is a network that diffusers loads; the base model stays at hand; resuming changes nothing."""
-    import diffusers
 
     changes = {"adapter__kind": "full", "optimizer__learning_rate": 1e-3}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -267,7 +295,7 @@ def test_full_fine_tuning_trains_saves_and_resumes(settings, family, folders, tm
 
     policy, _ = open_policy(whole)
     loaded = type(policy.network).from_pretrained(last[0].parent)
-    base = getattr(diffusers.DiffusionPipeline.from_pretrained(folders[family]), policy.component)
+    base = getattr(load_stock(folders[family], family), policy.component)
     for name, value in policy.network.named_parameters():
         torch.testing.assert_close(loaded.get_parameter(name), value)
     moved = [not torch.equal(base.get_parameter(n), v) for n, v in policy.network.named_parameters()]
@@ -393,6 +421,13 @@ def test_a_folder_that_lacks(settings, folders, tmp_path, what):
     destroy(broken)
     with pytest.raises(InputError, match=rf"model\.path: .*{message}"):
         build_policy(settings("sd", model__path=str(broken)))
+
+
+def test_a_hub_that_cannot_be_reached_is_told_what_to_do(settings):
+    with pytest.raises(
+        InputError, match=r"model\.path: a/b cannot be loaded: .*hf download a/b --local-dir FOLDER"
+    ):
+        build_policy(settings("sd", model__path="a/b"))
 
 
 def test_refuses_a_network_for_inpainting(settings, folders, tmp_path):

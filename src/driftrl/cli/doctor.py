@@ -61,7 +61,7 @@ def doctor(model: str = "tiny-animals") -> None:
         images = generate(policy, ["a cat"], 4)
         healthy &= bool(torch.isfinite(images).all())
         seconds = f"loaded in {loaded - start:.1f} s, 4 images in {time.perf_counter() - loaded:.1f} s"
-        table.add_row(escape(model), seconds)
+        table.add_row("model", f"{escape(model)}: {seconds}")
         del policy
         for dtype in ("float32", "bfloat16", "float16"):
             with console.status(f"replaying in {dtype}", spinner="dots"):
@@ -78,7 +78,7 @@ def doctor(model: str = "tiny-animals") -> None:
         raise
     except Exception as error:
         healthy = False
-        table.add_row(escape(model), f"[red]{type(error).__name__}: {escape(str(error))}[/]")
+        table.add_row("model", f"[red]{escape(model)}: {type(error).__name__}: {escape(str(error))}[/]")
     console.print(table)
     console.print("[green]all is well[/]" if healthy else "[red]something is wrong: see above[/]")
     sys.exit(0 if healthy else 1)
