@@ -174,3 +174,15 @@ def test_a_picture_that_cannot_be_written(tmp_path, pipeline_folder, out):
     )
     assert f"--out: {out}" in told or f"got {out}" in told
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_doctor_measures_the_ratio_of_an_untouched_policy(pipeline_folder, tmp_path):
+    result = driftrl("doctor", "--model", pipeline_folder, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert re.search(
+            rf"replay in {dtype} +max \|log-ratio\| \d\.\de[+-]\d\d over 12 samples", result.stdout
+        )
+    result = driftrl("doctor", "--model", "nowhere", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "'nowhere' is none" in result.stderr

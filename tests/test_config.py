@@ -6,6 +6,7 @@ import pytest
 
 from driftrl.checks import InputError
 from driftrl.config import TrainConfig, dump_config, load_config
+from driftrl.prompts import load_prompts
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -92,3 +93,35 @@ CONFIGURATIONS = sorted(path for path in EXPERIMENTS.rglob("*.yaml") if path.par
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda p: p.stem)
 def test_every_experiment_is_a_configuration(path):
     assert load_config(path).selection.keep <= load_config(path).sampling.candidates
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2"])
+def test_the_papers_configurations_have_its_settings(name):
+    """Stable Diffusion 1.5, 45 animals, G = 8 of 16, eta = 0.05, lambda = 0.5, sigma = 1; the rest as DDPO has it."""
+    config = load_config(EXPERIMENTS / "paper" / f"sd15-{name}.yaml")
+    assert config.model.path == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert (config.adapter.kind, config.adapter.targets) == ("lora", ["to_q", "to_k", "to_v", "to_out.0"])
+    assert len(load_prompts(config.prompts.set)) == 45
+    assert (config.selection.keep, config.sampling.candidates) == (8, 16)
+    assert (config.prompt_noise.eta, config.prompt_noise.where, config.prompt_noise.schedule) == (
+        0.05,
+        "train",
+        "linear",
+    )
+    shaping = config.shaping
+    assert (shaping.ratio, shaping.clip, shaping.encoder, shaping.level) == (
+        0.5,
+        1.0,
+        "dreamsim",
+        "advantage",
+    )
+    assert str(config.reward).startswith(name)
+    sampling, optimizer, objective = config.sampling, config.optimizer, config.objective
+    assert (sampling.steps, sampling.guidance_scale, sampling.eta) == (50, 5.0, 1.0)
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.max_grad_norm) == (3e-4, 1e-4, 1.0)
+    assert (optimizer.updates, objective.clip_range, objective.timesteps, config.advantage.clip) == (
+        2,
+        1e-4,
+        1.0,
+        5.0,
+    )

@@ -43,16 +43,19 @@ def test_clip_reward_is_scaled_cosine(clip_folder):
     torch.testing.assert_close(reward(images.flip(0), prompts[::-1]).flip(0), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("width", [64, 67])  # 67 / 2 is rounded down, as in transformers and torchvision
-def test_preprocessing_resizes_as_pil_does(width):
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(48, 64), (48, 67), (67, 48), (24, 40), (9, 12), (10, 10)])
+def test_preprocessing_resizes_as_pil_does(size, mode):
+    """Every pixel of 8-bit pictures, smaller and larger; 67 / 2 is rounded down, as in transformers and torchvision."""
     from transformers.image_transforms import get_resize_output_image_size
 
-    image = torch.rand(1, 3, 48, width)
-    ours = Preprocessing(24, (24, 24), (0, 0, 0), (1, 1, 1))(image)
-    size = get_resize_output_image_size(image[0].numpy(), 24, default_to_square=False)
-    channels = [Image.fromarray(c.numpy()).resize(size[::-1], Image.Resampling.BICUBIC) for c in image[0]]
-    theirs = torch.from_numpy(np.stack([np.asarray(c) for c in channels]))[:, :, 4:28]
-    torch.testing.assert_close(ours[0], theirs.clamp(0, 1), atol=2e-3, rtol=0)
+    pixels = torch.randint(0, 256, (2, 3, *size), generator=torch.Generator().manual_seed(3))
+    found = Preprocessing(24, None, (0, 0, 0), (1, 1, 1), mode)(pixels / 255)
+    height, width = get_resize_output_image_size(np.zeros((3, *size)), 24, default_to_square=False)
+    for ours, picture in zip(found, pixels, strict=True):
+        image = Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy().astype(np.uint8)))
+        theirs = np.asarray(image.resize((width, height), getattr(Image.Resampling, mode.upper())))
+        assert np.array_equal((ours.permute(1, 2, 0) * 255).round().numpy(), theirs)
 
 
 def test_compressibility_is_the_size_of_the_jpeg():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from importlib import resources
@@ -17,7 +18,8 @@ from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import ModelConfig, RewardPart, TrainConfig
 from driftrl.distributed import ALONE, Team, join
-from driftrl.files import read_json
+from driftrl.files import numbers_in, read_json
+from driftrl.loading import demand_words
 from driftrl.mixture import Part
 from driftrl.objectives.gate import Anchor
 from driftrl.policies.flow import FluxPolicy, StableDiffusion3Policy
@@ -105,6 +107,7 @@ def load_pipeline(model: ModelConfig) -> Any:
     """
     import diffusers
     from diffusers.utils import logging as diffusers_logging
+    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     path = str(TINY_ANIMALS / "pipeline") if model.path == "tiny-animals" else model.path
@@ -112,7 +115,6 @@ def load_pipeline(model: ModelConfig) -> Any:
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise InputError(f"model.path: {path} is no diffusers pipeline folder: it has no model_index.json")
     _demand_parts(folder)
-    offline = os.environ.get("HF_HUB_OFFLINE", "0") == "1"
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if not folder.exists() and looks_local:
         raise InputError(
@@ -124,12 +126,16 @@ def load_pipeline(model: ModelConfig) -> Any:
     transformers_logging.set_verbosity_error()  # it tells everyone without torchvision so, at every start
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            path, revision=model.revision, dtype=getattr(torch, model.dtype), use_safetensors=True
+            path,
+            revision=model.revision,
+            dtype=getattr(torch, model.dtype),
+            use_safetensors=True,
+            **_left_out(folder),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = " (the hub is switched off by HF_HUB_OFFLINE)" if offline and not folder.exists() else ""
-        raise InputError(f"model.path: {path} cannot be loaded{where}: {reason}") from error
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
+    ) as error:  # fmt: skip
+        raise InputError(f"model.path: {path} cannot be loaded: {_reason(error)}{_advice(path)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
@@ -137,7 +143,55 @@ def load_pipeline(model: ModelConfig) -> Any:
     kind = type(pipeline).__name__
     if kind not in PIPELINES:
         raise InputError(f"model.path: {path} is a {kind}; expected one of {', '.join(PIPELINES)}")
+    _demand_whole(pipeline, folder, PIPELINES[kind])
     return pipeline
+
+
+def _reason(error: Exception) -> str:
+    """An error's first line, without the asides of the hub's library."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return re.sub(r" \((?:[^()]|\([^()]*\))*\)| Please check out the root cause.*", "", line).rstrip(" .")
+
+
+def _advice(path: str) -> str:
+    """What to do where a hub name could not be loaded; nothing for a folder."""
+    if Path(path).exists():
+        return ""
+    off = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+    return (
+        f"; it is not a folder here, nor in this machine's cache of the hub{', which HF_HUB_OFFLINE switches off' * off}. "
+        f"Where there is a network: hf download {path} --local-dir FOLDER; then name that folder instead"
+    )
+
+
+def _demand_whole(pipeline: Any, folder: Path, policy: type[PipelinePolicy]) -> None:
+    """Refuse a pipeline that lacks a part, or, of a folder, some weights or the words of a tokenizer."""
+    tokenizers = tuple(name.replace("text_encoder", "tokenizer") for name in policy.text_encoders)
+    needed = (*policy.text_encoders, *tokenizers, policy.component, "vae", "scheduler")
+    missing = [n for n in needed if getattr(pipeline, n, None) is None and n not in policy.dispensable]
+    if missing:
+        raise InputError(
+            f"model.path: {folder} has no {', '.join(missing)}, which a {type(pipeline).__name__} needs"
+        )
+    for name in tokenizers:
+        if (words := getattr(pipeline, name)) is not None:
+            demand_words(words, f"model.path: {folder / name}")
+    for name in (*policy.text_encoders, policy.component, "vae") if folder.exists() else ():
+        part, files = getattr(pipeline, name), list((folder / name).glob("*.safetensors"))
+        wanted = 0 if part is None else sum(p.numel() for p in part.parameters())
+        # Libraries name weights differently from release to release, but of a whole part there are as many.
+        if (found := numbers_in(files)) < wanted:
+            raise InputError(
+                f"model.path: {folder / name} holds {found:,} of the {wanted:,} numbers of a {type(part).__name__}: "
+                "it is damaged, or of another model"
+            )
+
+
+def _left_out(folder: Path) -> dict[str, None]:
+    """Parts that a folder was saved without, and may be, such as SD3's T5: diffusers wants to be told so."""
+    index = read_json(folder / "model_index.json") if folder.exists() else {}
+    policy = PIPELINES.get(index.get("_class_name", ""), PipelinePolicy)
+    return {name: None for name in policy.dispensable if index.get(name) == [None, None]}
 
 
 def _demand_parts(folder: Path) -> None:
@@ -271,10 +325,13 @@ def _model_reward(kind: str, weights: str, device: torch.device, dtype: str, tow
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
-        reason = str(error).strip().splitlines()[0]
+        known = kind in WEIGHTS or Path(weights).exists()
+        reason = (
+            _reason(error) if known else "there is no such folder, and none on the hub that can be reached"
+        )
         raise InputError(
             f"reward: {kind} cannot be loaded from {weights}: {reason}; download it, and name its folder: "
-            f"{kind}@FOLDER"
+            f"{kind}@FOLDER (docs/rewards.md)"
         ) from error
 
 

@@ -97,7 +97,7 @@ def calls(plan: Plan) -> Calls:
         rollout=len(batches(plan.images, plan.rollout_batch)) * plan.steps,
         update=update,
         reference=update if plan.reference else 0,
-        rescoring=plan.epochs * len(batches(plan.pairs, plan.update_batch)) if plan.rescored else 0,
+        rescoring=update if plan.rescored else 0,
         optimizer=plan.epochs * len(plan.parts),
     )
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,21 @@ def sha256(path: Path) -> str:
     """Checksum of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def numbers_in(files: Iterable[Path]) -> int:
+    """How many numbers the tensors of safetensors files have, by their headers; a file that is none has none."""
+    from safetensors import SafetensorError, safe_open
+
+    total = 0
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                names = file.keys()
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        except (OSError, SafetensorError):
+            continue
+    return total
 
 
 def read_json(path: Path) -> Any:

@@ -135,17 +135,22 @@ def update(
     parameters = policy.parameters()
     reference = reference or policy.reference
     held = _held(step_weights(policy.scored, objective.kl_schedule), old, gate, mine)
-    passes = _passes(policy.scored, len(advantages) * group, objective, key, range(first, first + len(old)))
+    passes = [
+        [(_used(pairs, per_step, objective), count) for pairs, count in parts]
+        for parts in _passes(
+            policy.scored, len(advantages) * group, objective, key, range(first, first + len(old))
+        )
+    ]
     batch = batch or BatchSize(objective.batch_size, "optimizer.batch_size")
     turns = _Turns(team, policy.scored, any(map(in_parts, parameters)))
     scores = _Scores(replay, passes, turns, objective.rescore)
 
-    def learn(pairs: Pairs, used: Tensor, count: int, moved: bool, size: int) -> _Sums:
+    def learn(pairs: Pairs, count: int, epoch: int, moved: bool, size: int) -> _Sums:
         """The gradient of one optimiser step, ``size`` pairs at a time."""
         optimizer.zero_grad(set_to_none=True)
-        before = scores.before(size, moved)
+        before = scores.before(epoch, size, moved)
         sums = _Sums.none(old.device)
-        for sample, step, counts in turns(pairs.sample[used], pairs.step[used], size):
+        for sample, step, counts in turns(pairs, size):
             if objective.kl_weight > 0:  # first, for the policy's gradient wants its own weights in place
                 with torch.no_grad(), reference():
                     anchor, _ = replay(sample, step)
@@ -170,10 +175,10 @@ def update(
         return sums
 
     totals, norms, deviation = torch.zeros(6, device=old.device), [], torch.zeros((), device=old.device)
-    for number, (pairs, count) in enumerate(part for parts in passes for part in parts):
-        used = _used(pairs, per_step, objective)
+    every = [(epoch, *part) for epoch, parts in enumerate(passes) for part in parts]
+    for number, (epoch, pairs, count) in enumerate(every):
         with team.together():
-            sums = batch.attempt(partial(learn, pairs, used, count, number > 0))
+            sums = batch.attempt(partial(learn, pairs, count, epoch, number > 0))
         totals += sums.totals
         deviation = sums.deviation if number == 0 else deviation
         team.add(_gradients(parameters, objective.loss_scale, team))
@@ -184,7 +189,7 @@ def update(
         optimizer.step()
         norms.append(norm.detach())
     optimizer.zero_grad(set_to_none=True)
-    total = sum(count for parts in passes for _, count in parts)
+    total = sum(count for _, _, count in every)
     return _stats(totals, torch.stack([deviation, scores.rescored_by()]), norms, total, team)
 
 
@@ -193,11 +198,12 @@ def _per_step(advantages: Tensor, like: Tensor) -> Tensor:
     return (advantages.unsqueeze(-1).expand_as(like) if advantages.dim() == 2 else advantages).flatten(0, 1)
 
 
-def _used(pairs: Pairs, advantages: Tensor, objective: Objective) -> Tensor:
-    """The places of the pairs to replay: without KL one of zero advantage has no gradient, and is left out."""
+def _used(pairs: Pairs, advantages: Tensor, objective: Objective) -> Pairs:
+    """The pairs to replay: without KL one of zero advantage has no gradient, and is left out."""
     if objective.kl_weight > 0:
-        return torch.arange(len(pairs.sample), device=advantages.device)
-    return advantages[pairs.sample, pairs.step].nonzero()[:, 0]
+        return pairs
+    used = advantages[pairs.sample, pairs.step].nonzero()[:, 0]
+    return Pairs(pairs.sample[used], pairs.step[used])
 
 
 class _Replay:
@@ -230,8 +236,9 @@ class _Turns:
         self._team, self._equally = team, equally
         self._spare = torch.zeros(1, dtype=torch.long, device=scored.device), scored.int().argmax()[None]
 
-    def __call__(self, sample: Tensor, step: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def __call__(self, pairs: Pairs, size: int) -> Iterator[tuple[Tensor, Tensor, int]]:
         """(sample, step, 1) for each micro-batch; (a pair, 0) in a turn that only the others need."""
+        sample, step = pairs.sample, pairs.step
         rounds = -(-len(sample) // size)
         more = self._team.most(rounds) - rounds if self._equally else 0  # asked before anybody begins
         if rounds:
@@ -241,7 +248,7 @@ class _Turns:
 
 
 class _Scores:
-    """The log-probabilities that ratios are taken to: the rollout's, or those of the update's own batches."""
+    """The log-probabilities that ratios are taken to: the rollout's, or those of the update's own micro-batches."""
 
     def __init__(
         self,
@@ -251,17 +258,20 @@ class _Scores:
         rescore: bool,
     ) -> None:
         self._replay, self._passes, self._turns, self._rescore = replay, passes, turns, rescore
-        self._before, self._size = replay.old, 0
+        self._before, self._size = [replay.old] * len(passes), 0
 
-    def before(self, size: int, moved: bool) -> Tensor:
-        """[P * G, T], scored again ``size`` at a time if that is asked for and the policy has not ``moved`` yet."""
+    def before(self, epoch: int, size: int, moved: bool) -> Tensor:
+        """[P * G, T] for one pass, scored again ``size`` at a time if that is asked for and the policy has not
+        ``moved`` yet.
+        """
         if self._rescore and not moved and size != self._size:
-            self._before, self._size = _rescored(self._replay, self._passes, self._turns, size), size
-        return self._before
+            self._before = [_rescored(self._replay, parts, self._turns, size) for parts in self._passes]
+            self._size = size
+        return self._before[epoch]
 
     def rescored_by(self) -> Tensor:
         """The largest change."""
-        return (self._before - self._replay.old).abs().max()
+        return torch.stack([(before - self._replay.old).abs().max() for before in self._before]).max()
 
 
 class _Sums(NamedTuple):
@@ -340,17 +350,12 @@ def _gradients(parameters: list[nn.Parameter], loss_scale: float, team: Team) ->
     return gradients
 
 
-def _rescored(
-    replay: _Replay, passes: Sequence[Sequence[tuple[Pairs, int]]], turns: _Turns, size: int
-) -> Tensor:
-    """Log-probabilities [samples, T], scored in batches as large as the update's."""
+def _rescored(replay: _Replay, parts: Sequence[tuple[Pairs, int]], turns: _Turns, size: int) -> Tensor:
+    """Log-probabilities [samples, T], those of one pass scored in its very micro-batches."""
     before = replay.old.clone()
     with torch.no_grad():
-        for parts in passes:
-            samples, steps = (
-                torch.cat(part) for part in zip(*((p.sample, p.step) for p, _ in parts), strict=True)
-            )
-            for sample, step, counts in turns(samples, steps, size):
+        for pairs, _ in parts:
+            for sample, step, counts in turns(pairs, size):
                 score = replay(sample, step)[1]
                 if counts:
                     before[sample, step] = score

@@ -75,12 +75,38 @@ def make_sdxl(folder: Path) -> Path:
     return folder
 
 
-def make_sd3(folder: Path) -> Path:
+def make_sd2(folder: Path) -> Path:
+    """As 2.1: v-prediction, linear projections, heads of one width."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    tokenizer = save_tokenizer(folder / "tokenizer")
+    StableDiffusionPipeline(
+        vae=autoencoder(4),
+        text_encoder=clip_text(tokenizer, False),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=16,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=(2, 4),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), use_linear_projection=True, upcast_attention=True,
+        ),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1,
+            set_alpha_to_one=False, prediction_type="v_prediction",
+        ),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def make_sd3(folder: Path, medium35: bool = False) -> Path:
+    """SD3; or as SD3.5 medium, with a second attention in a layer and normalised queries, and without T5."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     torch.manual_seed(0)
     tokenizer = save_tokenizer(folder / "tokenizer")
-    encoder_3, tokenizer_3 = t5(folder / "tokenizer_3", 32)
+    encoder_3, tokenizer_3 = (None, None) if medium35 else t5(folder / "tokenizer_3", 32)
+    newer = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)} if medium35 else {}
     StableDiffusion3Pipeline(
         vae=autoencoder(4, 0.1),
         text_encoder=clip_text(tokenizer, True),
@@ -92,6 +118,7 @@ def make_sd3(folder: Path) -> Path:
         transformer=SD3Transformer2DModel(
             sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
             joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
+            **newer,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)  # fmt: skip
@@ -149,5 +176,60 @@ def make_sd15(folder: Path) -> Path:
             set_alpha_to_one=False,
         ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def make_full_sdxl(folder: Path) -> Path:
+    """Stable Diffusion XL at full size, in bfloat16: the published configurations of its parts, the tokenizers but for."""
+    from diffusers import (
+        AutoencoderKL,
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    tokenizer = save_tokenizer(folder / "tokenizer", 77)
+    shared = text_settings(tokenizer) | {"vocab_size": 49408, "max_position_embeddings": 77}
+    first = {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "projection_dim": 768, "hidden_act": "quick_gelu",
+    }  # fmt: skip
+    second = {
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+        "projection_dim": 1280, "hidden_act": "gelu",
+    }  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        parts = {
+            "vae": AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=1024,
+                scaling_factor=0.13025,
+            ),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**(shared | first))),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**(shared | second))),
+            "unet": UNet2DConditionModel(
+                sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2,
+                transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+                addition_embed_type="text_time", addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=2816,
+            ),
+        }  # fmt: skip
+    finally:
+        torch.set_default_dtype(torch.float32)
+    scheduler = EulerDiscreteScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    StableDiffusionXLPipeline(
+        tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler, **parts
     ).save_pretrained(folder)  # fmt: skip
     return folder

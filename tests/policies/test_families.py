@@ -1,22 +1,39 @@
 """Every family of models through the same rollout, replay, training and saving."""
 
 import json
+import shutil
 
 import families
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from driftrl import Trainer, noise
 from driftrl.build import GuidanceWarning, build_policy
 from driftrl.checks import InputError
+from driftrl.cli.sample import sample
 from driftrl.evaluation.generate import generate, open_policy
+from driftrl.pictures import grid
+from driftrl.ratio import replay_untouched
 from driftrl.rollout import PromptNoise, rollout, score_step
 from driftrl.transitions import gaussian
 from driftrl.update import Objective, update
 
 PROMPTS = ["a cat", "a dog"]
 KEYS = [(0, 3, 0), (0, 3, 1)]
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "schnell")
+DIFFUSION = ("sd", "sd2", "sdxl")
+FAMILIES = (*DIFFUSION, "sd3", "sd35", "flux", "schnell")
+
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+TARGETS = {
+    "sd": ["to_q", "to_out.0"], "sd2": [*ATTENTION, "conv1", "proj_in"], "sdxl": [*ATTENTION, "ff.net.0.proj", "conv2"],
+    "sd3": [*ATTENTION, "add_k_proj", "ff.net.2"], "sd35": ATTENTION, "flux": ATTENTION,
+    "schnell": [*ATTENTION, "add_q_proj", "proj_mlp"],
+}  # fmt: skip
+"""Layers that get an adapter where it is taken to the stock pipeline: not only attention projections."""
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +41,10 @@ def folders(tmp_path_factory, epsilon_folder):
     root = tmp_path_factory.mktemp("families")
     return {
         "sd": epsilon_folder,
+        "sd2": families.make_sd2(root / "sd2"),
         "sdxl": families.make_sdxl(root / "sdxl"),
         "sd3": families.make_sd3(root / "sd3"),
+        "sd35": families.make_sd3(root / "sd35", medium35=True),
         "flux": families.make_flux(root / "flux"),
         "schnell": families.make_flux(root / "schnell", guidance=False),
     }
@@ -68,7 +87,9 @@ def test_replay_has_ratio_one_also_with_gradient_checkpointing(settings, family,
     spec, conditioning = PromptNoise(0.05), policy.encode(PROMPTS)
     drawn = rollout(policy, conditioning, KEYS, 5, 4, spec)
     again = replay(policy, conditioning, drawn, spec, 3)
-    assert int(policy.scored.sum()) >= 3 - (family == "sd3")  # SD3's schedule ends in a step of std 0.008
+    assert int(policy.scored.sum()) >= 3 - (
+        family in ("sd3", "sd35")
+    )  # SD3's schedule ends in a step of std 0.008
     assert (drawn.log_probs[..., policy.scored] != 0).all()
     assert (again - drawn.log_probs).abs().max() <= 1e-6
 
@@ -86,6 +107,14 @@ def test_guidance_and_every_condition_reach_the_network(settings, family):
         changed = {**conditioning.extra, name: value + 3 * (1 + value.abs())}
         moved = type(conditioning)(conditioning.embeds, conditioning.null_embeds, changed)
         assert (rollout(policy, moved, KEYS, 2, 4).images - base).abs().max() > 1e-6, name
+
+
+def load_stock(folder, family):
+    """SD3.5 without T5, which diffusers wants to be told."""
+    import diffusers
+
+    lacks = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd35" else {}
+    return diffusers.DiffusionPipeline.from_pretrained(folder, **lacks)
 
 
 def stock(pipeline, family, guidance, draw, extra=None):
@@ -107,7 +136,7 @@ def test_without_noise_it_is_the_stock_pipeline(settings, family, guidance):
         "sampling__guidance_scale": guidance,
     }
     policy = build_policy(settings(family, **changes).model_copy(), adapter=False)
-    if family in ("sd", "sdxl"):  # their noise is eta, which a training configuration refuses to switch off
+    if family in DIFFUSION:  # their noise is eta, which a training configuration refuses to switch off
         policy = type(policy)(policy.pipeline, _without_noise(policy.sampler), policy.device)
     ours = rollout(policy, policy.encode(PROMPTS), KEYS, 2, 3).images.flatten(0, 1)
     draw = [noise.generator(*key, n, "latents") for key in KEYS for n in range(2)]
@@ -123,19 +152,20 @@ def _without_noise(sampler):
 
 
 def test_one_iteration_and_the_adapter_in_the_stock_pipeline(settings, family, folders, tmp_path):
-    """Train, then: what `driftrl sample --deterministic` draws is what stock diffusers draws with the adapter."""
+    """Train, then: what `driftrl sample --deterministic` writes is what stock diffusers draws with the adapter."""
     import diffusers
 
     run = tmp_path / "run"
-    Trainer(settings(family, iterations=1, optimizer__learning_rate=0.03), run).run()
+    adapter = {"adapter__rank": 3, "adapter__alpha": 5.0, "adapter__targets": TARGETS[family]}
+    Trainer(settings(family, iterations=1, optimizer__learning_rate=0.03, **adapter), run).run()
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert metrics[0]["policy/ratio_deviation"] <= 1e-6
     assert metrics[0]["policy/grad_norm"] > 0
 
     policy, _ = open_policy(run, deterministic=True)
     ours = generate(policy, PROMPTS, 2).flatten(0, 1)
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folders[family])
-    if family in ("sd", "sdxl"):
+    pipeline = load_stock(folders[family], family)
+    if family in DIFFUSION:
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     keys = [(0, 2**31, place, n) for place in range(2) for n in range(2)]
@@ -148,10 +178,35 @@ def test_one_iteration_and_the_adapter_in_the_stock_pipeline(settings, family, f
     theirs = stock(pipeline, family, 2.0, draw())
     torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=0)
     assert (theirs - before).abs().max() > 1e-4
+    sample(str(run), PROMPTS, 2, 0, tmp_path / "grid.png", False, None, None, deterministic=True)
+    ours, theirs = (np.asarray(picture, np.int16) for picture in (
+        Image.open(tmp_path / "grid.png"), grid(list(theirs.unflatten(0, (2, 2))), PROMPTS)))  # fmt: skip
+    assert np.abs(ours - theirs).max() <= 1
+
+
+def test_adapters_of_earlier_releases_are_read(settings, family, tmp_path):
+    """They have diffusers' own names for attention layers."""
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+
+    policy = build_policy(settings(family))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.normal_()
+    wanted = [parameter.detach().clone() for parameter in policy.parameters()]
+    policy.save_adapter(tmp_path)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    part = f"{policy.component}."
+    new = {name.removeprefix(part): value for name, value in load_file(path).items()}
+    old = convert_state_dict_to_diffusers(new)
+    assert set(old) != set(new)
+    save_file({part + name: value for name, value in old.items()}, path)
+    other = build_policy(settings(family))
+    other.load_adapter(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), wanted, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_rescored_in_the_updates_own_batches(settings, family, dtype, capsys):
+def test_half_precision_is_rescored_in_the_updates_own_batches(settings, family, dtype):
     """What training compares agrees to a tenth of the clip range, whatever the rollout's batches were."""
     torch.manual_seed(0)
     config = settings(family, model__dtype=dtype)
@@ -162,17 +217,31 @@ def test_half_precision_is_rescored_in_the_updates_own_batches(settings, family,
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     objective = Objective(batch_size=3, updates=2, rescore=True, loss_scale=2.0**14)
     stats = update(policy, optimizer, drawn, torch.randn(2, 4), conditioning, objective, (0, 0), spec)
-    with capsys.disabled():
-        print(
-            f"\n{family} {dtype}: |log-ratio| {stats.ratio_deviation:.1e}, rescoring {stats.rescored_by:.1e}",
-            end=" ",
-        )
     assert stats.ratio_deviation < 1e-5
     assert stats.grad_norm > 0
 
 
-def test_rescoring_makes_up_for_a_network_that_depends_on_its_batch(settings):
-    """Without it the first step's ratios are off by more than the clip range; with it they are 1."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_ratio_of_an_untouched_policy_in_half_precision(settings, family, dtype, checkpointing, capsys):
+    """Over all scored steps, guidance and prompt noise on; measured and printed."""
+    policy = build_policy(settings(family, model__dtype=dtype, model__gradient_checkpointing=checkpointing))
+    found = replay_untouched(policy, PROMPTS, rescore=True)
+    assert found.pairs == 8 * int(policy.scored.sum())
+    with capsys.disabled():
+        print(
+            f"\n{family} {dtype}{', checkpointed' * checkpointing}: max |log-ratio| {found.log_ratio:.1e} over "
+            f"{found.pairs} pairs, scored again by {found.from_rollout:.1e}",
+            end=" ",
+        )
+    assert found.log_ratio < 1e-5
+
+
+@pytest.mark.parametrize("batch", [4, 3])
+def test_rescoring_makes_up_for_a_network_that_depends_on_its_batch(settings, batch):
+    """Without it the first step's ratios are off by more than the clip range; with it they are 1, also where the last
+    batch of an optimiser step is smaller and pairs without advantage are left out.
+    """
 
     class Moody:
         def __init__(self, policy):
@@ -191,8 +260,8 @@ def test_rescoring_makes_up_for_a_network_that_depends_on_its_batch(settings):
         conditioning = policy.encode(PROMPTS)
         drawn = rollout(policy, conditioning, KEYS, 4, 8)
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-        advantages = torch.tensor([[1.0, -1, 2, -2], [0.5, -1, 1, -0.5]])
-        objective = Objective(batch_size=4, updates=2, rescore=rescore)
+        advantages = torch.tensor([[1.0, -1, 2, 0], [0.5, -1, 1, -0.5]])
+        objective = Objective(batch_size=batch, updates=2, epochs=2, rescore=rescore)
         found[rescore] = update(policy, optimizer, drawn, advantages, conditioning, objective, (0, 0))
     assert found[False].ratio_deviation > 1e-3 > 1e-6 > found[True].ratio_deviation
     assert found[True].rescored_by > 1e-3 and found[False].rescored_by == 0
@@ -215,7 +284,6 @@ def test_the_loss_scale_changes_no_gradient(settings):
 
 def test_full_fine_tuning_trains_saves_and_resumes(settings, family, folders, tmp_path):
     """The checkpoint is a network that diffusers loads; the base model stays at hand; resuming changes nothing."""
-    import diffusers
 
     changes = {"adapter__kind": "full", "optimizer__learning_rate": 1e-3}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -227,7 +295,7 @@ def test_full_fine_tuning_trains_saves_and_resumes(settings, family, folders, tm
 
     policy, _ = open_policy(whole)
     loaded = type(policy.network).from_pretrained(last[0].parent)
-    base = getattr(diffusers.DiffusionPipeline.from_pretrained(folders[family]), policy.component)
+    base = getattr(load_stock(folders[family], family), policy.component)
     for name, value in policy.network.named_parameters():
         torch.testing.assert_close(loaded.get_parameter(name), value)
     moved = [not torch.equal(base.get_parameter(n), v) for n, v in policy.network.named_parameters()]
@@ -285,13 +353,92 @@ def test_refuses_to_train_without_noise(settings, tmp_path):
 
 
 def test_names_what_a_folder_lacks(settings, folders, tmp_path):
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(folders["sd3"], broken)
     shutil.rmtree(broken / "transformer")
     with pytest.raises(InputError, match=r"model.path: .*broken lacks its transformer"):
         build_policy(settings("sd3", model__path=str(broken)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_is_computed_by_sdpa(settings, family, dtype, monkeypatch):
+    """Every attention layer of the network calls it, and nothing else multiplies queries and keys."""
+    policy = build_policy(settings(family, model__dtype=dtype))
+    conditioning, calls, own = policy.encode(PROMPTS), [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*arguments, **named):
+        calls.append(1)
+        return own(*arguments, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    with torch.no_grad():
+        score_step(policy, torch.zeros(2, *policy.latent_shape), torch.zeros(2, dtype=torch.long), conditioning, None,
+                   PromptNoise())  # fmt: skip
+    layers = {name.rpartition(".")[0] for name, _ in policy.network.named_modules() if name.endswith(".to_q")}
+    assert len(calls) == len(layers) > 0
+
+
+PART = "diffusion_pytorch_model.safetensors"
+
+
+def without(path, name):
+    weights = load_file(path)
+    del weights[next(k for k in weights if k.endswith(name))]
+    save_file(weights, path, {"format": "pt"})
+
+
+def renamed(folder, old, new):
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace(old, new))
+
+
+BROKEN = {
+    "a weight of the UNet": (
+        lambda d: without(d / "unet" / PART, "conv_in.weight"), r"unet holds [\d,]+ of the [\d,]+ numbers of a UNet"),
+    "a weight of the autoencoder": (
+        lambda d: without(d / "vae" / PART, "decoder.conv_in.bias"), r"vae holds [\d,]+ of the [\d,]+ numbers"),
+    "weights of the text encoder": (
+        lambda d: without(d / "text_encoder/model.safetensors", "final_layer_norm.weight"),
+        r"text_encoder holds [\d,]+ of the [\d,]+ numbers of a CLIPTextModel: it is damaged"),
+    "the end of a file": (
+        lambda d: (d / "text_encoder/model.safetensors").write_bytes(b"x" * 100), r"cannot be loaded: .*header"),
+    "the end of another": (lambda d: (d / "unet" / PART).write_bytes(b"x" * 100), r"cannot be loaded: Unable"),
+    "the words": (
+        lambda d: [f.unlink() for f in (d / "tokenizer").iterdir()], r"tokenizer: its tokenizer has no vocabulary"),
+    "a second text encoder": (
+        lambda d: renamed(d, "StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+        r"has no text_encoder_2, tokenizer_2, which a StableDiffusionXLPipeline needs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.filterwarnings("ignore")  # what the libraries say of it
+def test_a_folder_that_lacks(settings, folders, tmp_path, what):
+    """Libraries would go on with random weights, or stop deep inside."""
+    destroy, message = BROKEN[what]
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["sd"], broken)
+    destroy(broken)
+    with pytest.raises(InputError, match=rf"model\.path: .*{message}"):
+        build_policy(settings("sd", model__path=str(broken)))
+
+
+def test_a_hub_that_cannot_be_reached_is_told_what_to_do(settings):
+    with pytest.raises(
+        InputError, match=r"model\.path: a/b cannot be loaded: .*hf download a/b --local-dir FOLDER"
+    ):
+        build_policy(settings("sd", model__path="a/b"))
+
+
+def test_refuses_a_network_for_inpainting(settings, folders, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    folder = tmp_path / "inpainting"
+    shutil.copytree(folders["sd"], folder)
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    UNet2DConditionModel.from_config({**config, "in_channels": 9}).save_pretrained(folder / "unet")
+    with pytest.raises(InputError, match=r"latents with 4 channels.*got 9 \(is it one for inpainting\?\)"):
+        build_policy(settings("sd", model__path=str(folder)))
 
 
 def test_the_network_computes_as_many_rows_as_estimated(settings, family):

@@ -10,6 +10,8 @@ from safetensors import safe_open
 
 from test_cli import driftrl
 
+PUBLISHED_XL = {"unet": 2_567_463_684, "text_encoder_2": 694_659_840}
+"""Of Stable Diffusion XL."""
 PUBLISHED = {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}
 """Weights of Stable Diffusion 1.5, counted in the published files."""
 
@@ -61,3 +63,31 @@ def test_stable_diffusion_15_trains_one_iteration(tmp_path, encoder_folder, caps
         )
     assert gigabytes < 24
     shutil.rmtree(tmp_path)  # gigabytes that nobody will look at
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_stable_diffusion_xl_trains_one_iteration(tmp_path, encoder_folder, capsys):
+    """2 of 3, 2 steps, 256 x 256 pixels, bfloat16, gradient checkpointing. Needs 7 GB of disk and 12 GB of memory."""
+    folder = families.make_full_sdxl(tmp_path / "sdxl")
+    assert {part: weights_in(folder / part) for part in PUBLISHED_XL} == PUBLISHED_XL
+    settings = {
+        "iterations": 1, "model.path": folder, "model.device": "cpu", "model.dtype": "bfloat16",
+        "model.gradient_checkpointing": "true", "prompts.per_iteration": 1, "sampling.steps": 2,
+        "sampling.candidates": 3, "sampling.guidance_scale": 1.5, "sampling.height": 256, "sampling.width": 256,
+        "sampling.batch_size": 3, "selection.keep": 2, "reward": "incompressibility",
+        "shaping.encoder": encoder_folder, "optimizer.batch_size": 1, "evaluation.at_end": "false",
+        "logging.trackers": "[]",
+    }  # fmt: skip
+    run = tmp_path / "run"
+    overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    result = driftrl("train", *overrides, "--out", run, timeout=3000)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((run / "metrics.jsonl").read_text())
+    with capsys.disabled():
+        print("\nSDXL:", {k: v for k, v in metrics.items() if k.startswith("policy/")})
+    assert metrics["policy/ratio_deviation"] < 1e-5
+    assert metrics["policy/grad_norm"] > 0
+    with safe_open(run / "checkpoints/000001/pytorch_lora_weights.safetensors", "pt") as file:
+        assert len(list(file.keys())) == 2 * 560  # 70 transformer blocks, 2 attentions of 4 projections each
+    shutil.rmtree(tmp_path)

@@ -1,6 +1,8 @@
 """PickScore, HPSv2, CLIPScore and the aesthetic predictor: real classes, random weights, against their formulas."""
 
 import json
+import math
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -54,29 +56,34 @@ def clip_model(folder):
     return CLIPModel.from_pretrained(folder)
 
 
-def clip_tokens(folder, texts):
+def clip_tokens(folder, texts, length=48):
+    """Padded as PickScore's model card has it: to the longest only."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(folder)(
-        texts, padding="max_length", truncation=True, max_length=48, return_tensors="pt"
+        texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
     )
 
 
-def reference(folder, images, texts):
+def reference(folder, images, texts, length=48, crop=None):
     """Unit embeddings by transformers' own processor and model, through PIL."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     pictures = [Image.fromarray(np.uint8((x.permute(1, 2, 0) * 255).round().numpy())) for x in images]
-    pixels = CLIPImageProcessorPil.from_pretrained(folder)(pictures, return_tensors="pt").pixel_values
+    processor = CLIPImageProcessorPil() if crop else CLIPImageProcessorPil.from_pretrained(folder)
+    pixels = processor(pictures, return_tensors="pt").pixel_values
     with torch.no_grad():
-        found = clip_model(folder)(**clip_tokens(folder, texts), pixel_values=pixels)
+        found = clip_model(folder)(**clip_tokens(folder, texts, length), pixel_values=pixels)
     return found.image_embeds, found.text_embeds, found.logits_per_image
 
 
 @pytest.mark.parametrize("kind", ["pickscore", "hpsv2", "clipscore"])
-def test_the_published_formula(folder, kind):
-    """At the model's own size; that resizing agrees with transformers is in tests/diversity/test_encoders.py."""
-    images = torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(1)) / 255
+@pytest.mark.parametrize("size", [(16, 16), (40, 40), (28, 41), (41, 28), (9, 12)])
+def test_the_published_formula(folder, kind, size):
+    """Resized and cropped by transformers' own processor, through PIL."""
+    if kind == "hpsv2" and size != (16, 16):
+        pytest.skip("HPSv2 is prepared otherwise: test_hpsv2.py")
+    images = torch.randint(0, 256, (4, 3, *size), generator=torch.Generator().manual_seed(1)) / 255
     texts = [("A photo depicts " if kind == "clipscore" else "") + p for p in PROMPTS]
     image, text, logits = reference(folder, images, texts)
     cosine = (image * text).sum(-1)
@@ -86,15 +93,43 @@ def test_the_published_formula(folder, kind):
     )
 
 
-def test_the_aesthetic_predictor(folder):
-    images = torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(1)) / 255
+@pytest.mark.parametrize("size", [(16, 16), (28, 41)])
+def test_the_aesthetic_predictor(folder, size):
+    images = torch.randint(0, 256, (4, 3, *size), generator=torch.Generator().manual_seed(1)) / 255
     x, _, _ = reference(folder, images, PROMPTS)
     weights = load_file(folder / "aesthetic.safetensors")
     for number in (0, 2, 4, 6, 7):
         x = x @ weights[f"layers.{number}.weight"].T + weights[f"layers.{number}.bias"]
     score = build_reward(f"aesthetic@{folder}", CPU)(images, PROMPTS)
-    torch.testing.assert_close(score, x[:, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(score, x[:, 0], atol=1e-4, rtol=0)
     assert score.std() > 1e-3
+
+
+@pytest.mark.slow
+def test_pickscore_at_the_size_of_clip_h(tmp_path):
+    """986 million random weights, pictures of 512 x 512; it takes 6 GB of memory and 4 GB of disk."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    tokenizer = save_tokenizer(tmp_path / "clip", 77)
+    text = {
+        **text_settings(tokenizer, 1024), "intermediate_size": 4096, "num_hidden_layers": 24, "hidden_act": "gelu",
+        "num_attention_heads": 16, "max_position_embeddings": 77, "vocab_size": 49408,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
+    }  # fmt: skip
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024))
+    assert sum(p.numel() for p in model.parameters()) == 986_109_441
+    model.logit_scale.data.fill_(math.log(100))
+    model.save_pretrained(tmp_path / "clip")
+    del model
+    images = torch.randint(0, 256, (2, 3, 512, 512), generator=torch.Generator().manual_seed(1)) / 255
+    _, _, logits = reference(tmp_path / "clip", images, PROMPTS[:2], 77, crop=224)
+    score = build_reward(f"pickscore@{tmp_path / 'clip'}", CPU)(images, PROMPTS[:2])
+    torch.testing.assert_close(score, logits.diagonal(), atol=1e-4, rtol=0)
+    shutil.rmtree(tmp_path)  # gigabytes that nobody will look at
 
 
 @pytest.mark.parametrize("size", [(24, 40), (40, 24), (16, 7), (16, 16)])
@@ -184,6 +219,39 @@ def test_in_bfloat16_a_reward_differs_by_rounding(folder, kind):
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.05 * exact.std()
     assert torch.equal(build_reward(f"{kind}@{folder}", CPU, "auto")(images, PROMPTS * 2), exact)
+
+
+def changed(folder, to, *, without=(), drop=()):
+    """A copy that lacks files or weights."""
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns(*without))
+    if drop:
+        weights = load_file(to / "model.safetensors")
+        save_file(
+            {k: v for k, v in weights.items() if k not in drop}, to / "model.safetensors", {"format": "pt"}
+        )
+    return to
+
+
+def test_nothing_is_made_up(folder, tmp_path):
+    """Where a tokenizer or weights are missing, transformers would go on with none, or with random ones."""
+    wordless = changed(folder, tmp_path / "wordless", without=("tokenizer*", "vocab.json", "merges.txt"))
+    with pytest.raises(InputError, match=r"wordless has no tokenizer, and that of laion/CLIP-ViT-H-14"):
+        build_reward(f"pickscore@{wordless}", CPU)
+    assert build_reward(f"aesthetic@{wordless}", CPU)  # which reads nothing
+    partial = changed(folder, tmp_path / "partial", drop=("visual_projection.weight",))
+    with pytest.raises(InputError, match=r"weights of a CLIPModel; 1 are missing, such as visual_projection"):
+        build_reward(f"pickscore@{partial}", CPU)
+    torn = changed(folder, tmp_path / "torn")
+    (torn / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"torn: its weights are no safetensors file, or a part of one"):
+        build_reward(f"pickscore@{torn}", CPU)
+
+
+def test_pickles_are_not_read(folder, tmp_path):
+    pickled = changed(folder, tmp_path / "pickled", without=("model.safetensors",))
+    torch.save(load_file(folder / "model.safetensors"), pickled / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"no file named model\.safetensors"):
+        build_reward(f"pickscore@{pickled}", CPU)
 
 
 def test_what_cannot_be_loaded_is_one_message(folder, tmp_path):

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from driftrl.checks import InputError
-from driftrl.preprocess import preprocessing_of
+from driftrl.loading import load_whole
+from driftrl.preprocess import preprocessing_of, resized
 
 DREAMSIM = {"dreamsim": "ensemble"} | {
     f"dreamsim:{branch}": branch
@@ -30,11 +30,14 @@ class TransformersEncoder:
         """Load the model from a folder or the hub, in float32.
 
         Raises:
-            InputError: if it is no model of images.
+            InputError: if it is no model of images, or weights of its image part are missing.
         """
-        from transformers import AutoModel
+        from transformers import AutoConfig, AutoModel
 
-        model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        both = hasattr(
+            AutoConfig.from_pretrained(folder), "vision_config"
+        )  # and a text part, which is not used
+        model: Any = load_whole(AutoModel, folder, ("vision_model", "visual_projection") if both else ("",))
         self.projection: Any = getattr(model, "visual_projection", None)
         self.model = getattr(model, "vision_model", model)
         if getattr(self.model, "main_input_name", "") != "pixel_values":
@@ -89,7 +92,7 @@ class DreamSimEncoder:
     def _encode(self, images: Tensor) -> Tensor:
         x = images.to(self.device).float()
         if x.shape[-2:] != (224, 224):
-            x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            x = resized(x, (224, 224))
         features: Tensor = self.model.embed(x)
         return features.flatten(1).float()
 
@@ -110,7 +113,9 @@ class LatentEncoder:
         latents = encode_latents(self.vae, images)
         if self.side is not None:
             height, width = latents.shape[-2:]
-            latents = F.adaptive_avg_pool2d(latents, (min(height, self.side), min(width, self.side)))
+            latents = torch.nn.functional.adaptive_avg_pool2d(
+                latents, (min(height, self.side), min(width, self.side))
+            )
         return latents.flatten(1)
 
 

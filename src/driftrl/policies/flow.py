@@ -84,6 +84,7 @@ class StableDiffusion3Policy(FlowPolicy):
     """`diffusers.StableDiffusion3Pipeline`: SD3 and SD3.5, with or without the T5 encoder."""
 
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    dispensable = ("text_encoder_3", "tokenizer_3")
 
     def _patch(self) -> int:
         return int(self.network.config.patch_size)

@@ -82,10 +82,10 @@ class LoRA:
 def save_lora(pipeline: Any, component: str, network: nn.Module, folder: Path) -> None:
     """Write the adapter so that ``pipeline.load_lora_weights(folder)`` of stock diffusers reads it."""
     from diffusers.training_utils import _collate_lora_metadata
-    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    # By PEFT's names: diffusers has older ones for attention layers only, and cannot load a mixture.
+    layers = get_peft_model_state_dict(network)
     pipeline.save_lora_weights(
         folder,
         **{f"{component}_lora_layers": {k: v.detach().cpu() for k, v in layers.items()}},

@@ -49,13 +49,15 @@ class PipelinePolicy:
     component = "unet"
     """The pipeline's part that is trained."""
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    dispensable: tuple[str, ...] = ()
+    """Text encoders and tokenizers that the model also draws without."""
     num_train_timesteps: int
 
     def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
         """Take over ``pipeline`` and freeze it.
 
         Raises:
-            InputError: for an image size that the model cannot draw.
+            InputError: for an image size that the model cannot draw, or one for inpainting.
         """
         self.pipeline, self.sampler, self._device = pipeline, sampler, device
         pipeline.set_progress_bar_config(disable=True)
@@ -66,7 +68,7 @@ class PipelinePolicy:
             if module is not None:
                 module.requires_grad_(False).eval()
         if getattr(pipeline.vae.config, "force_upcast", False) and pipeline.vae.dtype == torch.float16:
-            pipeline.vae.to(torch.float32)  # SDXL's overflows in half precision
+            torch.nn.Module.to(pipeline.vae, torch.float32)  # SDXL's overflows in half precision
         # Convolutions are faster so: oneDNN and cuDNN need not reorder what comes in and goes out.
         self.network.to(device, memory_format=torch.channels_last)
         pipeline.vae.to(device, memory_format=torch.channels_last)
@@ -87,6 +89,11 @@ class PipelinePolicy:
                     f"sampling.{name}: expected a multiple of {factor * self._patch()} pixels; got {pixels}"
                 )
             sides.append(side if pixels is None else pixels // factor)
+        if self._channels() != self.pipeline.vae.config.latent_channels:
+            raise InputError(
+                f"model.path: expected a {self.component} of latents with {self.pipeline.vae.config.latent_channels} "
+                f"channels, which the autoencoder has; got {self._channels()} (is it one for inpainting?)"
+            )
         return self._channels(), sides[0], sides[1]
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from driftrl.checks import InputError
+from driftrl.loading import demand_words
 from driftrl.preprocess import preprocessing_of
 from driftrl.rewards.aesthetic import head
 
@@ -74,7 +75,7 @@ class ImageReward:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: expected ImageReward's weights, converted: {reason}") from error
         self.network.to(device).eval().requires_grad_(False)
-        self.tokenizer = BertTokenizer.from_pretrained(folder)
+        self.tokenizer = demand_words(BertTokenizer.from_pretrained(folder), folder)
         self.device, self.batch_size, self.dtype = torch.device(device), batch_size, dtype
         self.preprocess = preprocessing_of(folder, int(config.vision_config.image_size))
 

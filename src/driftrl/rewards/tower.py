@@ -13,10 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from driftrl.checks import InputError
+from driftrl.loading import demand_words, load_whole
 from driftrl.preprocess import preprocessing_of
 
 PROMPTS_KEPT = 4096
 """Prompts whose embeddings are kept; of more, those that were not asked for longest go."""
+WORDS = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""Where the tokenizer comes from if the model brings none: it is that of every published CLIP, and PickScore's model
+card takes it from here."""
 
 
 class CLIPTower:
@@ -42,11 +47,14 @@ class CLIPTower:
             batch_size: images, or prompts, at once.
             dtype: ``bfloat16`` embeds images under autocast: weights and what comes out stay float32.
             pad: pictures that are not square are padded with black, not cropped.
+
+        Raises:
+            InputError: if weights are missing.
+            OSError: if there is no such model in safetensors.
         """
         from transformers import CLIPModel
 
-        model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32)
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model: Any = load_whole(CLIPModel, folder).to(device).eval().requires_grad_(False)
         self.folder, self.device, self.batch_size, self.dtype = (
             folder,
             torch.device(device),
@@ -62,10 +70,28 @@ class CLIPTower:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The folder's tokenizer."""
+        """The folder's tokenizer, or that of every published CLIP.
+
+        Raises:
+            InputError: if neither can be had, or the latter does not fit.
+        """
         from transformers import CLIPTokenizer
 
-        return CLIPTokenizer.from_pretrained(self.folder)
+        try:
+            found = demand_words(CLIPTokenizer.from_pretrained(self.folder), self.folder)
+        except (OSError, InputError) as lack:
+            try:
+                found = demand_words(CLIPTokenizer.from_pretrained(WORDS), WORDS)
+            except (OSError, InputError) as error:
+                raise InputError(
+                    f"reward: {self.folder} has no tokenizer, and that of {WORDS} cannot be had either; copy "
+                    "tokenizer.json and tokenizer_config.json of a CLIP there"
+                ) from error
+            if len(found) != int(self.model.config.text_config.vocab_size):
+                raise InputError(
+                    f"reward: {self.folder} has no tokenizer, and CLIP's does not fit it"
+                ) from lack
+        return found
 
     @property
     def width(self) -> int:

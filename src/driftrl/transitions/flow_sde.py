@@ -74,7 +74,10 @@ def cps_transition(
 
     With the predicted ends ``x0 = x_t - t v`` and ``x1 = x_t + (1 - t) v``:
     ``mean = (1 - t_prev) x0 + sqrt(t_prev^2 - std^2) x1`` and ``std = t_prev sin(noise_level pi / 2)``.
-    The variances of signal and noise at t_prev are those of the flow at every step size, and the last step
+    The shares of predicted image and noise at t_prev are those of the flow at every step size, so pictures have no
+    excess noise; but x0 is a mean, and fresh noise does not make up for the variety of images around it. Of data that
+    are no single point the mean is kept and the spread is not: of N(0.5, 0.6^2), 50 steps at level 0.7 leave a
+    standard deviation of 0.49, where the plain flow leaves 0.58 (``tests/transitions/test_marginals.py``). The last step
     (``t_prev = 0``) is exactly noise-free: it has no density and must not be scored.
 
     Args:

@@ -1,0 +1,49 @@
+"""Models that transformers loads, whole or not at all: what it would make up where a file lacks it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from driftrl.checks import InputError
+
+
+def load_whole(kind: Any, name: Path | str, parts: tuple[str, ...] = ("",)) -> Any:
+    """A model in float32, from safetensors only.
+
+    Args:
+        kind: a class of transformers, such as ``CLIPModel``.
+        name: folder or hub name.
+        parts: of what begins so nothing may be missing; other weights may be, and are then random.
+
+    Raises:
+        InputError: if weights are missing, which transformers would draw at random.
+        OSError: if there is no such model, or none in safetensors.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model, report = kind.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise InputError(f"{name}: its weights are no safetensors file, or a part of one: {error}") from error
+    missing = sorted(key for key in report["missing_keys"] if key.startswith(parts))
+    if missing:
+        raise InputError(
+            f"{name}: expected the weights of a {type(model).__name__}; {len(missing)} are missing, such as {missing[0]}"
+        )
+    return model
+
+
+def demand_words(tokenizer: Any, name: Path | str) -> Any:
+    """``tokenizer``, if it knows words: without its files transformers makes one that knows none.
+
+    Raises:
+        InputError: if all words are the same to it.
+    """
+    if tokenizer("a cat").input_ids == tokenizer("a dog").input_ids:
+        raise InputError(f"{name}: its tokenizer has no vocabulary: are files missing there?")
+    return tokenizer
