@@ -61,7 +61,7 @@ def gathered(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torc
     """Trained parameters and the optimiser's state by name, in main memory; where processes hold parts of them, all
     must ask.
     """
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, parameter in policy.named_parameters():
         state = {"value": parameter, **optimizer.state.get(parameter, {})}
         found |= {f"{name}/{key}": whole(value.detach()).cpu().contiguous()

@@ -139,12 +139,14 @@ def in_parts(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that is there in parts, which all processes must ask for; any other as it is."""
-    return tensor.full_tensor() if in_parts(tensor) else tensor  # type: ignore[operator]
+    shared: Any = tensor
+    return shared.full_tensor() if in_parts(tensor) else tensor
 
 
 def own(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor; no gradient flows through it."""
-    return tensor.detach().to_local() if in_parts(tensor) else tensor.detach()  # type: ignore[operator]
+    shared: Any = tensor.detach()
+    return shared.to_local() if in_parts(tensor) else shared
 
 
 def part(value: Tensor, like: Tensor) -> Tensor:
