@@ -139,14 +139,14 @@ def in_parts(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that is there in parts, which all processes must ask for; any other as it is."""
-    split: Any = tensor
-    return split.full_tensor() if in_parts(tensor) else tensor
+    shared: Any = tensor
+    return shared.full_tensor() if in_parts(tensor) else tensor
 
 
 def own(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor; no gradient flows through it."""
-    split: Any = tensor.detach()
-    return split.to_local() if in_parts(tensor) else split
+    shared: Any = tensor.detach()
+    return shared.to_local() if in_parts(tensor) else shared
 
 
 def part(value: Tensor, like: Tensor) -> Tensor:
