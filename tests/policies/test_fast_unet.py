@@ -10,8 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from driftrl.build import build_policy
+from driftrl.config import load_config
 from driftrl.policies import fast_linear, fast_unet, frozen, winograd
 from driftrl.policies.lora import add_lora
+from driftrl.rollout import PromptNoise, rollout, score_step
+from driftrl.transitions import gaussian
 
 pytestmark = pytest.mark.skipif(
     not fast_linear.available(nn.Linear(1, 1)), reason="this PyTorch has no oneDNN"
@@ -242,3 +245,24 @@ def test_doubling_is_upsampling_and_a_convolution():
         out.pow(2).sum().backward()
         found.append((out.detach(), own.grad))
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_replay_of_the_embedded_model_in_other_batches(guidance):
+    """Rounding depends on the batch, with Winograd too; a log-ratio must not show it."""
+    policy = build_policy(load_config(None, [f"sampling.guidance_scale={guidance}", "sampling.steps=4"]))
+    assert policy.fast is not None
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+        spec, prompts, count = PromptNoise(0.05), policy.encode(["a cat", "a dog"]), 6
+        drawn = rollout(policy, prompts, [(0, 0, 0), (0, 0, 1)], count, 12, spec)
+        paths, old, eps = (t.flatten(0, 1) for t in (drawn.latents, drawn.log_probs, drawn.prompt_noise))
+        steps = policy.scored.nonzero()[:, 0]
+        sample, step = torch.arange(2 * count).repeat_interleave(len(steps)), steps.repeat(2 * count)
+        for size in (1, 5, 36):
+            for a, t in zip(sample.split(size), step.split(size), strict=True):
+                move = score_step(policy, paths[a, t], t, prompts.rows(a // count), eps[a], spec)
+                ratio = gaussian.log_prob(paths[a, t + 1], move.mean, move.std) - old[a, t]
+                assert ratio.abs().max() <= 1e-6
