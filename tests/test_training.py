@@ -15,8 +15,9 @@ from driftrl.checkpoint import CheckpointWarning, newest
 from driftrl.checks import InputError
 from driftrl.config import load_config
 from driftrl.evaluation.generate import generate, open_policy
+from driftrl.noise_check import CHECKED_EVERY, PromptNoiseWarning
 from driftrl.shaping import DiversityWarning
-from driftrl.trainer import NOISE_CHECKED_EVERY, PromptNoiseWarning, RewardWarning
+from driftrl.trainer import RewardWarning
 from driftrl.update import training_pairs
 
 
@@ -144,7 +145,7 @@ def test_each_warning_is_said_once_and_counted_every_time(config, tmp_path):
 
 @pytest.mark.parametrize(("lost", "falls"), [(0.0, 0), (4.0, 1)])
 def test_noise_that_costs_similarity_is_logged_and_said_once(config, tmp_path, lost, falls):
-    loop, seen = build_loop(config(iterations=NOISE_CHECKED_EVERY + 1), tmp_path), []
+    loop, seen = build_loop(config(iterations=CHECKED_EVERY + 1), tmp_path), []
     assert loop.similarity is None  # neither the reward nor the model brings one
     asked = []
 
@@ -156,10 +157,10 @@ def test_noise_that_costs_similarity_is_logged_and_said_once(config, tmp_path, l
     loop.similarity = similarity
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loop.run(NOISE_CHECKED_EVERY + 1, seen.append)
+        loop.run(CHECKED_EVERY + 1, seen.append)
     assert [w.category for w in caught] == [PromptNoiseWarning] * falls
     looked = [i.number for i in seen if "prompt_noise/lost" in i.metrics]
-    assert looked == [1, NOISE_CHECKED_EVERY + 1]
+    assert looked == [1, CHECKED_EVERY + 1]
     for iteration in (seen[0], seen[-1]):
         assert iteration.metrics["prompt_noise/similarity_without"] == pytest.approx(10.0)
         assert iteration.metrics["prompt_noise/lost"] == pytest.approx(lost / 8)

@@ -53,7 +53,7 @@ def tables(methods: list[Method]) -> str:
         )
     lines += [
         "",
-        f"| Against {AGAINST} | Measure | Variety gained at equal reward | Reward gained at equal variety | Hypervolume |",
+        f"| Against {AGAINST} | Measure | Variety gained at equal reward, and as a share | Reward gained at equal variety | Hypervolume |",
         "| --- | --- | --- | --- | --- |",
     ]
     pairs = {(p.metric, p.method): p for p in compare.compare(methods, metrics, AGAINST)}
@@ -64,6 +64,8 @@ def tables(methods: list[Method]) -> str:
             gains = ["", ""]
             if pair is not None:
                 gains = [shown(pair.diversity_gain, sign=True), shown(pair.reward_gain, sign=True)]
+                if pair.diversity_share is not None:
+                    gains[0] += f", {100 * pair.diversity_share.mean:+.0f}%"
             lines.append(
                 f"| {method.name} | {title} | {gains[0]} | {gains[1]} | {shown(volumes[method.name], 2)} |"
             )

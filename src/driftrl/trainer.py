@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from driftrl import checkpoint, prompts
+from driftrl import checkpoint, noise_check, prompts
 from driftrl.advantages import AdvantageRule, advantages_of
 from driftrl.batches import BatchSize
 from driftrl.checkpoint import Position
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
-from driftrl.conditioning import noise_cost
+from driftrl.conditioning import NoiseCost, noise_cost
 from driftrl.distributed import ALONE, Team, in_parts
 from driftrl.diversity.functional import pairwise_distances
 from driftrl.memory import Memory
@@ -42,10 +42,6 @@ from driftrl.shaping import (
 )
 from driftrl.types import Conditioning, Encoder, Policy, Reward, Rollout
 from driftrl.update import Objective, update
-
-NOISE_CHECKED_EVERY, NOISE_PROBES = 10, 8
-"""Iterations between looks at what the noise on the prompt costs, the first one included, and the images drawn
-again without it: at least so many."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +79,6 @@ class Iteration:
 
 class RewardWarning(UserWarning):
     """All kept candidates of a prompt have the same reward, so they teach nothing (design 2.6)."""
-
-
-class PromptNoiseWarning(UserWarning):
-    """The noise on the prompt is so strong that images no longer match the prompt (design 2.6)."""
 
 
 class NotFiniteWarning(UserWarning):
@@ -248,9 +240,8 @@ class TrainingLoop:
         disagreement = self._disagreement(rewards, opinions, texts)
         memory = self.memory.with_rewards(which, rewards)
         clock.lap("reward")
-        with team.together():
-            matches = self._matches(sampled.images, conditioning, which[mine], number)
-        if matches is not None:
+        cost = self._noise_cost(sampled.images, conditioning, which[mine], number)
+        if cost is not None:
             clock.lap("noise_check")
 
         chosen = select(
@@ -308,7 +299,7 @@ class TrainingLoop:
             "warning/constant_reward_groups": int((kept_rewards.std(1, correction=0) < 1e-6).sum()),
             "warning/skipped": 0,
             "warning/constant_diversity_groups": int((diversity.std(1, correction=0) < 1e-6).sum()),
-            **self._noise_metrics(matches, number),
+            **noise_check.metrics(cost),
         }
         constant = metrics["warning/constant_reward_groups"]
         if constant:
@@ -370,11 +361,10 @@ class TrainingLoop:
         """Scores [P * N, ...] as [P, N, ...]."""
         return scores.unflatten(0, (-1, self.method.candidates)).to(self.policy.device)
 
-    def _matches(
+    def _noise_cost(
         self, images: Tensor, conditioning: Conditioning, which: list[int], number: int
-    ) -> Tensor | None:
-        """How well some candidates match their prompts with the noise on the prompt, without it, and how well they
-        match another prompt then: [n, 3]; None where it is not time to look.
+    ) -> NoiseCost | None:
+        """What the noise on the prompt costs, over the prompts of all processes; None where it is not time to look.
 
         Args:
             images: [p, N, 3, H, W], of this process's prompts.
@@ -382,36 +372,23 @@ class TrainingLoop:
             which: p places in the prompt set.
             number: of the iteration, from 0.
         """
-        if self.similarity is None or number % NOISE_CHECKED_EVERY:
+        if self.similarity is None or number % noise_check.CHECKED_EVERY:
             return None
-        count = min(images.shape[1], math.ceil(NOISE_PROBES / self.prompts_per_iteration))
         keys = [(self.seed, number, prompt) for prompt in which]
-        clean = rollout(self.policy, conditioning, keys, count, self.rollout_batch).images.flatten(0, 1)
-        noised = images[:, :count].flatten(0, 1)
-        total = len(self.prompt_set)
-        own = [self.prompt_set[place] for place in which for _ in range(count)]
-        other = [self.prompt_set[(place + total // 2) % total] for place in which for _ in range(count)]
-        scores = [self.similarity(*asked) for asked in ((noised, own), (clean, own), (clean, other))]
-        return torch.stack(scores, 1).float().to(self.policy.device)
-
-    def _noise_metrics(self, matches: Tensor | None, number: int) -> dict[str, float]:
-        """What the noise on the prompt costs, over the prompts of all processes."""
-        if matches is None:
-            return {}
-        cost = noise_cost(*self.team.gather(matches).unbind(1))
+        count = noise_check.candidates_each(self.prompts_per_iteration)
+        with self.team.together():
+            found = noise_check.matches(
+                self.policy, self.similarity, images, conditioning, keys, self.prompt_set, count, self.rollout_batch
+            )  # fmt: skip
+        cost = noise_cost(*self.team.gather(found).unbind(1))
         if cost.falls:
             self._say(
-                PromptNoiseWarning,
+                noise_check.PromptNoiseWarning,
                 f"in iteration {number + 1} the noise on the prompt takes {cost.lost:.0%} of the prompt-image "
                 f"similarity that a prompt gives: {cost.without:.3g} without it, {cost.similarity:.3g} with it; "
                 "a lower prompt_noise.eta would help",
             )
-        return {
-            "prompt_noise/similarity": cost.similarity,
-            "prompt_noise/similarity_without": cost.without,
-            "prompt_noise/lost": cost.lost,
-            "warning/prompt_noise": int(cost.falls),
-        }
+        return cost
 
     def _say(self, kind: type[Warning], message: str) -> None:
         """Warn, once in a run: metrics.jsonl has every time."""

@@ -84,6 +84,7 @@ def test_comparison_finds_who_keeps_more(tmp_path):
     # Straight paths from (1.1, 0.6): loss 0.2 costs a mean of 0.2 at the end, loss 0.05 costs 0.05; half of
     # the difference is the mean over the range.
     assert gain.diversity_gain.mean == pytest.approx(0.075, abs=0.005)
+    assert gain.diversity_share.mean == pytest.approx(0.075 / 0.5, abs=0.01)  # grpo has 0.6 to 0.4 there
     volumes = comparing.hypervolumes(methods, "diversity")
     assert volumes["drift"].low > volumes["grpo"].high
     page = write_comparison(runs, tmp_path / "out.html").read_text()
@@ -96,6 +97,14 @@ def test_a_single_seed_is_said_to_be_one(tmp_path):
     page = write_comparison(runs, tmp_path / "out.html").read_text()
     assert "on a single seed" in page and "may be chance" in page
     assert comparing.compare(comparing.load_methods(runs), ["diversity"], "drift")[0].diversity_gain.mean < 0
+
+
+def test_a_single_seed_is_said_of_the_method_that_has_one(tmp_path):
+    made = (("grpo", 0.2, (0, 1)), ("drift", 0.05, (0, 1)), ("once", 0.1, (0,)))
+    runs = [make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss) for n, loss, seeds in made for s in seeds]
+    page = write_comparison(runs, tmp_path / "out.html").read_text()
+    assert "At equal reward drift has more than grpo of: diversity" in page
+    assert "At equal reward, on a single seed, once has more than grpo of: diversity" in page
 
 
 def test_refuses_to_compare_what_was_not_measured_alike(tmp_path):

@@ -8,6 +8,7 @@ import families
 import pytest
 from safetensors import safe_open
 
+from driftrl.files import numbers_in
 from test_cli import driftrl
 
 PUBLISHED_XL = {"unet": 2_567_463_684, "text_encoder_2": 694_659_840}
@@ -18,16 +19,15 @@ PUBLISHED = {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863
 
 def weights_in(folder):
     """How many numbers the safetensors files of a folder hold."""
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-        for shape in shapes:
-            count = 1
-            for side in shape:
-                count *= side
-            total += count
-    return total
+    return numbers_in(folder.glob("*.safetensors"))
+
+
+def trained(settings, run):
+    """The metrics of the one iteration that ``driftrl train`` does with ``settings``."""
+    overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    result = driftrl("train", *overrides, "--out", run, timeout=3000)
+    assert result.returncode == 0, result.stderr
+    return json.loads((run / "metrics.jsonl").read_text())
 
 
 @pytest.mark.slow
@@ -44,10 +44,7 @@ def test_stable_diffusion_15_trains_one_iteration(tmp_path, encoder_folder, caps
         "evaluation.at_end": "false", "logging.trackers": "[]",
     }  # fmt: skip
     run = tmp_path / "run"
-    overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    result = driftrl("train", *overrides, "--out", run, timeout=3000)
-    assert result.returncode == 0, result.stderr
-    metrics = json.loads((run / "metrics.jsonl").read_text())
+    metrics = trained(settings, run)
     assert metrics["policy/ratio_deviation"] <= 1e-6
     assert metrics["policy/grad_norm"] > 0
     assert metrics["policy/pairs"] == 2
@@ -80,10 +77,7 @@ def test_stable_diffusion_xl_trains_one_iteration(tmp_path, encoder_folder, caps
         "logging.trackers": "[]",
     }  # fmt: skip
     run = tmp_path / "run"
-    overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    result = driftrl("train", *overrides, "--out", run, timeout=3000)
-    assert result.returncode == 0, result.stderr
-    metrics = json.loads((run / "metrics.jsonl").read_text())
+    metrics = trained(settings, run)
     with capsys.disabled():
         print("\nSDXL:", {k: v for k, v in metrics.items() if k.startswith("policy/")})
     assert metrics["policy/ratio_deviation"] < 1e-5

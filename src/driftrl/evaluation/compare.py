@@ -96,6 +96,8 @@ class Comparison:
     against: str
     diversity_gain: Interval | None
     """At equal reward; None where no pair of seeds shares a reward."""
+    diversity_share: Interval | None
+    """The same as a share of what ``against`` has there."""
     reward_gain: Interval | None
     """At equal diversity; None where no pair of seeds shares a diversity."""
 
@@ -164,6 +166,7 @@ def compare(
             method.name,
             rival.name,
             _gain(method, rival, metric, "reward"),
+            _gain(method, rival, metric, "reward", relative=True),
             _gain(method, rival, metric, "diversity"),
         )
         for metric in metrics
@@ -198,13 +201,17 @@ def differing_settings(methods: Sequence[Method]) -> dict[str, list[Any]]:
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
 
 
-def _gain(method: Method, rival: Method, metric: str, axis: str, resamples: int = 10_000) -> Interval | None:
+def _gain(
+    method: Method, rival: Method, metric: str, axis: str, relative: bool = False, resamples: int = 10_000
+) -> Interval | None:
     """Mean over all pairs of seeds, with an interval that resamples the seeds of both methods."""
     gains: Array = np.full((len(method.runs), len(rival.runs)), np.nan)
     for i, a in enumerate(method.runs):
         for j, b in enumerate(rival.runs):
             try:
-                gains[i, j] = gain_at_equal(a.curve(metric), b.curve(metric), axis).absolute
+                gain = gain_at_equal(a.curve(metric), b.curve(metric), axis)
+                found = gain.relative if relative else gain.absolute
+                gains[i, j] = np.nan if found is None else found
             except InputError:
                 continue  # these two share no level
     if np.isnan(gains).all():

@@ -479,7 +479,8 @@ def _spread(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison], rival: str) -> str:
-    alike: dict[tuple[str, ...], list[str]] = {}
+    runs = {method.name: len(method.runs) for method in methods}
+    alike: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
     for method in methods:
         if method.name == rival:
             continue
@@ -495,21 +496,21 @@ def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison]
                 behind.append(title)
         told = [f"more than {rival} of: {', '.join(ahead)}"] if ahead else []
         told += [f"less than {rival} of: {', '.join(behind)}"] if behind else []
-        alike.setdefault(tuple(told), []).append(method.name)
+        single = min(runs[method.name], runs[rival]) == 1
+        alike.setdefault((single, tuple(told)), []).append(method.name)
     parts = []
-    for found, names in alike.items():
-        who = _listed(names)
+    for (single, found), names in alike.items():
+        who, level = _listed(names), "At equal reward, on a single seed," if single else "At equal reward"
         has = "has" if len(names) == 1 else "have"
-        parts += [f"At equal reward {who} {has} {what}." for what in found]
+        parts += [f"{level} {who} {has} {what}." for what in found]
         if not found:
             both = (
                 f"{who} and {rival} cannot be told apart"
                 if len(names) == 1
                 else f"{who} cannot be told apart from {rival}"
             )
-            parts.append(f"At equal reward {both} in variety.")
-    if parts and min(len(method.runs) for method in methods) == 1:
-        parts = [part.replace("At equal reward", "At equal reward, on a single seed,") for part in parts]
+            parts.append(f"{level} {both} in variety.")
+    if any(single for single, _ in alike):
         parts.append("More seeds would tell chance from effect.")
     return " ".join(parts) or f"Only one method, {rival}, with {len(methods[0].runs)} seeds."
 
