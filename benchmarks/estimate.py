@@ -35,9 +35,12 @@ CASES = {
 
 def loop_of(name: str) -> Any:
     """The objects of a run."""
+    from transformers.utils import logging
+
     from driftrl.build import build_loop
     from driftrl.config import load_config
 
+    logging.disable_progress_bar()
     return build_loop(load_config(None, COMMON + CASES[name]), Path(tempfile.mkdtemp()))
 
 
@@ -48,9 +51,10 @@ def estimated(name: str) -> tuple[float, int]:
 
     loop = loop_of(name)
     plan, standing, gradients = probe.plan_of(loop), probe.standing_of(loop), probe.gradients_of(loop)
-    stored, costs = probe.stored_of(loop, plan), probe.measure(loop)
+    stored, pictures, costs = probe.stored_of(loop, plan), probe.pictures_of(loop, plan), probe.measure(loop)
     took = sum(own for _, own in seconds(plan, costs).items())
-    return took, int(max(most for _, most in peaks(plan, standing, stored, gradients, costs.working).items()))
+    in_use = peaks(plan, standing, stored, pictures, gradients, costs.working)
+    return took, int(max(most for _, most in in_use.items()))
 
 
 def measured(name: str, iterations: int) -> tuple[float, int]:
@@ -69,7 +73,7 @@ def measured(name: str, iterations: int) -> tuple[float, int]:
 def in_a_process(kind: str, name: str, iterations: int) -> tuple[float, int]:
     """What another process found."""
     command = [sys.executable, __file__, "--only", name, "--kind", kind, "--iterations", str(iterations)]
-    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
     took, most = json.loads(found)
     return took, most
 
