@@ -58,9 +58,7 @@ def drawn_by(policy, objective=None, batch=6):
     """Six candidates, with the gradients that ``objective`` wants."""
     conditioning = policy.encode(["a cat", "a dog"])
     asked = None if objective is None else lesson(policy.scored, objective, 6)
-    return conditioning, rollout(
-        policy, conditioning, [(0, 0, 0), (0, 0, 1)], 3, batch, NOISE, lesson=asked
-    )
+    return conditioning, rollout(policy, conditioning, [(0, 0, 0), (0, 0, 1)], 3, batch, NOISE, lesson=asked)
 
 
 def step(policy, objective, one_pass, advantages=ADVANTAGES, batch=6):
