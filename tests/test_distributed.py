@@ -135,6 +135,7 @@ def assert_same_files(one, two, iteration):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
+ONE_PASS = {"optimizer__updates": 1, "optimizer__one_pass": True, "optimizer__batch_size": 6}
 MEMORY = {
     "global": {"advantage__scale": "global", "selection__strategy": "random", "optimizer__epochs": 2},
     "ddpo": {"advantage__baseline": "running", "advantage__min_history": 6},
@@ -147,7 +148,7 @@ MEMORY = {
 
 
 @pytest.mark.parametrize(
-    "method", ["drift", *(pytest.param(name, marks=pytest.mark.slow) for name in MEMORY)]
+    "method", ["drift", "one pass", *(pytest.param(name, marks=pytest.mark.slow) for name in MEMORY)]
 )
 def test_two_processes_train_as_one(train, tmp_path, method):
     """Three prompts, so one process has two. A prompt per batch: then not even rounding tells the samples apart. The
@@ -160,7 +161,7 @@ def test_two_processes_train_as_one(train, tmp_path, method):
         "iterations": 10,
         "reward": "smooth:reward",
         "sampling__batch_size": 6,
-        **MEMORY.get(method, {}),
+        **(ONE_PASS if method == "one pass" else MEMORY.get(method, {})),
     }
     for name, processes in (("one", 1), ("two", 2)):
         statuses, said = train(name, processes, **settings)
