@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from driftrl.build import build_loop
 from driftrl.checks import InputError
 from driftrl.config import dump_config
-from driftrl.distributed import ALONE, Team, join
+from driftrl.distributed import ALONE, Team, join, raised_by_all
 from driftrl.evaluation.evaluate import load_evaluation
 from driftrl.update import Objective, _passes
 
@@ -284,6 +284,17 @@ def test_ended_in_one_process_and_resumed_ends_the_same(train, launch, tmp_path,
     statuses, said = train("whole", 2, iterations=done + 2, **settings)
     assert statuses == [0, 0], said
     assert_same_files(tmp_path / "whole", run, done + 2)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_who_raises_an_error_is_known(monkeypatch, processes):
+    """Of one process nobody else does, and one that was not raised together is one's own."""
+    team = Team(0, processes)
+    monkeypatch.setattr(Team, "texts", lambda self, text: [text] * processes)
+    with pytest.raises(InputError) as caught, team.together():
+        raise InputError("wrong")
+    assert raised_by_all(caught.value) == (processes > 1)
+    assert not raised_by_all(InputError("wrong"))
 
 
 def test_an_error_in_one_process_ends_all_with_one_message(train, tmp_path):
