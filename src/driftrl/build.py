@@ -522,7 +522,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
         team,
         overlaps(config, policy.device),
         build_similarity(config, reward, towers),
-        in_one_pass(config, policy, objective),
+        in_one_pass(config, policy, objective, team),
     )
 
 
@@ -544,7 +544,7 @@ def objective_of(config: TrainConfig, device: torch.device) -> Objective:
     )
 
 
-def in_one_pass(config: TrainConfig, policy: PipelinePolicy, objective: Objective) -> bool:
+def in_one_pass(config: TrainConfig, policy: PipelinePolicy, objective: Objective, team: Team) -> bool:
     """Whether gradients are taken while the candidates are drawn.
 
     Raises:
@@ -557,9 +557,9 @@ def in_one_pass(config: TrainConfig, policy: PipelinePolicy, objective: Objectiv
     if reason is None and not policy.has_sample_gradients:
         reason = "adapter must be a LoRA on linear layers: others have no gradients of single samples"
     if asked == "auto":
-        return reason is None and one_pass.pays(
-            config.sampling.candidates, config.selection.keep, objective.rescore
-        )
+        candidates, prompts = config.sampling.candidates, -(-config.prompts.per_iteration // team.size)
+        held = prompts * candidates * sum(p.numel() for p in policy.parameters())
+        return reason is None and one_pass.pays(candidates, config.selection.keep, objective.rescore, held)
     if reason is not None:
         raise InputError(f"optimizer.one_pass: {reason}")
     return True

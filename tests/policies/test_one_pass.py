@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from driftrl import one_pass
 from driftrl.build import build_loop, build_policy
 from driftrl.checks import InputError, NotFiniteError
 from driftrl.one_pass import lesson, pays, taught, update_from
@@ -61,12 +62,12 @@ def drawn_by(policy, objective=None, batch=6):
     return conditioning, rollout(policy, conditioning, [(0, 0, 0), (0, 0, 1)], 3, batch, NOISE, lesson=asked)
 
 
-def step(policy, objective, one_pass, advantages=ADVANTAGES, batch=6):
+def step(policy, objective, together, advantages=ADVANTAGES, batch=6):
     """Statistics of one step of gradient descent, and minus the gradient; the weights are put back."""
     before = [p.detach().clone() for p in policy.parameters()]
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    conditioning, drawn = drawn_by(policy, objective if one_pass else None, batch)
-    if one_pass:
+    conditioning, drawn = drawn_by(policy, objective if together else None, batch)
+    if together:
         stats = update_from(drawn, policy, optimizer, advantages, objective)
     else:
         stats = update(policy, optimizer, drawn, advantages, conditioning, objective, (0, 0), NOISE)
@@ -195,13 +196,16 @@ def test_where_it_cannot_be_the_reason_is_said_and_auto_replays(config, tmp_path
         build_loop(config(**{**WHOLE, **changes}, optimizer__one_pass=True), tmp_path)
 
 
-def test_auto_takes_it_where_it_pays(config, tmp_path):
+def test_auto_takes_it_where_it_pays(config, tmp_path, monkeypatch):
     half = {**WHOLE, "selection__strategy": "random", "selection__keep": 2}
     assert build_loop(config(**WHOLE), tmp_path).in_one_pass
     assert not build_loop(config(**half), tmp_path).in_one_pass
     assert build_loop(config(**half, model__dtype="bfloat16"), tmp_path).in_one_pass
     assert not build_loop(config(**WHOLE, optimizer__one_pass=False), tmp_path).in_one_pass
     assert [pays(n, 8, rescored=False) for n in (8, 15, 16)] == [True, True, False]
+    assert [pays(8, 8, rescored=False, held=n) for n in (2**28, 2**28 + 1)] == [True, False]
+    monkeypatch.setattr(one_pass, "LARGEST", 4 * 12 * 100)  # of 12 candidates
+    assert not build_loop(config(**WHOLE), tmp_path).in_one_pass
 
 
 def test_the_steps_are_the_noisiest_that_have_a_density():
