@@ -234,6 +234,10 @@ def build_policy(config: TrainConfig, adapter: bool = True, sharded: bool = Fals
         pipeline.vae.enable_slicing()
     if config.model.vae_tiling:
         pipeline.vae.enable_tiling()
+    if config.model.compile:
+        if sharded:
+            raise InputError("model.compile: cannot be had with adapter.shard; switch one of them off")
+        policy.compile_blocks()
     if adapter:
         lora = config.adapter
         if lora.kind == "full" and sharded:
@@ -488,6 +492,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         weight_decay=config.optimizer.weight_decay,
+        fused=True if policy.device.type == "cuda" and not sharded else None,  # one kernel for all matrices
     )
     objective = objective_of(config, policy.device)
     return TrainingLoop(
@@ -537,7 +542,7 @@ def objective_of(config: TrainConfig, device: torch.device) -> Objective:
         config.optimizer.epochs,
         config.optimizer.batch_size or (48 if device.type == "cpu" else 96),
         config.optimizer.max_grad_norm,
-        rescore=config.model.dtype != "float32",
+        rescore=config.model.dtype != "float32" or config.model.compile,
         loss_scale=2.0**14 if config.model.dtype == "float16" else 1.0,
         divergence=config.objective.divergence,
         kl_schedule=config.objective.kl_schedule,
@@ -555,7 +560,7 @@ def in_one_pass(config: TrainConfig, policy: PipelinePolicy, objective: Objectiv
         return False
     reason = one_pass.refusal(objective, config.shaping.potential)
     if reason is None and not policy.has_sample_gradients:
-        reason = "adapter must be a LoRA on linear layers: others have no gradients of single samples"
+        reason = "adapter must be a LoRA on linear layers, and model.compile off: others have no gradients of single samples"
     if asked == "auto":
         candidates, prompts = config.sampling.candidates, -(-config.prompts.per_iteration // team.size)
         held = prompts * candidates * sum(p.numel() for p in policy.parameters())

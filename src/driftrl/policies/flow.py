@@ -84,6 +84,7 @@ class StableDiffusion3Policy(FlowPolicy):
     """`diffusers.StableDiffusion3Pipeline`: SD3 and SD3.5, with or without the T5 encoder."""
 
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    blocks = ("JointTransformerBlock",)
     dispensable = ("text_encoder_3", "tokenizer_3")
 
     def _patch(self) -> int:
@@ -113,6 +114,7 @@ class FluxPolicy(FlowPolicy):
     """
 
     text_encoders = ("text_encoder", "text_encoder_2")
+    blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 
     def _own_size(self) -> tuple[int, int]:
         return self.pipeline.default_sample_size, self.pipeline.default_sample_size
