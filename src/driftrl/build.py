@@ -62,19 +62,20 @@ USUAL_SAMPLING = {
     "FluxPipeline": (28, 3.5),
 }
 """Steps and guidance scale of a model that no run has settings for."""
+SCHNELL = (4, 1.0)
+"""The same of a FLUX that takes no guidance."""
 
 
 class GuidanceWarning(UserWarning):
     """A model is about to be trained without the guidance that it usually needs."""
 
 
-def usual_sampling(path: str) -> dict[str, float]:
-    """Steps and guidance scale for a pipeline in a folder; {} for the embedded model and where it cannot be told."""
-    index = Path(path) / "model_index.json"
-    if not index.is_file():
-        return {}
-    usual = USUAL_SAMPLING.get(read_json(index).get("_class_name", ""))
-    return {} if usual is None else {"steps": usual[0], "guidance_scale": usual[1]}
+def usual_sampling(pipeline: Any) -> tuple[int, float]:
+    """Steps and guidance scale that people draw with."""
+    kind = type(pipeline).__name__
+    if kind == "FluxPipeline" and not pipeline.transformer.config.guidance_embeds:
+        return SCHNELL
+    return USUAL_SAMPLING[kind]
 
 
 def device_of(name: str) -> torch.device:
@@ -210,11 +211,14 @@ def _demand_parts(folder: Path) -> None:
         )
 
 
-def build_policy(config: TrainConfig, adapter: bool = True, sharded: bool = False) -> PipelinePolicy:
+def build_policy(
+    config: TrainConfig, adapter: bool = True, sharded: bool = False, pipeline: Any = None
+) -> PipelinePolicy:
     """The policy of a configuration, with fresh trainable weights unless told otherwise; of full fine-tuning each
-    process holds all of them, or, ``sharded``, a part.
+    process holds all of them, or, ``sharded``, a part. ``pipeline`` is what `load_pipeline` gave, if it was asked.
     """
-    pipeline, device = load_pipeline(config.model), device_of(config.model.device)
+    pipeline = pipeline or load_pipeline(config.model)
+    device = device_of(config.model.device)
     sampling = config.sampling
     policy = PIPELINES[type(pipeline).__name__](
         pipeline,
@@ -474,11 +478,11 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
             f"sampling: none of the {len(policy.scored)} denoising steps has noise, so there is nothing to learn from; "
             "expected more sampling.steps, and sampling.eta or sampling.noise_level above 0"
         )
-    _, usual = USUAL_SAMPLING[type(policy.pipeline).__name__]
-    if config.model.path != "tiny-animals" and config.sampling.guidance_scale == 1.0:
+    _, usual = usual_sampling(policy.pipeline)
+    if config.model.path != "tiny-animals" and config.sampling.guidance_scale <= 1.0 < usual:
         warnings.warn(
-            f"sampling.guidance_scale is 1, which is no guidance; models such as {config.model.path} usually need "
-            f"about {usual}",
+            f"sampling.guidance_scale is {config.sampling.guidance_scale:g}, which is no guidance; models such as "
+            f"{config.model.path} usually need about {usual}",
             GuidanceWarning,
             stacklevel=2,
         )

@@ -127,9 +127,9 @@ def stock(pipeline, family, guidance, draw, extra=None):
     ).images  # fmt: skip
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
 def test_without_noise_it_is_the_stock_pipeline(settings, family, guidance):
-    """eta = 0, or noise level 0: the scheduler's own step, diffusers' own images."""
+    """eta = 0, or noise level 0: the scheduler's own step, diffusers' own images; guidance up to 1 is none there."""
     changes = {
         "sampling__noise_level": 0.0,
         "sampling__flow_sampler": "cps",
@@ -336,15 +336,30 @@ def test_refuses_adapters_that_fit_nothing(settings, family):
 
 
 def test_warns_of_training_without_guidance(settings, tmp_path):
-    with pytest.warns(GuidanceWarning, match="usually need about 4.5"):
-        Trainer(settings("sd3", iterations=0, sampling__guidance_scale=1.0), tmp_path / "run").run()
+    """But not where the model was made to do without."""
+    for scale in (1.0, 0.0):
+        with pytest.warns(GuidanceWarning, match=f"guidance_scale is {scale:g}, .* usually need about 4.5"):
+            Trainer(settings("sd3", iterations=0, sampling__guidance_scale=scale), tmp_path / f"{scale}").run()
+    Trainer(settings("schnell", iterations=0, sampling__guidance_scale=0.0), tmp_path / "schnell").run()
 
 
-def test_a_model_without_a_run_is_sampled_as_people_do(settings, folders):
-    policy, _ = open_policy(folders["sd3"])
-    assert (len(policy.timesteps), policy.sampler.guidance_scale) == (28, 4.5)
-    policy, _ = open_policy(folders["sd3"], steps=3)
-    assert (len(policy.timesteps), policy.sampler.guidance_scale) == (3, 4.5)
+def test_a_model_without_a_run_is_sampled_as_people_do(folders, monkeypatch):
+    """By its pipeline, wherever it comes from, and FLUX by whether it takes guidance."""
+    import diffusers
+
+    def usual(source, **asked):
+        policy, _ = open_policy(source, **asked)
+        return len(policy.timesteps), policy.sampler.guidance_scale, policy.branches
+
+    assert usual(folders["sd3"]) == (28, 4.5, 2)
+    assert usual(folders["sd3"], steps=3) == (3, 4.5, 2)
+    assert usual(folders["flux"]) == (28, 3.5, 1)
+    assert usual(folders["schnell"]) == (4, 1.0, 1)
+    own = diffusers.DiffusionPipeline.from_pretrained
+    monkeypatch.setattr(
+        diffusers.DiffusionPipeline, "from_pretrained", lambda name, **named: own(folders["sd"], **named)
+    )
+    assert usual("someone/a-model-of-the-hub") == (50, 5.0, 2)
 
 
 def test_refuses_to_train_without_noise(settings, tmp_path):

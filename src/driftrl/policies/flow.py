@@ -108,7 +108,7 @@ class FluxPolicy(FlowPolicy):
     """`diffusers.FluxPipeline`: FLUX.1.
 
     The guidance scale goes in as an embedding where the model was distilled for it (dev); where it was not
-    (schnell), a scale other than 1 is classifier-free guidance of two branches. Prompt noise goes onto the T5
+    (schnell), a scale above 1 is classifier-free guidance of two branches. Prompt noise goes onto the T5
     embeddings.
     """
 
@@ -127,7 +127,7 @@ class FluxPolicy(FlowPolicy):
         return sigmas
 
     def _scale(self) -> float:
-        return 1.0 if self.network.config.guidance_embeds else self.sampler.guidance_scale
+        return 1.0 if self.network.config.guidance_embeds else super()._scale()
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.device)

@@ -125,8 +125,8 @@ class PipelinePolicy:
         return 3, self._shape[1] * factor, self._shape[2] * factor
 
     def _scale(self) -> float:
-        """Classifier-free guidance of two branches; 1 runs one."""
-        return self.sampler.guidance_scale
+        """Classifier-free guidance of two branches; 1 runs one, and so does less, as in diffusers."""
+        return max(1.0, self.sampler.guidance_scale)
 
     @property
     def branches(self) -> int:
