@@ -109,6 +109,26 @@ def test_guidance_and_every_condition_reach_the_network(settings, family):
         assert (rollout(policy, moved, KEYS, 2, 4).images - base).abs().max() > 1e-6, name
 
 
+def test_prompts_are_read_a_few_at_a_time(settings, family):
+    """As many as memory is sure to suffice for, whatever the size of the prompt set; they come out the same."""
+    policy, counts = build_policy(settings(family)), []
+    prompts = ["a cat", "a dog", "two zebras", "a cow", "an owl"]
+    whole = policy.encode(prompts)
+    policy.prompts_at_once = 2
+    encoders = [getattr(policy.pipeline, name) for name in policy.text_encoders]
+    for encoder in encoders:
+        if encoder is not None:
+            encoder.register_forward_hook(lambda module, inputs, output: counts.append(len(output[0])))
+    parts = policy.encode(prompts)
+    assert max(counts) <= 2 and sum(counts) >= 5
+    torch.testing.assert_close(parts.embeds, whole.embeds)
+    torch.testing.assert_close(parts.null_embeds, whole.null_embeds)
+    assert set(parts.extra) == set(whole.extra)
+    for name, value in whole.extra.items():
+        assert len(value) == 5
+        torch.testing.assert_close(parts.extra[name], value)
+
+
 def load_stock(folder, family):
     """SD3.5 without T5, which diffusers wants to be told."""
     import diffusers
@@ -339,7 +359,9 @@ def test_warns_of_training_without_guidance(settings, tmp_path):
     """But not where the model was made to do without."""
     for scale in (1.0, 0.0):
         with pytest.warns(GuidanceWarning, match=f"guidance_scale is {scale:g}, .* usually need about 4.5"):
-            Trainer(settings("sd3", iterations=0, sampling__guidance_scale=scale), tmp_path / f"{scale}").run()
+            Trainer(
+                settings("sd3", iterations=0, sampling__guidance_scale=scale), tmp_path / f"{scale}"
+            ).run()
     Trainer(settings("schnell", iterations=0, sampling__guidance_scale=0.0), tmp_path / "schnell").run()
 
 

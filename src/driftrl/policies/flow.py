@@ -24,6 +24,7 @@ class FlowPolicy(PipelinePolicy):
     """A velocity-predicting transformer between noise (t = 1) and image (t = 0), made stochastic."""
 
     component = "transformer"
+    prompts_at_once = 16  # T5 is large, and reads hundreds of tokens of each
     num_train_timesteps = 1000
 
     def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
