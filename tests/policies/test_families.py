@@ -467,6 +467,31 @@ def test_a_hub_that_cannot_be_reached_is_told_what_to_do(settings):
         build_policy(settings("sd", model__path="a/b"))
 
 
+OTHERS = {
+    "sd": ("EDMEulerScheduler", {}, "whose noise follows no betas"),
+    "sdxl": ("FlowMatchEulerDiscreteScheduler", {}, "whose noise follows no betas"),
+    "sd2": ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "steps_offset": 1}, "predicts 'flow_prediction'"),
+    "sd3": ("FlowMatchHeunDiscreteScheduler", {}, "expected a FlowMatchEulerDiscreteScheduler"),
+    "flux": ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "expected a FlowMatchEulerDiscreteScheduler"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_refuses_schedulers_of_another_noise(settings, folders, tmp_path, family):
+    """What is read from them as if they were DDIM's or Euler's would be wrong, and nobody would see it."""
+    import diffusers
+
+    name, options, message = OTHERS[family]
+    folder = tmp_path / "other"
+    shutil.copytree(folders[family], folder)
+    shutil.rmtree(folder / "scheduler")
+    getattr(diffusers, name)(**options).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
+    with pytest.raises(InputError, match=rf"model\.path: its scheduler .*{message}"):
+        build_policy(settings(family, model__path=str(folder)))
+
+
 def test_refuses_a_network_for_inpainting(settings, folders, tmp_path):
     from diffusers import UNet2DConditionModel
 

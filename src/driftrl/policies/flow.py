@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from driftrl.checks import one_of
+from driftrl.checks import InputError, one_of
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.transitions.flow_sde import cps_transition, flow_sde_transition
 from driftrl.types import Conditioning, Transition
@@ -28,8 +28,17 @@ class FlowPolicy(PipelinePolicy):
     num_train_timesteps = 1000
 
     def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
-        """Take over `pipeline`; its scheduler decides the times, resolution-dependent shift included."""
+        """Take over `pipeline`; its scheduler decides the times, resolution-dependent shift included.
+
+        Raises:
+            InputError: for a scheduler that has no plain list of times, or a sampler that does not exist.
+        """
         super().__init__(pipeline, sampler, device)
+        if (kind := type(pipeline.scheduler).__name__) != "FlowMatchEulerDiscreteScheduler":
+            raise InputError(
+                f"model.path: its scheduler is a {kind}; expected a FlowMatchEulerDiscreteScheduler, which the model was "
+                "published with"
+            )
         one_of("sampling.flow_sampler", sampler.flow_sampler, tuple(FLOW_SAMPLERS))
         self.num_train_timesteps = int(pipeline.scheduler.config.num_train_timesteps)
         self._set_timesteps()
