@@ -94,6 +94,46 @@ def test_replay_has_ratio_one_also_with_gradient_checkpointing(settings, family,
     assert (again - drawn.log_probs).abs().max() <= 1e-6
 
 
+def test_gradient_checkpointing_computes_again_and_changes_no_gradient(settings, family):
+    gradients, calls = [], []
+    for on in (False, True):
+        policy, seen = build_policy(settings(family, model__gradient_checkpointing=on)), []
+        policy.fast = None  # which is not used where activations are computed again
+        draw = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
+        blocks = [m for name, m in policy.network.named_modules() if name.endswith("to_q")]
+        blocks[0].register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(1))
+        latents = torch.randn(2, *policy.latent_shape, generator=draw)
+        move = score_step(policy, latents, torch.tensor([0, 1]), policy.encode(PROMPTS), None, PromptNoise())
+        (move.mean * torch.randn(move.mean.shape, generator=draw)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+        calls.append(len(seen))
+    assert calls == [1, 2]
+    assert gradients[0].norm() > 1e-3
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "upcast", "wanted"),
+    [("float16", True, "float32"), ("float16", False, "float16"), ("bfloat16", True, "bfloat16")],
+)
+def test_an_autoencoder_that_overflows_is_kept_in_float32(
+    settings, family, folders, tmp_path, dtype, upcast, wanted
+):
+    """Where its configuration says so, as that of SDXL does, and only in float16."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders[family], folder)
+    path = folder / "vae/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"force_upcast": upcast}))
+    policy = build_policy(settings(family, model__path=str(folder), model__dtype=dtype), adapter=False)
+    assert policy.pipeline.vae.dtype == getattr(torch, wanted)
+    assert policy.network.dtype == getattr(torch, dtype)
+    images = policy.decode(torch.zeros(1, *policy.latent_shape))
+    assert images.dtype == torch.float32 and bool(torch.isfinite(images).all())
+
+
 def test_guidance_and_every_condition_reach_the_network(settings, family):
     """Images change with the guidance scale, the prompt, and each extra condition."""
     policy = build_policy(settings(family))
