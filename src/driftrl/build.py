@@ -55,6 +55,9 @@ PIPELINES: dict[str, type[PipelinePolicy]] = {
     "FluxPipeline": FluxPolicy,
 }
 
+NEVER_ASKED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts that pipelines may name and no policy asks: a folder may do without."""
+
 USUAL_SAMPLING = {
     "StableDiffusionPipeline": (50, 5.0),
     "StableDiffusionXLPipeline": (50, 5.0),
@@ -131,6 +134,7 @@ def load_pipeline(model: ModelConfig) -> Any:
             revision=model.revision,
             dtype=getattr(torch, model.dtype),
             use_safetensors=True,
+            variant=_variant(folder),
             **_left_out(folder),
         )
     except (
@@ -188,11 +192,22 @@ def _demand_whole(pipeline: Any, folder: Path, policy: type[PipelinePolicy]) -> 
             )
 
 
-def _left_out(folder: Path) -> dict[str, None]:
+def _left_out(folder: Path) -> dict[str, Any]:
     """Parts that a folder was saved without, and may be, such as SD3's T5: diffusers wants to be told so."""
     index = read_json(folder / "model_index.json") if folder.exists() else {}
     policy = PIPELINES.get(index.get("_class_name", ""), PipelinePolicy)
-    return {name: None for name in policy.dispensable if index.get(name) == [None, None]}
+    left: dict[str, Any] = {name: None for name in policy.dispensable if index.get(name) == [None, None]}
+    left |= {name: None for name in NEVER_ASKED if name in index and not (folder / name).is_dir()}
+    return left | ({"requires_safety_checker": False} if "safety_checker" in left else {})
+
+
+def _variant(folder: Path) -> str | None:
+    """The middle of names such as ``model.fp16.safetensors``, where a part of a folder has weights of no other name."""
+    for part in sorted(folder.iterdir()) if folder.is_dir() else ():
+        names = [re.sub(r"-\d+-of-\d+", "", file.name) for file in sorted(part.glob("*.safetensors"))]
+        if names and all(name.count(".") == 2 for name in names):
+            return names[0].split(".")[1]
+    return None
 
 
 def _demand_parts(folder: Path) -> None:
@@ -203,7 +218,7 @@ def _demand_parts(folder: Path) -> None:
     if not isinstance(index, dict):
         raise InputError(f"model.path: {folder / 'model_index.json'} is no pipeline's index")
     named = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0] is not None]
-    missing = [part for part in named if not (folder / part).is_dir()]
+    missing = [part for part in named if not (folder / part).is_dir() and part not in NEVER_ASKED]
     if missing:
         raise InputError(
             f"model.path: {folder} lacks its {', '.join(missing)}; its model_index.json names "

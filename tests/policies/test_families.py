@@ -507,6 +507,36 @@ def test_a_hub_that_cannot_be_reached_is_told_what_to_do(settings):
         build_policy(settings("sd", model__path="a/b"))
 
 
+def test_a_folder_without_what_no_policy_asks(settings, folders, tmp_path):
+    """As published, but for the safety checker."""
+    folder = tmp_path / "unchecked"
+    shutil.copytree(folders["sd"], folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "requires_safety_checker": True,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    policy = build_policy(settings("sd", model__path=str(folder)))
+    assert policy.pipeline.safety_checker is None
+    same = build_policy(settings("sd"))
+    torch.testing.assert_close(policy.encode(PROMPTS).embeds, same.encode(PROMPTS).embeds)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_folder_of_half_precision_files(settings, folders, tmp_path, family, mixed):
+    """Downloads often hold no others; or they do for some parts."""
+    folder = tmp_path / "fp16"
+    load_stock(folders[family], family).save_pretrained(folder, variant="fp16")
+    assert not list(folder.glob("*/model.safetensors"))
+    if mixed:
+        (folder / "text_encoder/model.fp16.safetensors").rename(folder / "text_encoder/model.safetensors")
+    policy, same = (build_policy(settings(family, model__path=str(f))) for f in (folder, folders[family]))
+    ours, theirs = (rollout(p, p.encode(PROMPTS), KEYS, 2, 4).images for p in (policy, same))
+    torch.testing.assert_close(ours, theirs)
+
+
 OTHERS = {
     "sd": ("EDMEulerScheduler", {}, "whose noise follows no betas"),
     "sdxl": ("FlowMatchEulerDiscreteScheduler", {}, "whose noise follows no betas"),
