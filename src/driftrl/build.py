@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from driftrl import hub
 from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import ModelConfig, RewardPart, TrainConfig
@@ -41,6 +42,8 @@ REWARDS = (
     "tiny-animals", "pickscore", "hpsv2", "imagereward", "clipscore", "aesthetic", "compressibility",
     "incompressibility",
 )  # fmt: skip
+NETWORKS = ("pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward")
+"""Rewards whose weights are asked for as NAME@FOLDER, or come from the hub."""
 READ_THE_PROMPT = ("tiny-animals", "pickscore", "hpsv2", "clipscore", "imagereward")
 """Rewards that say how well an image matches its prompt."""
 REWARD_DTYPES = ("auto", "float32", "bfloat16")
@@ -119,12 +122,13 @@ def load_pipeline(model: ModelConfig) -> Any:
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise InputError(f"model.path: {path} is no diffusers pipeline folder: it has no model_index.json")
     _demand_parts(folder)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if not folder.exists() and looks_local:
+    if not folder.exists() and not _of_hub(path):
         raise InputError(
             f"model.path: expected 'tiny-animals', a pipeline folder or a hub name; {path!r} is none"
             f"{nearest(path, ['tiny-animals'])}"
         )
+    if not folder.exists():
+        hub.answers()
     bars, verbosity = diffusers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # it tells everyone without torchvision so, at every start
@@ -167,6 +171,34 @@ def _advice(path: str) -> str:
         f"; it is not a folder here, nor in this machine's cache of the hub{', which HF_HUB_OFFLINE switches off' * off}. "
         f"Where there is a network: hf download {path} --local-dir FOLDER; then name that folder instead"
     )
+
+
+def _of_hub(name: str) -> bool:
+    """Whether it has the form of a hub name and is not there as a path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def _demand_reachable(config: TrainConfig) -> None:
+    """Refuse a configuration that needs the hub where it does not answer, and name all that is missing at once."""
+    rewards = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
+    asked = [("model.path", config.model.path, "model_index.json", config.model.revision)]
+    for name in rewards:
+        kind, _, weights = name.partition("@")
+        if kind in NETWORKS:
+            asked.append((f"reward={kind}@", weights or WEIGHTS.get(kind, ""), "config.json", None))
+    asked.append(("shaping.encoder", config.shaping.encoder, "config.json", None))
+    asked = [one for one in asked if _of_hub(one[1])]
+    if not asked or hub.answers():
+        return
+    missing = [(key, name) for key, name, file, revision in asked if not hub.has(name, file, revision)]
+    if missing:
+        keys = [f"{key}{'' if key.endswith('@') else '='}FOLDER" for key, _ in missing]
+        raise InputError(
+            f"the hub does not answer, and here are neither folders nor copies in its cache of "
+            f"{', '.join(name for _, name in missing)}. Where there is a network: hf download NAME --local-dir FOLDER, "
+            f"for each (docs/rewards.md has what to do for rewards that are converted); then --set "
+            f"{' --set '.join(keys)}"
+        )
 
 
 def _demand_whole(pipeline: Any, folder: Path, policy: type[PipelinePolicy]) -> None:
@@ -292,7 +324,7 @@ def build_reward(
         from driftrl.rewards.clip import CLIPReward
 
         return CLIPReward(tower_of(TINY_ANIMALS / "scorer", device, dtype, towers))
-    if kind in ("pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward"):
+    if kind in NETWORKS:
         return _model_reward(kind, weights or WEIGHTS.get(kind, ""), device, dtype, towers)
     if name in REWARDS:
         from driftrl.rewards import compressibility
@@ -334,6 +366,8 @@ def _model_reward(kind: str, weights: str, device: torch.device, dtype: str, tow
             f"reward: {kind} has no weights on the hub in a format that is safe to load; expected {kind}@FOLDER "
             "(docs/rewards.md says how to make one)"
         )
+    if _of_hub(weights):
+        hub.answers()
     try:
         if kind == "imagereward":
             return ImageReward(weights, device, dtype=dtype)
@@ -443,6 +477,8 @@ def build_encoder(name: str, device: torch.device, policy: Policy | None = None)
             f"shaping.encoder: expected one of {', '.join(known)}, a folder or a hub name as owner/model; got "
             f"{name!r}{nearest(name, known)}"
         )
+    if _of_hub(path):
+        hub.answers()
     try:
         return TransformersEncoder(path, device)
     except (OSError, ValueError) as error:
@@ -484,6 +520,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
             f"prompts.per_iteration: with adapter.shard expected a multiple of the {team.size} processes, which must "
             f"call the network equally often; got {config.prompts.per_iteration}"
         )
+    _demand_reachable(config)
     towers: Towers = {}
     reward = build_training_reward(config, towers)
     policy = build_policy(config, sharded=sharded)
