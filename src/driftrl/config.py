@@ -92,7 +92,7 @@ class SamplingConfig(Section):
     steps: Positive = 10
     """Denoising steps T."""
     guidance_scale: float = Field(1.0, ge=0)
-    """Classifier-free guidance; 1 is none, and then the unconditional pass is skipped."""
+    """Classifier-free guidance; up to 1 it is none, as in diffusers, and the unconditional pass is skipped."""
     eta: float = Field(1.0, ge=0, le=1)
     """Noise of the DDIM sampler: 1 is ancestral sampling, 0 leaves nothing to score."""
     flow_sampler: Literal["sde", "cps"] = "sde"
