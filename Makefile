@@ -40,7 +40,7 @@ bench: $(VENV)/installed  ## ratios, each measured in one run
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/floor.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layers.py
-	$(BIN)/python benchmarks/peers.py  # makes .venv-trl on first use; exits with 1 while a goal is missed
+	$(BIN)/python benchmarks/peers.py $(if $(DDPO),--ddpo $(DDPO))  # makes .venv-trl (.venv-ddpo) on first use; exits with 1 while a goal is missed
 
 figures: $(VENV)/installed  ## the figures of the documentation
 	$(BIN)/python docs/figures/dirac_delta.py

@@ -6,6 +6,7 @@ import time
 import warnings
 
 import torch
+import transformers
 from accelerate import PartialState
 
 PartialState()  # its loggers want one before anything else
@@ -15,6 +16,8 @@ from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline  # n
 from work import PROMPTS, TARGETS, Clock, parse, report, reward  # noqa: E402
 
 warnings.simplefilter("ignore")
+# The names of CLIP's weights lost a prefix in transformers 5; without this the text encoder's are drawn anew.
+transformers.CLIPTextModel.base_model_prefix = "text_model"
 
 
 class Pipeline(DefaultDDPOStableDiffusionPipeline):
