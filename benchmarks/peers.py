@@ -9,7 +9,8 @@ script is run from there, in its own environment.
     python benchmarks/peers.py --ddpo ../ddpo-pytorch  # makes .venv-ddpo as well (Python 3.11)
 
 Same pipeline folder, images, denoising steps, guidance, trained steps, adapter (rank, targets), precision (float32),
-reward and number of optimiser steps (one an iteration). Everyone first tries batch sizes and keeps the fastest, so
+reward and number of optimiser steps (one an iteration). With one step driftrl takes gradients while it draws; the row "with
+replay" is driftrl where it replays the candidates, as the rivals do and as several steps need. Everyone first tries batch sizes and keeps the fastest, so
 that a rival is not measured at a bad one. Then the contenders take turns, each in its own process, round by round, so
 that a machine which slows down slows all of them; ratios are of medians over all timed iterations.
 
@@ -93,6 +94,7 @@ def find_contenders(args: argparse.Namespace) -> dict[str, list[str | Path]]:
             "inflect", "pydantic"])  # fmt: skip
         contenders["ddpo-pytorch"] = [ddpo, "kvablack_ddpo.py", args.ddpo.resolve()]
     contenders["driftrl"] = [sys.executable, "ours.py"]
+    contenders["with replay"] = [sys.executable, "ours.py", "--replay"]
     contenders["floor"] = [sys.executable, "ours.py", "--floor"]
     return contenders
 
