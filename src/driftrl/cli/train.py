@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -49,7 +50,9 @@ def train(
     start = trainer.loop.position.iteration
     place = f" from iteration {start}" if start else ""
     console.print(
-        f"[bold]{parsed.name}[/] on {parsed.model.path}, {parsed.iterations} iterations{place}: {trainer.folder}"
+        f"[bold]{escape(parsed.name)}[/] on {escape(parsed.model.path)}, {parsed.iterations} iterations{place}: "
+        f"{escape(str(trainer.folder))}",
+        soft_wrap=True,
     )
     progress = Progress(
         TextColumn("[bold]iteration"), MofNCompleteColumn(), BarColumn(None), TimeElapsedColumn(), TextColumn("left"),
@@ -79,14 +82,18 @@ def train(
         trainer.run(watch)
     if trainer.stopped_by is not None:
         console.print(
-            f"stopped at iteration {trainer.loop.position.iteration}; go on with: driftrl train --resume {trainer.folder}"
-        )
+            f"stopped at iteration {trainer.loop.position.iteration}; go on with: driftrl train --resume "
+            + shlex.quote(str(trainer.folder)),
+            highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
         trainer.team.wait()  # none of them ends before the first one has said so
         sys.exit(128 + trainer.stopped_by)
     last = trainer.folder / "checkpoints" / f"{trainer.loop.position.iteration:06d}"
     console.print(
         f"done: {trainer.folder}\nadapter for diffusers: pipe.load_lora_weights({str(last)!r})",
         highlight=False,
+        soft_wrap=True,
+        markup=False,
     )
     if parsed.evaluation.at_end:
         from driftrl.cli.evaluate import evaluate
