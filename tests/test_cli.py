@@ -1,5 +1,6 @@
 """The command line as a stranger would misuse it: one message, exit status 2, nothing written."""
 
+import json
 import re
 import subprocess
 import sys
@@ -83,9 +84,17 @@ def test_train_sample_and_refusals(settings, tmp_path):
     more = driftrl("train", "--resume", run, "--set", "iterations=2")
     assert more.returncode == 0, more.stderr
     assert (run / "checkpoints/000002").is_dir()
+    begun, now = (
+        json.loads(line)["reward/mean"] for line in (run / "metrics.jsonl").read_text().splitlines()
+    )
+    assert f"iteration 2/2  reward {now:.3f} ({now - begun:+.3f})" in more.stderr  # since the run's beginning
     drawn = driftrl("sample", run, "--prompt", "a cat", "-n", 2, "--base", "--out", tmp_path / "grid.png")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "grid.png").stat().st_size > 500
+    (run / "checkpoints/000002/pytorch_lora_weights.safetensors").write_bytes(b"")
+    drawn = driftrl("sample", run, "--prompt", "a cat", "-n", 1, "--out", tmp_path / "older.png")
+    assert drawn.returncode == 0 and re.match(r"CheckpointWarning: .*000002 is passed over", drawn.stderr)
+    assert ".py" not in drawn.stderr
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,19 @@ def test_a_run_of_wandb_is_named_after_the_folder_and_goes_on_when_resumed(confi
     assert "reward/mean" in first.logged[0][1]
 
 
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_over_itself(config, tmp_path):
+    run = Trainer(config(iterations=2), tmp_path / "run").run()
+    for path in checkpoint.listing(run / "checkpoints"):
+        (path / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    before = (run / "metrics.jsonl").read_text()
+    with (
+        pytest.warns(checkpoint.CheckpointWarning),
+        pytest.raises(InputError, match="none of its checkpoints is whole"),
+    ):
+        Trainer(config(iterations=2), run, resume=True)
+    assert (run / "metrics.jsonl").read_text() == before
+
+
 def test_keep_last_and_keep_every(config, tmp_path):
     run = Trainer(config(iterations=5, logging__keep_last=1, logging__keep_every=2), tmp_path / "run").run()
     assert [p.name for p in checkpoint.listing(run / "checkpoints")] == [

@@ -80,6 +80,11 @@ class Trainer:
             newest = checkpoint.newest(self.folder / "checkpoints") if self.team.leads else None
             found = self.team.first(newest and str(newest))
             self.resumed_from = found and Path(found)
+            if self.resumed_from is None and checkpoint.listing(self.folder / "checkpoints"):
+                raise InputError(
+                    f"--resume {self.folder}: none of its checkpoints is whole; start anew as it was: driftrl train "
+                    f"{self.folder / 'config.yaml'} --out another folder"
+                )
             if self.resumed_from is not None:
                 self._refuse_changes(checkpoint.configuration(self.resumed_from), str(self.resumed_from))
                 self.loop.resume(self.resumed_from)

@@ -44,7 +44,7 @@ def train(
         from driftrl.trainer import Iteration
 
         logging.disable_progress_bar()  # its bars for loading weights would come between ours
-        with _one_line_warnings(console):
+        with _one_line_warnings(console, every=True):
             trainer = Trainer(parsed, resume if resume is not None else out, resume is not None)
     trainer.on_stop = lambda: console.print("finishing this iteration, then saving; again to stop at once")
     start = trainer.loop.position.iteration
@@ -61,6 +61,11 @@ def train(
     )  # fmt: skip
     task = progress.add_task("train", total=parsed.iterations, completed=start, figures="")
     first: dict[str, float] = {}
+    if start:  # gains are told from the run's beginning, not from where it goes on
+        from driftrl.evaluation.results import read_metrics
+
+        begun = next(iter(read_metrics(trainer.folder / "metrics.jsonl")), {})
+        first.update((key, value) for key, value in begun.items() if value is not None)
     # Of several rewards each: their sum may be 0 throughout, being normalised.
     several = (
         {} if isinstance(parsed.reward, str) else {p.name: f"reward/{p.name}/mean" for p in parsed.reward}
@@ -124,12 +129,12 @@ def _config_of(config: Path | None, out: Path | None, resume: Path | None) -> Pa
 
 
 @contextmanager
-def _one_line_warnings(console: Console) -> Iterator[None]:
-    """Show each kind of warning once, in one line: metrics.jsonl counts them."""
+def _one_line_warnings(console: Console, every: bool = False) -> Iterator[None]:
+    """Show each kind of warning once, in one line: metrics.jsonl counts them. Or ``every`` warning."""
     shown: set[type[Warning]] = set()
 
     def show(message: Warning | str, category: type[Warning], *_: object) -> None:
-        if category not in shown:
+        if every or category not in shown:
             shown.add(category)
             console.print(f"[yellow]{category.__name__}:[/] {escape(str(message))}", highlight=False)
 
