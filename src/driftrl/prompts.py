@@ -34,7 +34,8 @@ def load_prompts(name: str) -> tuple[str, ...]:
         path = Path(name)
         if not path.is_file():
             what = f"expected a prompt set ({', '.join(prompt_sets())}) or a TXT or JSONL file; got {name!r}"
-            raise InputError(f"prompts: {what}{nearest(name, prompt_sets())}")
+            where = f"; there is no {path.absolute()}" if path.suffix or len(path.parts) > 1 else ""
+            raise InputError(f"prompts: {what}{where}{nearest(name, prompt_sets())}")
         try:
             text = path.read_text("utf-8-sig")  # Windows' editors put a mark before the first prompt
         except (OSError, UnicodeDecodeError) as error:

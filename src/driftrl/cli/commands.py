@@ -41,7 +41,7 @@ class _WithSettings(TyperCommand):
                 key = setting_like(option)
                 if key:
                     error.message += f"; settings are given as --set {key}=VALUE"  # type: ignore[attr-defined]
-                    error.possibilities = None  # type: ignore[attr-defined]
+                    error.possibilities = None
             raise
 
 
