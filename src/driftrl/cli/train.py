@@ -16,14 +16,21 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
 from driftrl.checks import InputError
 from driftrl.config import load_config
 from driftrl.distributed import leads
+
+WIDE = 100
+"""Columns of a terminal from which on the progress has a bar."""
 
 
 def train(
@@ -54,11 +61,7 @@ def train(
         f"{escape(str(trainer.folder))}",
         soft_wrap=True,
     )
-    progress = Progress(
-        TextColumn("[bold]iteration"), MofNCompleteColumn(), BarColumn(None), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False), TextColumn("{task.fields[figures]}"),
-        console=console, disable=quiet or not console.is_terminal,
-    )  # fmt: skip
+    progress = _progress(console, quiet)
     task = progress.add_task("train", total=parsed.iterations, completed=start, figures="")
     first: dict[str, float] = {}
     if start:  # gains are told from the run's beginning, not from where it goes on
@@ -104,6 +107,32 @@ def train(
         from driftrl.cli.evaluate import evaluate
 
         evaluate(trainer.folder, quiet=quiet)
+
+
+class _Figures(ProgressColumn):
+    """The only column that gives way where a terminal is too narrow for all."""
+
+    def render(self, task: Task) -> Text:
+        """Reward and diversity, in one line whatever its width."""
+        return Text(task.fields["figures"], no_wrap=True, overflow="ellipsis")
+
+
+def _progress(console: Console, quiet: bool) -> Progress:
+    """A line with all of it on a wide terminal; on a narrow one without bar and elapsed time."""
+
+    def whole() -> Column:
+        return Column(no_wrap=True)
+
+    columns: list[ProgressColumn] = [
+        TextColumn("[bold]iteration"),
+        MofNCompleteColumn(table_column=whole()),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False, table_column=whole()),
+        _Figures(),
+    ]
+    if console.width >= WIDE:
+        columns[2:2] = [BarColumn(20), TimeElapsedColumn(table_column=whole())]
+    return Progress(*columns, console=console, disable=quiet or not console.is_terminal)
 
 
 def _config_of(config: Path | None, out: Path | None, resume: Path | None) -> Path | None:
