@@ -29,6 +29,12 @@ CASES = {
         "optimizer.batch_size=16",
     ],
     "full": ["adapter.kind=full", "sampling.steps=6", "optimizer.updates=1"],
+    "one pass": [
+        "selection.strategy=all",
+        "selection.keep=8",
+        "optimizer.updates=1",
+        "objective.timesteps=1.0",
+    ],
     "bfloat16": ["model.dtype=bfloat16", "sampling.steps=6"],
 }
 

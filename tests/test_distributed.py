@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from driftrl.build import build_loop
 from driftrl.checks import InputError
 from driftrl.config import dump_config
-from driftrl.distributed import ALONE, Team, join
+from driftrl.distributed import ALONE, Team, join, raised_by_all
 from driftrl.evaluation.evaluate import load_evaluation
 from driftrl.update import Objective, _passes
 
@@ -135,6 +135,7 @@ def assert_same_files(one, two, iteration):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
+ONE_PASS = {"optimizer__updates": 1, "optimizer__one_pass": True, "optimizer__batch_size": 6}
 MEMORY = {
     "global": {"advantage__scale": "global", "selection__strategy": "random", "optimizer__epochs": 2},
     "ddpo": {"advantage__baseline": "running", "advantage__min_history": 6},
@@ -147,7 +148,7 @@ MEMORY = {
 
 
 @pytest.mark.parametrize(
-    "method", ["drift", *(pytest.param(name, marks=pytest.mark.slow) for name in MEMORY)]
+    "method", ["drift", "one pass", *(pytest.param(name, marks=pytest.mark.slow) for name in MEMORY)]
 )
 def test_two_processes_train_as_one(train, tmp_path, method):
     """Three prompts, so one process has two. A prompt per batch: then not even rounding tells the samples apart. The
@@ -160,7 +161,7 @@ def test_two_processes_train_as_one(train, tmp_path, method):
         "iterations": 10,
         "reward": "smooth:reward",
         "sampling__batch_size": 6,
-        **MEMORY.get(method, {}),
+        **(ONE_PASS if method == "one pass" else MEMORY.get(method, {})),
     }
     for name, processes in (("one", 1), ("two", 2)):
         statuses, said = train(name, processes, **settings)
@@ -283,6 +284,17 @@ def test_ended_in_one_process_and_resumed_ends_the_same(train, launch, tmp_path,
     statuses, said = train("whole", 2, iterations=done + 2, **settings)
     assert statuses == [0, 0], said
     assert_same_files(tmp_path / "whole", run, done + 2)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_who_raises_an_error_is_known(monkeypatch, processes):
+    """Of one process nobody else does, and one that was not raised together is one's own."""
+    team = Team(0, processes)
+    monkeypatch.setattr(Team, "texts", lambda self, text: [text] * processes)
+    with pytest.raises(InputError) as caught, team.together():
+        raise InputError("wrong")
+    assert raised_by_all(caught.value) == (processes > 1)
+    assert not raised_by_all(InputError("wrong"))
 
 
 def test_an_error_in_one_process_ends_all_with_one_message(train, tmp_path):

@@ -10,6 +10,7 @@ from driftrl.build import build_loop
 from driftrl.checks import RunFailedError
 from driftrl.config import dump_config
 from driftrl.estimate import (
+    Calls,
     Costs,
     Phases,
     Plan,
@@ -19,8 +20,10 @@ from driftrl.estimate import (
     peaks,
     remedies,
     seconds,
+    stored_bytes,
 )
 from driftrl.rollout import rollout
+from driftrl.scoring import Scoring
 from test_cli import driftrl
 
 CHANGES = [
@@ -28,6 +31,7 @@ CHANGES = [
     {"sampling__guidance_scale": 1.0, "model__gradient_checkpointing": True},
     {"objective__kl_weight": 0.1, "sampling__batch_size": 5, "optimizer__batch_size": 4},
     {"model__dtype": "bfloat16", "optimizer__batch_size": 7, "optimizer__epochs": 2},
+    {"optimizer__updates": 1, "optimizer__batch_size": 7, "objective__timesteps": 1.0},
     {"objective__timesteps": 1.0, "optimizer__updates": 5, "optimizer__batch_size": 3},
 ]
 
@@ -46,7 +50,7 @@ def test_the_network_is_called_as_often_as_estimated(config, tmp_path, changes):
     expected = calls(plan)
     assert len(rows) == expected.forward
     assert len(steps) == expected.optimizer
-    replayed = plan.pairs * plan.epochs * (1 + plan.reference + plan.rescored)
+    replayed = 0 if plan.taught else plan.pairs * plan.epochs * (1 + plan.reference + plan.rescored)
     assert sum(rows) == plan.branches * (plan.images * plan.steps + replayed)
 
 
@@ -96,6 +100,37 @@ def test_seconds_and_peaks_add_up():
     assert evaluation_seconds(plan, costs, 2) == 2 * (3 + 10 + 100 + 1000)
     most = peaks(plan, Standing(1, 2, 3, 4, 10), 100, 40, 50, costs.working)
     assert most == Phases(20 + 100 + 1, 20 + 102, 20 + 103, 20 + 154, 20 + 40 + 30 + 50 + 5)
+
+
+def test_one_pass_by_hand():
+    """The same plan with two steps taught: nothing is replayed, and gradients of 50 weights are stored."""
+    plan = Plan(2, 4, 2, 3, 2, 1.0, 2, 3, 1, 1, 3, False, False, 0, taught=2)
+    assert calls(plan) == Calls(rollout=9, update=0, reference=0, rescoring=0, optimizer=1, taught=6)
+    costs = Costs(1.0, 10.0, 100.0, 1000.0, 5.0, 7.0, Phases(1, 2, 3, 4, 5), taught=3.0)
+    assert seconds(plan, costs) == Phases(8 * (1 + 2 * 3.0), 80.0, 800.0, 4000.0, 7.0)
+    latent, image = (4, 2, 2), (3, 8, 8)
+    more = stored_bytes(plan, latent, image, gradients=50) - stored_bytes(plan, latent, image)
+    assert more == 4 * 8 * 50
+
+
+def test_the_probe_measures_one_pass(config, tmp_path):
+    """Its stored bytes are those of a real rollout, and a fitted batch is the one that gradients are taken in."""
+    changes = {
+        "optimizer__updates": 1,
+        "selection__strategy": "all",
+        "selection__keep": 6,
+        "shaping__ratio": 0.0,
+    }
+    loop = build_loop(config(**changes), tmp_path)
+    plan = probe.plan_of(loop)
+    assert plan.taught == 1 and plan.rollout_batch == loop.update_batch.now
+    drawn = loop._sample(loop.conditioning.rows(torch.arange(3)), [0, 1, 2], 0, Scoring((), [], False))
+    tensors = [getattr(drawn, field.name) for field in dataclasses.fields(drawn)]
+    assert probe.stored_of(loop, plan) == sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    probe.fit(loop, 8.0, rollout=False, update=True)
+    assert loop.update_batch.now >= 18
+    costs = probe.measure(loop)
+    assert costs.taught > 0 and costs.optimizer > 0
 
 
 def test_out_of_memory_is_one_line_that_says_what_to_change(config, tmp_path):

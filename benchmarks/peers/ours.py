@@ -1,4 +1,8 @@
-"""driftrl on the work of `work.py`, as `driftrl train` does it; with --floor the bare passes and nothing else."""
+"""driftrl on the work of `work.py`, as `driftrl train` does it; with --floor the bare passes and nothing else.
+
+Both take gradients while they draw, as an update of one step allows (`driftrl.one_pass`); with --replay they replay the
+candidates, as an update of several steps must.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ def configuration(args, folder: Path) -> TrainConfig:
             "prompt_noise": {"eta": 0.0},
             "shaping": {"ratio": 0.0},
             "objective": {"timesteps": 1.0},
-            "optimizer": {"updates": 1, "batch_size": args.update_batch, "learning_rate": 1e-4},
+            "optimizer": {"updates": 1, "batch_size": args.update_batch, "learning_rate": 1e-4, "one_pass": not args.replay},
         }
     )  # fmt: skip
 
@@ -88,20 +92,24 @@ def floor(args, config: TrainConfig) -> None:
         )
 
     parameters = policy.parameters()
+    together = 0 if args.replay else args.trained
+    drawn = args.rollout_batch if args.replay else args.update_batch
     laps = []
     for _ in range(args.iterations + 1):
         start = time.perf_counter()
-        with torch.no_grad():
-            for _ in range(images // args.rollout_batch):
-                x, t, e = inputs(args.rollout_batch)
-                for _ in range(args.steps):
+        for _ in range(images // drawn):
+            x, t, e = inputs(drawn)
+            for _ in range(together):
+                network(x, t, e).square().mean().backward()
+            with torch.no_grad():
+                for _ in range(args.steps - together):
                     network(x, t, e)
         sampled = time.perf_counter()
         latents = torch.randn(images, *policy.latent_shape)
         policy.decode(latents)
         decoded = time.perf_counter()
         x, t, e = inputs(args.update_batch)
-        for _ in range(images * args.trained // args.update_batch):
+        for _ in range(images * (args.trained - together) // args.update_batch):
             network(x, t, e).square().mean().backward()
         end = time.perf_counter()
         for parameter in parameters:
@@ -119,9 +127,10 @@ def floor(args, config: TrainConfig) -> None:
 
 def main() -> None:
     """Do one or the other."""
-    bare = "--floor" in sys.argv
-    sys.argv = [a for a in sys.argv if a != "--floor"]
+    bare, replay = "--floor" in sys.argv, "--replay" in sys.argv
+    sys.argv = [a for a in sys.argv if a not in ("--floor", "--replay")]
     args = parse(__doc__)
+    args.replay = replay
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(args, Path(folder))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from driftrl import one_pass
 from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import ModelConfig, RewardPart, TrainConfig
@@ -482,13 +483,13 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
             GuidanceWarning,
             stacklevel=2,
         )
-    on_cpu = policy.device.type == "cpu"
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         weight_decay=config.optimizer.weight_decay,
     )
+    objective = objective_of(config, policy.device)
     return TrainingLoop(
         policy,
         reward,
@@ -506,20 +507,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
             ),
             parts_of(config.reward),
         ),
-        Objective(
-            config.objective.clip_range,
-            config.objective.kl_weight,
-            config.objective.timesteps,
-            config.objective.timestep_choice,
-            config.optimizer.updates,
-            config.optimizer.epochs,
-            config.optimizer.batch_size or (48 if on_cpu else 96),
-            config.optimizer.max_grad_norm,
-            rescore=config.model.dtype != "float32",
-            loss_scale=2.0**14 if config.model.dtype == "float16" else 1.0,
-            divergence=config.objective.divergence,
-            kl_schedule=config.objective.kl_schedule,
-        ),
+        objective,
         optimizer,
         run / "checkpoints",
         config.seed,
@@ -534,7 +522,47 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
         team,
         overlaps(config, policy.device),
         build_similarity(config, reward, towers),
+        in_one_pass(config, policy, objective, team),
     )
+
+
+def objective_of(config: TrainConfig, device: torch.device) -> Objective:
+    """What the update minimises."""
+    return Objective(
+        config.objective.clip_range,
+        config.objective.kl_weight,
+        config.objective.timesteps,
+        config.objective.timestep_choice,
+        config.optimizer.updates,
+        config.optimizer.epochs,
+        config.optimizer.batch_size or (48 if device.type == "cpu" else 96),
+        config.optimizer.max_grad_norm,
+        rescore=config.model.dtype != "float32",
+        loss_scale=2.0**14 if config.model.dtype == "float16" else 1.0,
+        divergence=config.objective.divergence,
+        kl_schedule=config.objective.kl_schedule,
+    )
+
+
+def in_one_pass(config: TrainConfig, policy: PipelinePolicy, objective: Objective, team: Team) -> bool:
+    """Whether gradients are taken while the candidates are drawn.
+
+    Raises:
+        InputError: if that is asked for and cannot be, saying why.
+    """
+    asked = config.optimizer.one_pass
+    if asked is False:
+        return False
+    reason = one_pass.refusal(objective, config.shaping.potential)
+    if reason is None and not policy.has_sample_gradients:
+        reason = "adapter must be a LoRA on linear layers: others have no gradients of single samples"
+    if asked == "auto":
+        candidates, prompts = config.sampling.candidates, -(-config.prompts.per_iteration // team.size)
+        held = prompts * candidates * sum(p.numel() for p in policy.parameters())
+        return reason is None and one_pass.pays(candidates, config.selection.keep, objective.rescore, held)
+    if reason is not None:
+        raise InputError(f"optimizer.one_pass: {reason}")
+    return True
 
 
 def default_batch(device: torch.device) -> int:

@@ -272,6 +272,11 @@ class OptimizerConfig(Section):
     batch_size: Size = None
     """(sample, timestep) pairs replayed at once; changes speed and memory, not the update. Null or 'auto': 48 on a
     CPU, else 96, and less where memory does not suffice."""
+    one_pass: bool | Literal["auto"] = "auto"
+    """Take gradients while the candidates are drawn, batch_size at once, in place of replaying them: the same optimiser step,
+    up to rounding, for fewer passes over the network. It needs updates and epochs of 1, a LoRA on linear layers, the noisiest
+    steps (or all), and neither objective.kl_weight nor a stepwise potential. 'auto': where that is given and it pays, which it does
+    with fewer than 2 candidates for each that is kept (3 in half precision) and 1 GiB of gradients at most."""
 
 
 class LoggingConfig(Section):

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -126,10 +127,19 @@ class Team:
         found = [text for text in self.texts(problem) if text]
         if found:
             number, _, message = min(found, key=lambda text: text[0]).partition(" ")
-            raise SHARED[int(number)](message)
+            shared = SHARED[int(number)](message)
+            _everywhere.add(shared)
+            raise shared
 
 
 ALONE = Team()
+_everywhere: WeakSet[Exception] = WeakSet()
+"""Errors that all processes raise alike."""
+
+
+def raised_by_all(error: Exception) -> bool:
+    """Whether every process raises this error, so that the first one's message is enough."""
+    return error in _everywhere
 
 
 def in_parts(tensor: Tensor) -> bool:

@@ -36,6 +36,8 @@ class Plan:
     """Whether samples are scored again before the update (half precision)."""
     judges: int
     """Further rewards that every image is scored by."""
+    taught: int = 0
+    """Denoising steps whose gradients are taken while images are drawn (`driftrl.one_pass`); 0 replays them."""
 
     @property
     def images(self) -> int:
@@ -68,6 +70,8 @@ class Calls:
     reference: int
     rescoring: int
     optimizer: int
+    taught: int = 0
+    """Those of the rollout that are backward too."""
 
     @property
     def forward(self) -> int:
@@ -93,8 +97,11 @@ def calls(plan: Plan) -> Calls:
     Without KL the update leaves out pairs of zero advantage; this is what it calls where there are none.
     """
     update = plan.epochs * sum(len(batches(part, plan.update_batch)) for part in plan.parts)
+    drawn = len(batches(plan.images, plan.rollout_batch))
+    if plan.taught:
+        return Calls(drawn * plan.steps, 0, 0, 0, plan.epochs * len(plan.parts), drawn * plan.taught)
     return Calls(
-        rollout=len(batches(plan.images, plan.rollout_batch)) * plan.steps,
+        rollout=drawn * plan.steps,
         update=update,
         reference=update if plan.reference else 0,
         rescoring=update if plan.rescored else 0,
@@ -108,7 +115,12 @@ def picture_bytes(plan: Plan, image: tuple[int, ...]) -> int:
 
 
 def stored_bytes(
-    plan: Plan, latent: tuple[int, ...], image: tuple[int, ...], noise: tuple[int, ...] = (), clean: int = 0
+    plan: Plan,
+    latent: tuple[int, ...],
+    image: tuple[int, ...],
+    noise: tuple[int, ...] = (),
+    clean: int = 0,
+    gradients: int = 0,
 ) -> int:
     """Bytes of an iteration's `driftrl.types.Rollout`.
 
@@ -118,9 +130,10 @@ def stored_bytes(
         image: shape [3, height, width] of one image.
         noise: shape [L, D] of a candidate's prompt noise; () without.
         clean: features kept of each predicted clean latent; 0 without stepwise potentials.
+        gradients: numbers of a candidate's gradient; 0 where they are not taken in one pass.
     """
     path = (plan.steps + 1) * (math.prod(latent) + clean) + plan.steps
-    return FLOAT * plan.images * (path + math.prod(image) + (math.prod(noise) if noise else 0))
+    return FLOAT * plan.images * (path + math.prod(image) + (math.prod(noise) if noise else 0) + gradients)
 
 
 @dataclass(frozen=True)
@@ -154,16 +167,19 @@ class Costs:
     """Of one optimiser step."""
     working: Phases
     """Bytes above what stays, with batches as large as the run's; the update's without its gradients."""
+    taught: float = 0.0
+    """Seconds of one denoising step of one image with its gradient; 0 where none is taken."""
 
 
 def seconds(plan: Plan, costs: Costs) -> Phases:
     """Seconds of each phase of one iteration."""
     return Phases(
-        denoising=costs.step * plan.images * plan.steps,
+        denoising=plan.images * (costs.step * (plan.steps - plan.taught) + costs.taught * plan.taught),
         decoding=costs.decode * plan.images,
         reward=costs.reward * plan.images * (1 + plan.judges),
         diversity=costs.encode * plan.kept,
-        update=costs.pair * plan.pairs * plan.epochs + costs.optimizer * calls(plan).optimizer,
+        update=(0 if plan.taught else costs.pair * plan.pairs * plan.epochs)
+        + costs.optimizer * calls(plan).optimizer,
     )
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from driftrl import one_pass
 from driftrl.batches import BatchSize, MemoryWarning, out_of_memory
 from driftrl.checks import RunFailedError
 from driftrl.distributed import own
 from driftrl.estimate import FLOAT, Costs, Need, Phases, Plan, Standing, picture_bytes, remedies, stored_bytes
 from driftrl.policies.full import FullWeights
 from driftrl.policies.pipeline import PipelinePolicy
-from driftrl.rollout import latent_features, rollout
+from driftrl.rollout import Lesson, latent_features, rollout
 from driftrl.trainer import TrainingLoop
 from driftrl.types import Conditioning, Rollout, Transition
 from driftrl.update import update
@@ -71,13 +72,14 @@ def plan_of(loop: TrainingLoop) -> Plan:
         scored=int(policy.scored.sum()),
         trained=objective.timesteps,
         branches=policy.branches,
-        rollout_batch=loop.rollout_batch.now,
+        rollout_batch=(loop.update_batch if loop.in_one_pass else loop.rollout_batch).now,
         updates=objective.updates,
         epochs=objective.epochs,
         update_batch=loop.update_batch.now,
         reference=objective.kl_weight > 0,
         rescored=objective.rescore,
         judges=len(loop.judges),
+        taught=int(one_pass.taught(policy.scored, objective.timesteps).sum()) if loop.in_one_pass else 0,
     )
 
 
@@ -87,7 +89,8 @@ def stored_of(loop: TrainingLoop, plan: Plan) -> int:
     noise = tuple(loop.conditioning.embeds.shape[1:]) if method.prompt_noise.eta > 0 else ()
     stepwise = method.shaping.potential == "stepwise"
     clean = latent_features(torch.zeros(1, *policy.latent_shape)).numel() if stepwise else 0
-    return stored_bytes(plan, policy.latent_shape, policy.image_shape, noise, clean)
+    gradients = sum(p.numel() for p in policy.parameters()) if plan.taught else 0
+    return stored_bytes(plan, policy.latent_shape, policy.image_shape, noise, clean, gradients)
 
 
 def pictures_of(loop: TrainingLoop, plan: Plan) -> int:
@@ -149,7 +152,8 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
 
     at_once, together = min(plan.rollout_batch, plan.images), min(plan.update_batch, max(plan.parts))
     denoising = attempt("denoising", work.draw, at_once)
-    drawn = work.draw(denoising.count)
+    with_gradients = _measured(work.teach, denoising.count, device, before) if plan.taught else None
+    drawn = work.teach(denoising.count) if plan.taught else work.draw(denoising.count)
     latents = drawn.latents[0, :, -1]
     decoding = attempt("decoding", lambda n: policy.decode(latents[:n]), denoising.count)
     images = policy.decode(latents[: decoding.count])
@@ -167,12 +171,13 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
         pair=max(0.0, learning.seconds - optimizer) / learning.count,
         optimizer=optimizer,
         working=Phases(
-            denoising.working(at_once),
+            (with_gradients or denoising).working(at_once),
             decoding.working(at_once),
             rewarding.working(rewarding.count),
             encoding.working(encoding.count),
             max(0.0, learning.working(together) - gradients_of(loop)),
         ),
+        taught=0.0 if with_gradients is None else with_gradients.each / work.policy.count,
     )
 
 
@@ -206,11 +211,15 @@ def fit(loop: TrainingLoop, budget: float | None, rollout: bool, update: bool) -
         loop.policy.decode(work.draw(count).latents[0, :, -1])
 
     def learn(count: int) -> None:
-        work.learn(drawn, count, _Still(loop.policy.parameters(), {}))
+        if plan.taught:
+            loop.policy.decode(work.teach(count).latents[0, :, -1])
+        else:
+            work.learn(drawn, count, _Still(loop.policy.parameters(), {}))
 
+    held_then, pairs = (stored, plan.images) if plan.taught else (kept, max(plan.parts))
     for phase, size, wanted, held, useful, work_of in (
         ("denoising", loop.rollout_batch, rollout, stored, plan.images, draw),
-        ("update", loop.update_batch, update, kept, max(plan.parts), learn),
+        ("update", loop.update_batch, update, held_then, pairs, learn),
     ):
         if wanted:
             try:
@@ -332,17 +341,27 @@ class _Work:
             timestep_choice="noisiest",
         )
 
-    def draw(self, count: int) -> Rollout:
+    def draw(self, count: int, lesson: Lesson | None = None) -> Rollout:
         """``count`` candidates in one batch."""
         loop = self._loop
         return rollout(
             self.policy, self._one, [(loop.seed, 0, 0)], count, _firm(count), loop.method.prompt_noise,
-            keep_clean=loop.method.shaping.potential == "stepwise",
+            keep_clean=loop.method.shaping.potential == "stepwise", lesson=lesson,
         )  # fmt: skip
 
+    def teach(self, count: int) -> Rollout:
+        """The same, with gradients of every step."""
+        return self.draw(count, Lesson((True,) * self.policy.count, 1.0))
+
     def learn(self, drawn: Rollout, count: int, optimizer: torch.optim.Optimizer) -> None:
-        """An optimiser step on ``count`` of the pairs of ``drawn``, over and over if there are fewer, in one batch."""
+        """An optimiser step on ``count`` of the pairs of ``drawn``, over and over if there are fewer, in one batch; or on
+        all of ``drawn``, where it has gradients.
+        """
         loop, device, there = self._loop, self._loop.policy.device, drawn.log_probs.shape[1]
+        if drawn.gradients is not None:
+            advantages = torch.ones(drawn.log_probs.shape[:2], device=device)
+            one_pass.update_from(drawn, self.policy, optimizer, advantages, self._objective)
+            return
         kept = drawn.keep(torch.arange(count, device=device)[None] % there).path()
         update(
             self.policy, optimizer, kept, torch.ones(1, count, device=device), self._one, self._objective,

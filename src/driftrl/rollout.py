@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,16 @@ class PromptNoise:
 
 
 NO_NOISE = PromptNoise()
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Gradients to take while the candidates are drawn."""
+
+    steps: tuple[bool, ...]
+    """[T]: of which denoising steps."""
+    scale: float
+    """What the log-probabilities are multiplied by."""
 
 
 def score_step(
@@ -86,6 +97,7 @@ def rollout(
     progress: Callable[[int], None] | None = None,
     keep_clean: bool = False,
     finished: Callable[[Tensor], None] | None = None,
+    lesson: Lesson | None = None,
 ) -> Rollout:
     """Draw ``candidates`` images for each of P prompts.
 
@@ -101,6 +113,7 @@ def rollout(
         progress: called with the number of images finished after each batch.
         keep_clean: keep features of the predicted clean latents, for stepwise potentials.
         finished: called with the images [n, 3, height, width] of each batch, in order.
+        lesson: gradients of log-probabilities to take on the way.
 
     Returns:
         Trajectories, log-probabilities and images of all P x N candidates.
@@ -117,7 +130,7 @@ def rollout(
         chunk = flat[done : done + size]
         own = torch.arange(done, done + len(chunk), device=policy.device) // candidates
         parts = _denoise(policy, conditioning.rows(own), [(*keys[p], n) for p, n in chunk],
-                         scored, prompt_noise, keep_clean)  # fmt: skip
+                         scored, prompt_noise, keep_clean, lesson)  # fmt: skip
         for name, part in parts.items():
             if len(part) == len(flat):
                 kept[name] = part
@@ -146,6 +159,7 @@ def _denoise(
     scored: Sequence[bool],
     prompt_noise: PromptNoise,
     keep_clean: bool,
+    lesson: Lesson | None,
 ) -> dict[str, Tensor]:
     """One batch of n candidates, from noise to image: the fields of a `Rollout`, each [n, ...]."""
     device, shape = policy.device, policy.latent_shape
@@ -156,17 +170,23 @@ def _denoise(
         eps = noise.placed(noise.normal(own, rows.embeds.shape[1:]), device)
     x = noise.placed(noise.normal(draws, shape), device)
     path, scores, clean = [x], [], []
-    for step, counts in enumerate(scored):
-        at = torch.full((len(keys),), step, device=device)
-        move = score_step(policy, x, at, rows, eps, prompt_noise)
-        if keep_clean:
-            clean.append(latent_features(move.x0))
-        # Drawn even where nothing is added, as diffusers' scheduler does, so that both draw alike.
-        x = gaussian.sample(move.mean, move.std, noise.placed(noise.normal(draws, shape), device))
-        scores.append(
-            gaussian.log_prob(x, move.mean, move.std) if counts else torch.zeros(len(keys), device=device)
-        )
-        path.append(x)
+    with nullcontext() if lesson is None else policy.sample_gradients(len(keys)) as gradients:
+        for step, counts in enumerate(scored):
+            at = torch.full((len(keys),), step, device=device)
+            scale = lesson.scale if lesson is not None and lesson.steps[step] else None
+            with torch.set_grad_enabled(scale is not None):
+                move = score_step(policy, x, at, rows, eps, prompt_noise)
+            # Drawn even where nothing is added, as diffusers' scheduler does, so that both draw alike.
+            drawn = noise.placed(noise.normal(draws, shape), device)
+            x = gaussian.sample(move.mean, move.std, drawn)
+            with torch.set_grad_enabled(scale is not None):
+                score = gaussian.log_prob(x, move.mean, move.std) if counts else x.new_zeros(len(keys))
+                if scale is not None:
+                    (scale * score.sum()).backward()
+            if keep_clean:
+                clean.append(latent_features(move.x0))
+            scores.append(score.detach())
+            path.append(x)
     parts = {
         "latents": torch.stack(path, 1),
         "log_probs": torch.stack(scores, 1),
@@ -174,6 +194,8 @@ def _denoise(
     }
     if eps is not None:
         parts["prompt_noise"] = eps
+    if gradients is not None:
+        parts["gradients"] = gradients
     if keep_clean:
         parts["clean"] = torch.stack([*clean, latent_features(x)], 1)
     return parts

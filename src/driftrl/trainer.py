@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from driftrl import checkpoint, noise_check, prompts
+from driftrl import checkpoint, noise_check, one_pass, prompts
 from driftrl.advantages import AdvantageRule, advantages_of
 from driftrl.batches import BatchSize
 from driftrl.checkpoint import Position
@@ -40,7 +40,7 @@ from driftrl.shaping import (
     shape_at_advantage,
     shape_at_reward,
 )
-from driftrl.types import Conditioning, Encoder, Policy, Reward, Rollout
+from driftrl.types import Conditioning, Encoder, Policy, Reward, Rollout, UpdateStats
 from driftrl.update import Objective, update
 
 
@@ -110,6 +110,7 @@ class TrainingLoop:
         team: Team = ALONE,
         overlap_reward: bool = False,
         similarity: Reward | None = None,
+        in_one_pass: bool = False,
     ) -> None:
         """Take over built objects; ``checkpoints`` is the folder that checkpoints go to, each with
         ``configuration``. ``judges`` are rewards whose disagreement with ``reward`` decides whom the divergence
@@ -117,6 +118,8 @@ class TrainingLoop:
         The processes of ``team`` share the prompts of each iteration out; the first one writes checkpoints. With
         ``overlap_reward`` each finished batch of images is scored while the next one is drawn.
         ``similarity`` of image and prompt shows whether the noise on the prompt is too strong; None does not look.
+        ``in_one_pass`` takes gradients while the candidates are drawn (`driftrl.one_pass`), with batches of the update's
+        size.
         """
         self.policy, self.reward, self.encoder, self.prompt_set = policy, reward, encoder, prompt_set
         self.method, self.objective, self.optimizer, self.checkpoints = (
@@ -126,7 +129,7 @@ class TrainingLoop:
             checkpoints,
         )
         self.seed, self.prompts_per_iteration = seed, prompts_per_iteration
-        self.overlap_reward = overlap_reward
+        self.overlap_reward, self.in_one_pass = overlap_reward, in_one_pass
         # Processes that hold parts of the weights call the network equally often, so none may try again on its own.
         self.in_parts = any(map(in_parts, policy.parameters()))
         self.rollout_batch = BatchSize(rollout_batch, "sampling.batch_size", self.in_parts)
@@ -267,10 +270,7 @@ class TrainingLoop:
         with self._saying_once(DiversityWarning):
             advantages = shape_at_advantage(advantages, bonus, method.shaping, self.policy.scored)
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
-        stats = update(
-            self.policy, self.optimizer, kept, advantages, conditioning, self.objective, (self.seed, number),
-            method.prompt_noise, texts, held, lambda: memory.reference_of(self.policy), team, self.update_batch,
-        )  # fmt: skip
+        stats = self._learn(kept, advantages, conditioning, texts, held, memory)
         self.memory = memory.after(stats.kl, method.anchor, self.policy)
         clock.lap("update")
 
@@ -340,17 +340,37 @@ class TrainingLoop:
         keys = [(self.seed, number, prompt) for prompt in which]
         noise, count = self.method.prompt_noise, self.method.candidates
         stepwise = self.method.shaping.potential == "stepwise"
+        batch, lesson = self.rollout_batch, None
+        if self.in_one_pass:
+            samples = self.prompts_per_iteration * self.method.keep
+            batch, lesson = self.update_batch, one_pass.lesson(self.policy.scored, self.objective, samples)
         return rollout(
             self.policy,
             conditioning,
             keys,
             count,
-            self.rollout_batch,
+            batch,
             noise,
             self.on_sampled,
             stepwise,
             scoring.add,
+            lesson,
         )
+
+    def _learn(
+        self, kept: Rollout, advantages: Tensor, conditioning: Conditioning, texts: list[str], held: Tensor | None,
+        memory: Memory,
+    ) -> UpdateStats:  # fmt: skip
+        """The update: by replay, or from gradients that the rollout has taken."""
+        team, key = self.team, (self.seed, self.position.iteration)
+        if self.in_one_pass:
+            return one_pass.update_from(
+                kept, self.policy, self.optimizer, advantages, self.objective, texts, team
+            )
+        return update(
+            self.policy, self.optimizer, kept, advantages, conditioning, self.objective, key,
+            self.method.prompt_noise, texts, held, lambda: memory.reference_of(self.policy), team, self.update_batch,
+        )  # fmt: skip
 
     def _distances(self, images: Tensor) -> Tensor:
         """Cosine distances [P, G, G] between the images [P, G, 3, H, W] of each group."""

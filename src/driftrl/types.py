@@ -64,14 +64,23 @@ class Rollout:
     clean: Tensor | None = None
     """float32 [P, N, T + 1, F]: features of the predicted clean latent at x_T, ..., x_1, and of x_0 itself; None
     unless asked for."""
+    gradients: Tensor | None = None
+    """float32 [P, N, W]: of each candidate, the gradient of its log-probabilities in the policy's W parameters; None
+    unless asked for (`driftrl.one_pass`)."""
 
     def keep(self, indices: Tensor) -> Rollout:
         """Only the candidates ``indices`` [P, G] of each prompt."""
         p = torch.arange(len(indices), device=indices.device)[:, None]
         noise = None if self.prompt_noise is None else self.prompt_noise[p, indices]
         clean = None if self.clean is None else self.clean[p, indices]
+        gradients = None if self.gradients is None else self.gradients[p, indices]
         return Rollout(
-            self.latents[p, indices], self.log_probs[p, indices], self.images[p, indices], noise, clean
+            self.latents[p, indices],
+            self.log_probs[p, indices],
+            self.images[p, indices],
+            noise,
+            clean,
+            gradients,
         )
 
     def path(self) -> Rollout:
@@ -149,6 +158,12 @@ class Policy(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The trainable parameters by name, in the same order."""
+        ...
+
+    def sample_gradients(self, samples: int) -> AbstractContextManager[Tensor]:
+        """Float32 [samples, W], zero: within this context a backward pass adds each sample's gradient to its row, in the
+        order of `parameters`, and to no ``.grad``. Asked for only by `driftrl.one_pass`.
+        """
         ...
 
     def reference(self) -> AbstractContextManager[None]:

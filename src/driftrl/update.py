@@ -185,7 +185,7 @@ def update(
         norm = whole(nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm))
         if not bool(torch.isfinite(norm)):
             optimizer.zero_grad(set_to_none=True)
-            raise NotFiniteError(_where(int(team.largest(sums.bad)), steps, group, names))
+            raise NotFiniteError(where(int(team.largest(sums.bad)), steps, group, names))
         optimizer.step()
         norms.append(norm.detach())
     optimizer.zero_grad(set_to_none=True)
@@ -368,7 +368,8 @@ def _first_bad(bad: Tensor, loss: Tensor, pair: Tensor) -> Tensor:
     return torch.where((bad < 0) & wrong.any(), pair[wrong.int().argmax()[None]][0], bad)
 
 
-def _where(pair: int, steps: int, group: int, names: Sequence[str] | None) -> str:
+def where(pair: int, steps: int, group: int, names: Sequence[str] | None) -> str:
+    """What is not finite: the loss of ``pair`` (sample * steps + step), or, if that is -1, the gradient."""
     if pair < 0:
         return "the gradient is not finite, though the loss is"
     row = pair // steps // group

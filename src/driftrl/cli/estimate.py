@@ -102,9 +102,12 @@ def _work(plan: Plan, called: Calls) -> dict[str, str]:
         update += f", {called.reference} by the reference"
     if called.rescoring:
         update += f", {called.rescoring} scored again"
+    if plan.taught:
+        update = "of gradients that denoising took"
     scored = f"{plan.images * (1 + plan.judges)} images"
+    drawn = f"{plan.images} images, {plan.steps} steps: {called.rollout} forward"
     return {
-        "denoising": f"{plan.images} images, {plan.steps} steps: {called.rollout} forward",
+        "denoising": f"{drawn}, {called.taught} of them backward" if plan.taught else drawn,
         "decoding": f"{plan.images} images",
         "reward": scored if not plan.judges else f"{scored}, judges included",
         "diversity": f"{plan.kept} images",

@@ -51,13 +51,15 @@ def _every_command(
     pass
 
 
-def fail(message: str, status: int = 2) -> NoReturn:
-    """Print one message and exit."""
+def fail(message: str, status: int = 2, by_all: bool = False) -> NoReturn:
+    """Print one message and exit; of processes that have it ``by_all``, the first one prints it."""
     from rich.console import Console
 
-    from driftrl.distributed import linger
+    from driftrl.distributed import leads, linger
 
     linger()
+    if by_all and not leads():
+        raise SystemExit(status)
     Console(stderr=True).print(f"[red bold]driftrl:[/] {_escape(message)}", highlight=False, soft_wrap=True)
     raise SystemExit(status)
 
@@ -80,17 +82,18 @@ def main() -> None:
         app()
     except ValueError as error:
         from driftrl.checks import InputError
+        from driftrl.distributed import raised_by_all
 
         if not isinstance(error, InputError):
             raise
-        fail(str(error))
+        fail(str(error), by_all=raised_by_all(error))
     except RuntimeError as error:
         from driftrl.checks import RunFailedError
-        from driftrl.distributed import LostProcessError
+        from driftrl.distributed import LostProcessError, raised_by_all
 
         if not isinstance(error, RunFailedError | LostProcessError):
             raise
-        fail(str(error), 3)
+        fail(str(error), 3, raised_by_all(error))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -262,7 +262,7 @@ class _Transformer:
             return x
         _, _, height, width = x.shape
         # Two-dimensional, [rows * pixels, C], so that a layer's result is not a view and can be added to in place.
-        tokens = _project(module.proj_in, module.norm(x).permute(0, 2, 3, 1).flatten(0, 2))
+        tokens = _project(module.proj_in, module.norm(x).permute(0, 2, 3, 1).flatten(0, 2), len(x))
         rows, words = len(x), embeds.flatten(0, 1)
         for block in module.transformer_blocks:
             normal = block.norm1(tokens)
@@ -270,32 +270,46 @@ class _Transformer:
             if rows < len(embeds):
                 tokens, rows = tokens.repeat(len(embeds) // rows, 1), len(embeds)
             tokens = _attended(block.attn2, block.norm2(tokens), words, rows).add_(tokens)
-            tokens = _fed_forward(block.ff.net, block.norm3(tokens)).add_(tokens)
-        out = _project(module.proj_out, tokens).unflatten(0, (rows, height, width)).permute(0, 3, 1, 2)
+            tokens = _fed_forward(block.ff.net, block.norm3(tokens), rows).add_(tokens)
+        out = _project(module.proj_out, tokens, rows).unflatten(0, (rows, height, width)).permute(0, 3, 1, 2)
         return out + (x if len(x) == rows else x.repeat(rows // len(x), 1, 1, 1))
 
 
-def _project(layer: Any, tokens: Tensor) -> Tensor:
-    if isinstance(layer, nn.Conv2d):
-        return fast_linear.Frozen.apply(tokens, layer.weight.flatten(1), layer.bias)
+def _linear(layer: Any, tokens: Tensor, rows: int) -> Tensor:
+    """A linear layer's output for tokens [rows * S, C]."""
+    if fast_linear.fast(layer):
+        return layer(tokens, rows=rows)
     return layer(tokens)
 
 
-def _fed_forward(layers: Any, tokens: Tensor) -> Tensor:
+def _project(layer: Any, tokens: Tensor, rows: int) -> Tensor:
+    if isinstance(layer, nn.Conv2d):
+        return fast_linear.Frozen.apply(tokens, layer.weight.flatten(1), layer.bias)
+    return _linear(layer, tokens, rows)
+
+
+def _fed_forward(layers: Any, tokens: Tensor, rows: int) -> Tensor:
     gate, dropout, out = layers
     if type(gate.proj) is nn.Linear and not fast_linear.trained(gate.proj):
         hidden = Gated.apply(tokens, gate.proj.weight, gate.proj.bias)
     else:
-        hidden = gate(tokens)
-    return out(dropout(hidden))
+        value, gated = _linear(gate.proj, tokens, rows).chunk(2, dim=-1)
+        hidden = value * gate.gelu(gated)
+    return _linear(out, dropout(hidden), rows)
 
 
 def _attended(attention: Any, tokens: Tensor, seen: Tensor, rows: int) -> Tensor:
     """Attention of tokens [rows * S, C] to [rows * K, D]."""
-    parts = attention.to_q(tokens), attention.to_k(seen), attention.to_v(seen)
+    parts = (
+        _linear(attention.to_q, tokens, rows),
+        _linear(attention.to_k, seen, rows),
+        _linear(attention.to_v, seen, rows),
+    )
     query, key, value = (
         part.view(rows, -1, attention.heads, part.shape[-1] // attention.heads).transpose(1, 2)
         for part in parts
     )
     mixed = F.scaled_dot_product_attention(query, key, value)
-    return attention.to_out[1](attention.to_out[0](mixed.transpose(1, 2).flatten(2).flatten(0, 1)))
+    last, dropout = attention.to_out
+    out: Tensor = dropout(_linear(last, mixed.transpose(1, 2).flatten(2).flatten(0, 1), rows))
+    return out

@@ -12,6 +12,7 @@ from torch import nn
 
 from driftrl.checks import InputError
 from driftrl.noise import seed_of
+from driftrl.policies.per_sample import SampleGradients
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -60,6 +61,8 @@ class LoRA:
         """Add it; ``component`` is the name of ``network`` in ``pipeline``."""
         self.pipeline, self.component, self.network = pipeline, component, network
         add_lora(network, rank, alpha, targets, seed)
+        self.by_sample = SampleGradients.of(network)
+        """None where the gradients of single samples cannot be had."""
 
     @contextmanager
     def reference(self) -> Iterator[None]:

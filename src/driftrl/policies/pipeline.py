@@ -245,6 +245,21 @@ class PipelinePolicy:
         return [parameter for _, parameter in self.named_parameters()]
 
     @property
+    def has_sample_gradients(self) -> bool:
+        """Whether `sample_gradients` can be had: for a LoRA on linear layers only."""
+        return isinstance(self.weights, LoRA) and self.weights.by_sample is not None
+
+    def sample_gradients(self, samples: int) -> AbstractContextManager[Tensor]:
+        """Float32 [samples, parameters], zero: within this context backward passes add each sample's gradient to its row,
+        in the order of `parameters`, and to no ``.grad``.
+        """
+        if not isinstance(self.weights, LoRA) or self.weights.by_sample is None:
+            raise InputError(
+                "this policy has no gradients of single samples: expected a LoRA on linear layers"
+            )
+        return self.weights.by_sample.collecting(samples)
+
+    @property
     def _mixed(self) -> bool:
         """Whether float32 weights are computed with in half precision."""
         return isinstance(self.weights, FullWeights) and self.dtype != torch.float32
