@@ -46,7 +46,8 @@ bench: $(VENV)/installed  ## ratios, each measured in one run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/peers.py  # makes .venv-trl on first use; exits with 1 while a goal is missed
 
-figures: $(VENV)/installed  ## the figures of the documentation
+figures: $(VENV)/installed  ## the figures of the documentation, and its list of settings
+	$(BIN)/driftrl settings --markdown > docs/settings.md
 	$(BIN)/python docs/figures/dirac_delta.py
 	$(BIN)/python docs/figures/results.py
 	$(BIN)/python docs/figures/which_part.py

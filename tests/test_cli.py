@@ -179,7 +179,8 @@ def test_every_setting_is_listed_and_found(config):
 
 @pytest.mark.skipif(not DOCS.is_dir(), reason="no docs beside the tests")
 def test_the_documentation_lists_the_settings():
-    assert driftrl("settings", "--markdown").stdout == (DOCS / "settings.md").read_text()
+    made = driftrl("settings", "--markdown").stdout
+    assert made == (DOCS / "settings.md").read_text(), "driftrl settings --markdown > docs/settings.md"
 
 
 def test_a_plan_is_no_configuration_and_the_other_way_round(settings, tmp_path):
