@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from driftrl import one_pass
+from driftrl import hub, one_pass
 from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import ModelConfig, RewardPart, TrainConfig
@@ -42,6 +42,8 @@ REWARDS = (
     "tiny-animals", "pickscore", "hpsv2", "imagereward", "clipscore", "aesthetic", "compressibility",
     "incompressibility",
 )  # fmt: skip
+NETWORKS = ("pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward")
+"""Rewards whose weights are asked for as NAME@FOLDER, or come from the hub."""
 READ_THE_PROMPT = ("tiny-animals", "pickscore", "hpsv2", "clipscore", "imagereward")
 """Rewards that say how well an image matches its prompt."""
 REWARD_DTYPES = ("auto", "float32", "bfloat16")
@@ -56,6 +58,9 @@ PIPELINES: dict[str, type[PipelinePolicy]] = {
     "FluxPipeline": FluxPolicy,
 }
 
+NEVER_ASKED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts that pipelines may name and no policy asks: a folder may do without."""
+
 USUAL_SAMPLING = {
     "StableDiffusionPipeline": (50, 5.0),
     "StableDiffusionXLPipeline": (50, 5.0),
@@ -63,19 +68,20 @@ USUAL_SAMPLING = {
     "FluxPipeline": (28, 3.5),
 }
 """Steps and guidance scale of a model that no run has settings for."""
+SCHNELL = (4, 1.0)
+"""The same of a FLUX that takes no guidance."""
 
 
 class GuidanceWarning(UserWarning):
     """A model is about to be trained without the guidance that it usually needs."""
 
 
-def usual_sampling(path: str) -> dict[str, float]:
-    """Steps and guidance scale for a pipeline in a folder; {} for the embedded model and where it cannot be told."""
-    index = Path(path) / "model_index.json"
-    if not index.is_file():
-        return {}
-    usual = USUAL_SAMPLING.get(read_json(index).get("_class_name", ""))
-    return {} if usual is None else {"steps": usual[0], "guidance_scale": usual[1]}
+def usual_sampling(pipeline: Any) -> tuple[int, float]:
+    """Steps and guidance scale that people draw with."""
+    kind = type(pipeline).__name__
+    if kind == "FluxPipeline" and not pipeline.transformer.config.guidance_embeds:
+        return SCHNELL
+    return USUAL_SAMPLING[kind]
 
 
 def device_of(name: str) -> torch.device:
@@ -116,12 +122,13 @@ def load_pipeline(model: ModelConfig) -> Any:
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise InputError(f"model.path: {path} is no diffusers pipeline folder: it has no model_index.json")
     _demand_parts(folder)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if not folder.exists() and looks_local:
+    if not folder.exists() and not _of_hub(path):
         raise InputError(
             f"model.path: expected 'tiny-animals', a pipeline folder or a hub name; {path!r} is none"
             f"{nearest(path, ['tiny-animals'])}"
         )
+    if not folder.exists():
+        hub.answers()
     bars, verbosity = diffusers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # it tells everyone without torchvision so, at every start
@@ -131,6 +138,7 @@ def load_pipeline(model: ModelConfig) -> Any:
             revision=model.revision,
             dtype=getattr(torch, model.dtype),
             use_safetensors=True,
+            variant=_variant(folder),
             **_left_out(folder),
         )
     except (
@@ -165,6 +173,34 @@ def _advice(path: str) -> str:
     )
 
 
+def _of_hub(name: str) -> bool:
+    """Whether it has the form of a hub name and is not there as a path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def _demand_reachable(config: TrainConfig) -> None:
+    """Refuse a configuration that needs the hub where it does not answer, and name all that is missing at once."""
+    rewards = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
+    asked = [("model.path", config.model.path, "model_index.json", config.model.revision)]
+    for name in rewards:
+        kind, _, weights = name.partition("@")
+        if kind in NETWORKS:
+            asked.append((f"reward={kind}@", weights or WEIGHTS.get(kind, ""), "config.json", None))
+    asked.append(("shaping.encoder", config.shaping.encoder, "config.json", None))
+    asked = [one for one in asked if _of_hub(one[1])]
+    if not asked or hub.answers():
+        return
+    missing = [(key, name) for key, name, file, revision in asked if not hub.has(name, file, revision)]
+    if missing:
+        keys = [f"{key}{'' if key.endswith('@') else '='}FOLDER" for key, _ in missing]
+        raise InputError(
+            f"the hub does not answer, and here are neither folders nor copies in its cache of "
+            f"{', '.join(name for _, name in missing)}. Where there is a network: hf download NAME --local-dir FOLDER, "
+            f"for each (docs/rewards.md has what to do for rewards that are converted); then --set "
+            f"{' --set '.join(keys)}"
+        )
+
+
 def _demand_whole(pipeline: Any, folder: Path, policy: type[PipelinePolicy]) -> None:
     """Refuse a pipeline that lacks a part, or, of a folder, some weights or the words of a tokenizer."""
     tokenizers = tuple(name.replace("text_encoder", "tokenizer") for name in policy.text_encoders)
@@ -188,11 +224,22 @@ def _demand_whole(pipeline: Any, folder: Path, policy: type[PipelinePolicy]) -> 
             )
 
 
-def _left_out(folder: Path) -> dict[str, None]:
+def _left_out(folder: Path) -> dict[str, Any]:
     """Parts that a folder was saved without, and may be, such as SD3's T5: diffusers wants to be told so."""
     index = read_json(folder / "model_index.json") if folder.exists() else {}
     policy = PIPELINES.get(index.get("_class_name", ""), PipelinePolicy)
-    return {name: None for name in policy.dispensable if index.get(name) == [None, None]}
+    left: dict[str, Any] = {name: None for name in policy.dispensable if index.get(name) == [None, None]}
+    left |= {name: None for name in NEVER_ASKED if name in index and not (folder / name).is_dir()}
+    return left | ({"requires_safety_checker": False} if "safety_checker" in left else {})
+
+
+def _variant(folder: Path) -> str | None:
+    """The middle of names such as ``model.fp16.safetensors``, where a part of a folder has weights of no other name."""
+    for part in sorted(folder.iterdir()) if folder.is_dir() else ():
+        names = [re.sub(r"-\d+-of-\d+", "", file.name) for file in sorted(part.glob("*.safetensors"))]
+        if names and all(name.count(".") == 2 for name in names):
+            return names[0].split(".")[1]
+    return None
 
 
 def _demand_parts(folder: Path) -> None:
@@ -203,7 +250,7 @@ def _demand_parts(folder: Path) -> None:
     if not isinstance(index, dict):
         raise InputError(f"model.path: {folder / 'model_index.json'} is no pipeline's index")
     named = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0] is not None]
-    missing = [part for part in named if not (folder / part).is_dir()]
+    missing = [part for part in named if not (folder / part).is_dir() and part not in NEVER_ASKED]
     if missing:
         raise InputError(
             f"model.path: {folder} lacks its {', '.join(missing)}; its model_index.json names "
@@ -211,11 +258,14 @@ def _demand_parts(folder: Path) -> None:
         )
 
 
-def build_policy(config: TrainConfig, adapter: bool = True, sharded: bool = False) -> PipelinePolicy:
+def build_policy(
+    config: TrainConfig, adapter: bool = True, sharded: bool = False, pipeline: Any = None
+) -> PipelinePolicy:
     """The policy of a configuration, with fresh trainable weights unless told otherwise; of full fine-tuning each
-    process holds all of them, or, ``sharded``, a part.
+    process holds all of them, or, ``sharded``, a part. ``pipeline`` is what `load_pipeline` gave, if it was asked.
     """
-    pipeline, device = load_pipeline(config.model), device_of(config.model.device)
+    pipeline = pipeline or load_pipeline(config.model)
+    device = device_of(config.model.device)
     sampling = config.sampling
     policy = PIPELINES[type(pipeline).__name__](
         pipeline,
@@ -234,6 +284,10 @@ def build_policy(config: TrainConfig, adapter: bool = True, sharded: bool = Fals
         pipeline.vae.enable_slicing()
     if config.model.vae_tiling:
         pipeline.vae.enable_tiling()
+    if config.model.compile:
+        if sharded:
+            raise InputError("model.compile: cannot be had with adapter.shard; switch one of them off")
+        policy.compile_blocks()
     if adapter:
         lora = config.adapter
         if lora.kind == "full" and sharded:
@@ -274,7 +328,7 @@ def build_reward(
         from driftrl.rewards.clip import CLIPReward
 
         return CLIPReward(tower_of(TINY_ANIMALS / "scorer", device, dtype, towers))
-    if kind in ("pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward"):
+    if kind in NETWORKS:
         return _model_reward(kind, weights or WEIGHTS.get(kind, ""), device, dtype, towers)
     if name in REWARDS:
         from driftrl.rewards import compressibility
@@ -316,6 +370,8 @@ def _model_reward(kind: str, weights: str, device: torch.device, dtype: str, tow
             f"reward: {kind} has no weights on the hub in a format that is safe to load; expected {kind}@FOLDER "
             "(docs/rewards.md says how to make one)"
         )
+    if _of_hub(weights):
+        hub.answers()
     try:
         if kind == "imagereward":
             return ImageReward(weights, device, dtype=dtype)
@@ -425,6 +481,8 @@ def build_encoder(name: str, device: torch.device, policy: Policy | None = None)
             f"shaping.encoder: expected one of {', '.join(known)}, a folder or a hub name as owner/model; got "
             f"{name!r}{nearest(name, known)}"
         )
+    if _of_hub(path):
+        hub.answers()
     try:
         return TransformersEncoder(path, device)
     except (OSError, ValueError) as error:
@@ -466,6 +524,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
             f"prompts.per_iteration: with adapter.shard expected a multiple of the {team.size} processes, which must "
             f"call the network equally often; got {config.prompts.per_iteration}"
         )
+    _demand_reachable(config)
     towers: Towers = {}
     reward = build_training_reward(config, towers)
     policy = build_policy(config, sharded=sharded)
@@ -475,11 +534,11 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
             f"sampling: none of the {len(policy.scored)} denoising steps has noise, so there is nothing to learn from; "
             "expected more sampling.steps, and sampling.eta or sampling.noise_level above 0"
         )
-    _, usual = USUAL_SAMPLING[type(policy.pipeline).__name__]
-    if config.model.path != "tiny-animals" and config.sampling.guidance_scale == 1.0:
+    _, usual = usual_sampling(policy.pipeline)
+    if config.model.path != "tiny-animals" and config.sampling.guidance_scale <= 1.0 < usual:
         warnings.warn(
-            f"sampling.guidance_scale is 1, which is no guidance; models such as {config.model.path} usually need "
-            f"about {usual}",
+            f"sampling.guidance_scale is {config.sampling.guidance_scale:g}, which is no guidance; models such as "
+            f"{config.model.path} usually need about {usual}",
             GuidanceWarning,
             stacklevel=2,
         )
@@ -488,6 +547,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         weight_decay=config.optimizer.weight_decay,
+        fused=True if policy.device.type == "cuda" and not sharded else None,  # one kernel for all matrices
     )
     objective = objective_of(config, policy.device)
     return TrainingLoop(
@@ -537,7 +597,7 @@ def objective_of(config: TrainConfig, device: torch.device) -> Objective:
         config.optimizer.epochs,
         config.optimizer.batch_size or (48 if device.type == "cpu" else 96),
         config.optimizer.max_grad_norm,
-        rescore=config.model.dtype != "float32",
+        rescore=config.model.dtype != "float32" or config.model.compile,
         loss_scale=2.0**14 if config.model.dtype == "float16" else 1.0,
         divergence=config.objective.divergence,
         kl_schedule=config.objective.kl_schedule,
@@ -555,7 +615,7 @@ def in_one_pass(config: TrainConfig, policy: PipelinePolicy, objective: Objectiv
         return False
     reason = one_pass.refusal(objective, config.shaping.potential)
     if reason is None and not policy.has_sample_gradients:
-        reason = "adapter must be a LoRA on linear layers: others have no gradients of single samples"
+        reason = "adapter must be a LoRA on linear layers, and model.compile off: others have no gradients of single samples"
     if asked == "auto":
         candidates, prompts = config.sampling.candidates, -(-config.prompts.per_iteration // team.size)
         held = prompts * candidates * sum(p.numel() for p in policy.parameters())

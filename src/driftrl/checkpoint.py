@@ -134,11 +134,17 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None = N
                 )
             parameter.copy_(part(value, parameter))
     if optimizer is not None:
+        fused = bool(optimizer.defaults.get("fused"))  # which counts its steps on the device
         for name, parameter in named.items():
             state = {k.rsplit("/", 1)[1]: v for k, v in tensors.items() if k.rsplit("/", 1)[0] == name}
             if state:
                 optimizer.state[parameter] = {
-                    k: v if k == "step" else part(v.to(parameter.device), parameter) for k, v in state.items()
+                    k: part(v.to(parameter.device), parameter)
+                    if k != "step"
+                    else v.to(parameter.device)
+                    if fused
+                    else v
+                    for k, v in state.items()
                 }
     state = read_json(path / "state.json")
     return Position(int(state["iteration"]), int(state.get("failures", 0)))

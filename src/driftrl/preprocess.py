@@ -40,6 +40,9 @@ class Preprocessing:
     mode: str = "bicubic"
     pad: bool = False
     """Instead of a crop: the whole picture, black around it to a square of side ``resize``."""
+    rounded: bool = False
+    """Where there is no middle, the crop begins at the even one of two places, as torchvision has it; else at the
+    first, as transformers has it."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Resize with antialiasing, crop or pad, normalise: float32 [N, 3, height, width].
@@ -58,7 +61,8 @@ class Preprocessing:
             down, right = self.resize - x.shape[-2], self.resize - x.shape[-1]
             x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
         if self.crop is not None:
-            top, left = (x.shape[-2] - self.crop[0]) // 2, (x.shape[-1] - self.crop[1]) // 2
+            spare = x.shape[-2] - self.crop[0], x.shape[-1] - self.crop[1]
+            top, left = (round(s / 2) if self.rounded else s // 2 for s in spare)
             x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
         return (x - mean) / std

@@ -35,8 +35,9 @@ class Objective:
     batch_size: int = 96
     max_grad_norm: float = 1.0
     rescore: bool = False
-    """Score the samples again in the update's own batches before the policy moves: in half precision what a
-    network computes depends on its batch, by more than the clip range allows."""
+    """Score the samples again in the update's own batches, and as the update does, before the policy moves: in half
+    precision what a network computes depends on its batch, by more than the clip range allows; compiled, also on
+    whether there are gradients."""
     loss_scale: float = 1.0
     """Power of two that keeps half-precision gradients from vanishing; divided out before they are used."""
     divergence: str = "kl"
@@ -214,6 +215,7 @@ class _Replay:
     ) -> None:
         prompts, group = rollout.log_probs.shape[:2]
         self._policy, self._conditioning, self._spec = policy, conditioning, prompt_noise
+        self.compiled = bool(getattr(policy, "compiled", False))
         self._latents, self.old = rollout.latents.flatten(0, 1), rollout.log_probs.flatten(0, 1)
         self._eps = None if rollout.prompt_noise is None else rollout.prompt_noise.flatten(0, 1)
         self._prompt_of = torch.arange(prompts, device=self.old.device).repeat_interleave(
@@ -353,12 +355,12 @@ def _gradients(parameters: list[nn.Parameter], loss_scale: float, team: Team) ->
 def _rescored(replay: _Replay, parts: Sequence[tuple[Pairs, int]], turns: _Turns, size: int) -> Tensor:
     """Log-probabilities [samples, T], those of one pass scored in its very micro-batches."""
     before = replay.old.clone()
-    with torch.no_grad():
-        for pairs, _ in parts:
-            for sample, step, counts in turns(pairs, size):
-                score = replay(sample, step)[1]
-                if counts:
-                    before[sample, step] = score
+    for pairs, _ in parts:
+        for sample, step, counts in turns(pairs, size):
+            with torch.set_grad_enabled(replay.compiled):
+                score = replay(sample, step)[1].detach()
+            if counts:
+                before[sample, step] = score
     return before
 
 

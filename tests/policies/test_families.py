@@ -94,6 +94,46 @@ def test_replay_has_ratio_one_also_with_gradient_checkpointing(settings, family,
     assert (again - drawn.log_probs).abs().max() <= 1e-6
 
 
+def test_gradient_checkpointing_computes_again_and_changes_no_gradient(settings, family):
+    gradients, calls = [], []
+    for on in (False, True):
+        policy, seen = build_policy(settings(family, model__gradient_checkpointing=on)), []
+        policy.fast = None  # which is not used where activations are computed again
+        draw = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
+        blocks = [m for name, m in policy.network.named_modules() if name.endswith("to_q")]
+        blocks[0].register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(1))
+        latents = torch.randn(2, *policy.latent_shape, generator=draw)
+        move = score_step(policy, latents, torch.tensor([0, 1]), policy.encode(PROMPTS), None, PromptNoise())
+        (move.mean * torch.randn(move.mean.shape, generator=draw)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+        calls.append(len(seen))
+    assert calls == [1, 2]
+    assert gradients[0].norm() > 1e-3
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "upcast", "wanted"),
+    [("float16", True, "float32"), ("float16", False, "float16"), ("bfloat16", True, "bfloat16")],
+)
+def test_an_autoencoder_that_overflows_is_kept_in_float32(
+    settings, family, folders, tmp_path, dtype, upcast, wanted
+):
+    """Where its configuration says so, as that of SDXL does, and only in float16."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders[family], folder)
+    path = folder / "vae/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"force_upcast": upcast}))
+    policy = build_policy(settings(family, model__path=str(folder), model__dtype=dtype), adapter=False)
+    assert policy.pipeline.vae.dtype == getattr(torch, wanted)
+    assert policy.network.dtype == getattr(torch, dtype)
+    images = policy.decode(torch.zeros(1, *policy.latent_shape))
+    assert images.dtype == torch.float32 and bool(torch.isfinite(images).all())
+
+
 def test_guidance_and_every_condition_reach_the_network(settings, family):
     """Images change with the guidance scale, the prompt, and each extra condition."""
     policy = build_policy(settings(family))
@@ -107,6 +147,26 @@ def test_guidance_and_every_condition_reach_the_network(settings, family):
         changed = {**conditioning.extra, name: value + 3 * (1 + value.abs())}
         moved = type(conditioning)(conditioning.embeds, conditioning.null_embeds, changed)
         assert (rollout(policy, moved, KEYS, 2, 4).images - base).abs().max() > 1e-6, name
+
+
+def test_prompts_are_read_a_few_at_a_time(settings, family):
+    """As many as memory is sure to suffice for, whatever the size of the prompt set; they come out the same."""
+    policy, counts = build_policy(settings(family)), []
+    prompts = ["a cat", "a dog", "two zebras", "a cow", "an owl"]
+    whole = policy.encode(prompts)
+    policy.prompts_at_once = 2
+    encoders = [getattr(policy.pipeline, name) for name in policy.text_encoders]
+    for encoder in encoders:
+        if encoder is not None:
+            encoder.register_forward_hook(lambda module, inputs, output: counts.append(len(output[0])))
+    parts = policy.encode(prompts)
+    assert max(counts) <= 2 and sum(counts) >= 5
+    torch.testing.assert_close(parts.embeds, whole.embeds)
+    torch.testing.assert_close(parts.null_embeds, whole.null_embeds)
+    assert set(parts.extra) == set(whole.extra)
+    for name, value in whole.extra.items():
+        assert len(value) == 5
+        torch.testing.assert_close(parts.extra[name], value)
 
 
 def load_stock(folder, family):
@@ -127,9 +187,9 @@ def stock(pipeline, family, guidance, draw, extra=None):
     ).images  # fmt: skip
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
 def test_without_noise_it_is_the_stock_pipeline(settings, family, guidance):
-    """eta = 0, or noise level 0: the scheduler's own step, diffusers' own images."""
+    """eta = 0, or noise level 0: the scheduler's own step, diffusers' own images; guidance up to 1 is none there."""
     changes = {
         "sampling__noise_level": 0.0,
         "sampling__flow_sampler": "cps",
@@ -336,15 +396,32 @@ def test_refuses_adapters_that_fit_nothing(settings, family):
 
 
 def test_warns_of_training_without_guidance(settings, tmp_path):
-    with pytest.warns(GuidanceWarning, match="usually need about 4.5"):
-        Trainer(settings("sd3", iterations=0, sampling__guidance_scale=1.0), tmp_path / "run").run()
+    """But not where the model was made to do without."""
+    for scale in (1.0, 0.0):
+        with pytest.warns(GuidanceWarning, match=f"guidance_scale is {scale:g}, .* usually need about 4.5"):
+            Trainer(
+                settings("sd3", iterations=0, sampling__guidance_scale=scale), tmp_path / f"{scale}"
+            ).run()
+    Trainer(settings("schnell", iterations=0, sampling__guidance_scale=0.0), tmp_path / "schnell").run()
 
 
-def test_a_model_without_a_run_is_sampled_as_people_do(settings, folders):
-    policy, _ = open_policy(folders["sd3"])
-    assert (len(policy.timesteps), policy.sampler.guidance_scale) == (28, 4.5)
-    policy, _ = open_policy(folders["sd3"], steps=3)
-    assert (len(policy.timesteps), policy.sampler.guidance_scale) == (3, 4.5)
+def test_a_model_without_a_run_is_sampled_as_people_do(folders, monkeypatch):
+    """By its pipeline, wherever it comes from, and FLUX by whether it takes guidance."""
+    import diffusers
+
+    def usual(source, **asked):
+        policy, _ = open_policy(source, **asked)
+        return len(policy.timesteps), policy.sampler.guidance_scale, policy.branches
+
+    assert usual(folders["sd3"]) == (28, 4.5, 2)
+    assert usual(folders["sd3"], steps=3) == (3, 4.5, 2)
+    assert usual(folders["flux"]) == (28, 3.5, 1)
+    assert usual(folders["schnell"]) == (4, 1.0, 1)
+    own = diffusers.DiffusionPipeline.from_pretrained
+    monkeypatch.setattr(
+        diffusers.DiffusionPipeline, "from_pretrained", lambda name, **named: own(folders["sd"], **named)
+    )
+    assert usual("someone/a-model-of-the-hub") == (50, 5.0, 2)
 
 
 def test_refuses_to_train_without_noise(settings, tmp_path):
@@ -428,6 +505,61 @@ def test_a_hub_that_cannot_be_reached_is_told_what_to_do(settings):
         InputError, match=r"model\.path: a/b cannot be loaded: .*hf download a/b --local-dir FOLDER"
     ):
         build_policy(settings("sd", model__path="a/b"))
+
+
+def test_a_folder_without_what_no_policy_asks(settings, folders, tmp_path):
+    """As published, but for the safety checker."""
+    folder = tmp_path / "unchecked"
+    shutil.copytree(folders["sd"], folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "requires_safety_checker": True,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    policy = build_policy(settings("sd", model__path=str(folder)))
+    assert policy.pipeline.safety_checker is None
+    same = build_policy(settings("sd"))
+    torch.testing.assert_close(policy.encode(PROMPTS).embeds, same.encode(PROMPTS).embeds)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_folder_of_half_precision_files(settings, folders, tmp_path, family, mixed):
+    """Downloads often hold no others; or they do for some parts."""
+    folder = tmp_path / "fp16"
+    load_stock(folders[family], family).save_pretrained(folder, variant="fp16")
+    assert not list(folder.glob("*/model.safetensors"))
+    if mixed:
+        (folder / "text_encoder/model.fp16.safetensors").rename(folder / "text_encoder/model.safetensors")
+    policy, same = (build_policy(settings(family, model__path=str(f))) for f in (folder, folders[family]))
+    ours, theirs = (rollout(p, p.encode(PROMPTS), KEYS, 2, 4).images for p in (policy, same))
+    torch.testing.assert_close(ours, theirs)
+
+
+OTHERS = {
+    "sd": ("EDMEulerScheduler", {}, "whose noise follows no betas"),
+    "sdxl": ("FlowMatchEulerDiscreteScheduler", {}, "whose noise follows no betas"),
+    "sd2": ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "steps_offset": 1}, "predicts 'flow_prediction'"),
+    "sd3": ("FlowMatchHeunDiscreteScheduler", {}, "expected a FlowMatchEulerDiscreteScheduler"),
+    "flux": ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "expected a FlowMatchEulerDiscreteScheduler"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_refuses_schedulers_of_another_noise(settings, folders, tmp_path, family):
+    """What is read from them as if they were DDIM's or Euler's would be wrong, and nobody would see it."""
+    import diffusers
+
+    name, options, message = OTHERS[family]
+    folder = tmp_path / "other"
+    shutil.copytree(folders[family], folder)
+    shutil.rmtree(folder / "scheduler")
+    getattr(diffusers, name)(**options).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
+    with pytest.raises(InputError, match=rf"model\.path: its scheduler .*{message}"):
+        build_policy(settings(family, model__path=str(folder)))
 
 
 def test_refuses_a_network_for_inpainting(settings, folders, tmp_path):

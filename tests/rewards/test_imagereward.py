@@ -190,11 +190,16 @@ def test_the_published_size(tmp_path):
     torch.testing.assert_close(reward(images, PROMPTS[:2]), expected, atol=1e-4, rtol=0)
 
 
-def test_wide_pictures_are_cropped(folder):
-    images = torch.rand(4, 3, SIDE, SIDE + 6, generator=torch.Generator().manual_seed(1))
-    expected = formula(published(), normalised(images[..., 3:-3]), PROMPTS)
+@pytest.mark.parametrize(("more", "left"), [(6, 3), (3, 2), (5, 2)])
+def test_pictures_that_are_not_square_are_cropped(folder, more, left):
+    """From the middle, and where there is none from the even one of two places, as torchvision's CenterCrop does."""
+    images = torch.rand(4, 3, SIDE, SIDE + more, generator=torch.Generator().manual_seed(1))
+    expected = formula(published(), normalised(images[..., left : left + SIDE]), PROMPTS)
     reward = build_reward(f"imagereward@{folder}", CPU)
     torch.testing.assert_close(reward(images, PROMPTS), expected, atol=1e-4, rtol=0)
+    tall = reward(images.transpose(-1, -2), PROMPTS)
+    expected = formula(published(), normalised(images[..., left : left + SIDE].transpose(-1, -2)), PROMPTS)
+    torch.testing.assert_close(tall, expected, atol=1e-4, rtol=0)
 
 
 def test_in_bfloat16_it_differs_by_rounding(folder):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from driftrl import checkpoint
-from driftrl.build import build_policy, default_batch, prompt_noise_of, usual_sampling
+from driftrl.build import build_policy, default_batch, load_pipeline, prompt_noise_of, usual_sampling
 from driftrl.checks import InputError, nearest
 from driftrl.config import ModelConfig, TrainConfig, load_config
 from driftrl.policies.pipeline import PipelinePolicy
@@ -66,23 +66,26 @@ def open_policy(
         InputError: if it is none of these, or the run has no checkpoint.
     """
     found = run_of(source)
+    pipeline, usual = None, dict[str, float]()
     if found is None:
         _demand_source(str(source))
         config, noise, path = TrainConfig(model=ModelConfig(path=str(source))), NO_NOISE, None
-        usual = usual_sampling(str(source))
+        pipeline = load_pipeline(config.model)
+        if config.model.path != "tiny-animals":
+            usual = dict(zip(("steps", "guidance_scale"), usual_sampling(pipeline), strict=True))
     else:
         run, path = found
         if path is None:
             raise InputError(f"{run}: this run has no checkpoint yet")
         config = load_config(run / "config.yaml")
-        noise, usual = prompt_noise_of(config, "test"), {}
+        noise = prompt_noise_of(config, "test")
     asked = {"steps": steps, "guidance_scale": guidance_scale}
     changes = usual | {k: v for k, v in asked.items() if v is not None}
     if deterministic:
         changes |= {"eta": 0.0, "noise_level": 0.0}
     sampling = config.sampling.model_copy(update=changes)
     config = config.model_copy(update={"sampling": sampling})
-    policy = build_policy(config)
+    policy = build_policy(config, pipeline=pipeline)
     if path is not None:
         checkpoint.load(path, policy)
     return policy, noise

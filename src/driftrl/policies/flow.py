@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from driftrl.checks import one_of
+from driftrl.checks import InputError, one_of
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.transitions.flow_sde import cps_transition, flow_sde_transition
 from driftrl.types import Conditioning, Transition
@@ -24,11 +24,21 @@ class FlowPolicy(PipelinePolicy):
     """A velocity-predicting transformer between noise (t = 1) and image (t = 0), made stochastic."""
 
     component = "transformer"
+    prompts_at_once = 16  # T5 is large, and reads hundreds of tokens of each
     num_train_timesteps = 1000
 
     def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
-        """Take over `pipeline`; its scheduler decides the times, resolution-dependent shift included."""
+        """Take over `pipeline`; its scheduler decides the times, resolution-dependent shift included.
+
+        Raises:
+            InputError: for a scheduler that has no plain list of times, or a sampler that does not exist.
+        """
         super().__init__(pipeline, sampler, device)
+        if (kind := type(pipeline.scheduler).__name__) != "FlowMatchEulerDiscreteScheduler":
+            raise InputError(
+                f"model.path: its scheduler is a {kind}; expected a FlowMatchEulerDiscreteScheduler, which the model was "
+                "published with"
+            )
         one_of("sampling.flow_sampler", sampler.flow_sampler, tuple(FLOW_SAMPLERS))
         self.num_train_timesteps = int(pipeline.scheduler.config.num_train_timesteps)
         self._set_timesteps()
@@ -84,6 +94,7 @@ class StableDiffusion3Policy(FlowPolicy):
     """`diffusers.StableDiffusion3Pipeline`: SD3 and SD3.5, with or without the T5 encoder."""
 
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    blocks = ("JointTransformerBlock",)
     dispensable = ("text_encoder_3", "tokenizer_3")
 
     def _patch(self) -> int:
@@ -108,11 +119,12 @@ class FluxPolicy(FlowPolicy):
     """`diffusers.FluxPipeline`: FLUX.1.
 
     The guidance scale goes in as an embedding where the model was distilled for it (dev); where it was not
-    (schnell), a scale other than 1 is classifier-free guidance of two branches. Prompt noise goes onto the T5
+    (schnell), a scale above 1 is classifier-free guidance of two branches. Prompt noise goes onto the T5
     embeddings.
     """
 
     text_encoders = ("text_encoder", "text_encoder_2")
+    blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 
     def _own_size(self) -> tuple[int, int]:
         return self.pipeline.default_sample_size, self.pipeline.default_sample_size
@@ -127,7 +139,7 @@ class FluxPolicy(FlowPolicy):
         return sigmas
 
     def _scale(self) -> float:
-        return 1.0 if self.network.config.guidance_embeds else self.sampler.guidance_scale
+        return 1.0 if self.network.config.guidance_embeds else super()._scale()
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.device)

@@ -18,6 +18,8 @@ from driftrl.policies.full import FullWeights
 from driftrl.policies.lora import LoRA
 from driftrl.types import Conditioning, Transition
 
+RECOMPILED = 64
+"""How often torch.compile may compile a kind of block."""
 DECODED_PIXELS = 2**20
 """Pixels that the autoencoder decodes at once: 4 images of 512 x 512."""
 
@@ -49,8 +51,12 @@ class PipelinePolicy:
     component = "unet"
     """The pipeline's part that is trained."""
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    blocks: tuple[str, ...] = ("BasicTransformerBlock",)
+    """Classes of the network's layers that are compiled."""
     dispensable: tuple[str, ...] = ()
     """Text encoders and tokenizers that the model also draws without."""
+    prompts_at_once = 64
+    """Prompts that the text encoders read together: more take memory, and no less time."""
     num_train_timesteps: int
 
     def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
@@ -75,6 +81,8 @@ class PipelinePolicy:
         self.weights: LoRA | FullWeights | None = None
         self.fast: fast_unet.FastUNet | None = None
         """What computes the network's output in its place, where that is possible."""
+        self.compiled = False
+        """Whether the network's blocks go through torch.compile."""
         self._shape = self._latent_shape()
 
     def _latent_shape(self) -> tuple[int, int, int]:
@@ -125,8 +133,8 @@ class PipelinePolicy:
         return 3, self._shape[1] * factor, self._shape[2] * factor
 
     def _scale(self) -> float:
-        """Classifier-free guidance of two branches; 1 runs one."""
-        return self.sampler.guidance_scale
+        """Classifier-free guidance of two branches; 1 runs one, and so does less, as in diffusers."""
+        return max(1.0, self.sampler.guidance_scale)
 
     @property
     def branches(self) -> int:
@@ -156,8 +164,9 @@ class PipelinePolicy:
         encoders = [e for e in (getattr(self.pipeline, n, None) for n in self.text_encoders) if e is not None]
         for encoder in encoders:
             encoder.to(self.device)
+        size = self.prompts_at_once
         try:
-            return self._encode(prompts)
+            return _joined([self._encode(prompts[at : at + size]) for at in range(0, len(prompts), size)])
         finally:
             for encoder in encoders:
                 encoder.to("cpu")
@@ -187,6 +196,8 @@ class PipelinePolicy:
         with mixed, warnings.catch_warnings():
             # Under autocast with float32 weights: that a fused kernel cannot be had.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            if self.compiled:  # torch.compile looks at everything a tensor has
+                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
             if fast is None:
                 output = run(
                     inputs, timesteps, embeds, {k: v.to(self.dtype) for k, v in extra.items()}
@@ -223,8 +234,24 @@ class PipelinePolicy:
             InputError: if a target names no layer of the network.
         """
         self.weights = LoRA(self.pipeline, self.component, self.network, rank, alpha, targets, seed)
-        fast_linear.install(self.network)
-        self.fast = fast_unet.build(self.network)
+        if not self.compiled:
+            fast_linear.install(self.network)
+            self.fast = fast_unet.build(self.network)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the network's transformer blocks, each when it is first called; to be asked for before weights are added.
+
+        Raises:
+            InputError: if it has none of `blocks`.
+        """
+        found = [m for m in self.network.modules() if type(m).__name__ in self.blocks]
+        if not found:
+            raise InputError(f"model.compile: the {self.component} has no {' or '.join(self.blocks)}")
+        # One limit for all blocks, of all widths, with and without gradients and adapter.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILED)
+        for block in found:
+            block.compile(backend=backend, dynamic=True)
+        self.compiled = True
 
     def train_fully(self, seed: int = 0) -> None:
         """Train every weight of the network, in float32; it computes in the precision it was loaded in."""
@@ -247,7 +274,7 @@ class PipelinePolicy:
     @property
     def has_sample_gradients(self) -> bool:
         """Whether `sample_gradients` can be had: for a LoRA on linear layers only."""
-        return isinstance(self.weights, LoRA) and self.weights.by_sample is not None
+        return isinstance(self.weights, LoRA) and self.weights.by_sample is not None and not self.compiled
 
     def sample_gradients(self, samples: int) -> AbstractContextManager[Tensor]:
         """Float32 [samples, parameters], zero: within this context backward passes add each sample's gradient to its row,
@@ -280,3 +307,9 @@ class PipelinePolicy:
     def load_adapter(self, folder: Path) -> None:
         """Read what `save_adapter` wrote."""
         self._trained().load(folder)
+
+
+def _joined(parts: Sequence[Conditioning]) -> Conditioning:
+    """The rows of all parts; the empty prompt is the same in each."""
+    extra = {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra}
+    return Conditioning(torch.cat([part.embeds for part in parts]), parts[0].null_embeds, extra)

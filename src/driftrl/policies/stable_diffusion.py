@@ -24,11 +24,16 @@ class StableDiffusionPolicy(PipelinePolicy):
         """Take over `pipeline`; its scheduler's configuration decides timesteps and prediction type.
 
         Raises:
-            InputError: for a scheduler whose prediction type DDIM does not know.
+            InputError: for a scheduler of another noise process, or whose prediction type DDIM does not know.
         """
         from diffusers import DDIMScheduler
 
         super().__init__(pipeline, sampler, device)
+        if "beta_schedule" not in pipeline.scheduler.config:  # DDIM would make one up
+            raise InputError(
+                f"model.path: its scheduler is a {type(pipeline.scheduler).__name__}, whose noise follows no betas; "
+                "expected DDIM, Euler, DPM-Solver or another one of Stable Diffusion's"
+            )
         scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False, thresholding=False
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,9 @@ class ImageReward:
         self.network.to(device).eval().requires_grad_(False)
         self.tokenizer = demand_words(BertTokenizer.from_pretrained(folder), folder)
         self.device, self.batch_size, self.dtype = torch.device(device), batch_size, dtype
-        self.preprocess = preprocessing_of(folder, int(config.vision_config.image_size))
+        self.preprocess = replace(
+            preprocessing_of(folder, int(config.vision_config.image_size)), rounded=True
+        )
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
