@@ -4,7 +4,11 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow lint format bench figures tiny-animals clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench figures tiny-animals clean
+
+help:  ## what there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 # Everything is installed from pinned versions, once, and again when they change.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -30,7 +34,7 @@ lint: $(VENV)/installed  ## style, types, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(VENV)/installed
+format: $(VENV)/installed  ## style, mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -42,7 +46,8 @@ bench: $(VENV)/installed  ## ratios, each measured in one run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/peers.py $(if $(DDPO),--ddpo $(DDPO))  # makes .venv-trl (.venv-ddpo) on first use; exits with 1 while a goal is missed
 
-figures: $(VENV)/installed  ## the figures of the documentation
+figures: $(VENV)/installed  ## the figures of the documentation, and its list of settings
+	$(BIN)/driftrl settings --markdown > docs/settings.md
 	$(BIN)/python docs/figures/dirac_delta.py
 	$(BIN)/python docs/figures/results.py
 	$(BIN)/python docs/figures/which_part.py
@@ -54,5 +59,5 @@ tiny-animals: $(VENV)/installed  ## the embedded model, from registry packages (
 	rm -rf src/driftrl/assets/tiny-animals/pipeline
 	cp -r .cache/tiny-animals/pipeline src/driftrl/assets/tiny-animals/pipeline
 
-clean:
+clean:  ## what was installed and built, away
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

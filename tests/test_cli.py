@@ -1,13 +1,17 @@
 """The command line as a stranger would misuse it: one message, exit status 2, nothing written."""
 
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from driftrl import __version__
-from driftrl.config import dump_config
+from driftrl.config import dump_config, flat
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def driftrl(*arguments, cwd=None, timeout=120):
@@ -27,7 +31,10 @@ def settings(config, tmp_path):
     [
         ("selection.stratgy=top", "did you mean 'strategy'"),
         ("optimiser.learning_rate=1", "did you mean 'optimizer'"),
-        ("optimizer.lr=1", "did you mean 'learning_rate'"),
+        ("optimizer.lr=1", "did you mean 'optimizer.learning_rate'"),
+        ("shaping.lambda=1", "did you mean 'shaping.ratio'"),
+        ("lora_rank=4", "did you mean 'adapter.rank'"),
+        ("model=somewhere", "such as model.path"),
         ("learning_rate=1", "did you mean 'optimizer.learning_rate'"),
         ("learningrate=1", "did you mean 'optimizer.learning_rate'"),
         ("batch_size=1", "did you mean 'sampling.batch_size' or 'optimizer.batch_size'"),
@@ -77,9 +84,17 @@ def test_train_sample_and_refusals(settings, tmp_path):
     more = driftrl("train", "--resume", run, "--set", "iterations=2")
     assert more.returncode == 0, more.stderr
     assert (run / "checkpoints/000002").is_dir()
+    begun, now = (
+        json.loads(line)["reward/mean"] for line in (run / "metrics.jsonl").read_text().splitlines()
+    )
+    assert f"iteration 2/2  reward {now:.3f} ({now - begun:+.3f})" in more.stderr  # since the run's beginning
     drawn = driftrl("sample", run, "--prompt", "a cat", "-n", 2, "--base", "--out", tmp_path / "grid.png")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "grid.png").stat().st_size > 500
+    (run / "checkpoints/000002/pytorch_lora_weights.safetensors").write_bytes(b"")
+    drawn = driftrl("sample", run, "--prompt", "a cat", "-n", 1, "--out", tmp_path / "older.png")
+    assert drawn.returncode == 0 and re.match(r"CheckpointWarning: .*000002 is passed over", drawn.stderr)
+    assert ".py" not in drawn.stderr
 
 
 @pytest.mark.parametrize(
@@ -102,6 +117,7 @@ def test_missing_configuration_file(tmp_path):
 
 COMMANDS = (
     "train",
+    "settings",
     "estimate",
     "sample",
     "evaluate",
@@ -139,11 +155,32 @@ def refused(*arguments, cwd=None):
 def test_a_setting_given_as_an_option_is_explained():
     assert "--set optimizer.learning_rate=VALUE" in refused("train", "--learning-rate", "1e-3")
     assert "--set iterations=VALUE" in refused("estimate", "--iterations", "3")
+    assert "--set optimizer.learning_rate=VALUE" in refused("train", "--lr", "1e-3")
     assert "--set" not in refused("train", "--nonsense").partition("No such option")[2]
+    assert "prompts.set" not in refused("train", "--set")
+
+
+def test_a_setting_without_its_option_is_explained(tmp_path):
+    assert "given as --set iterations=3" in refused("train", "iterations=3", cwd=tmp_path)
 
 
 def test_an_equals_sign_that_was_forgotten():
     assert "expected key=value" in refused("train", "--set", "iterations", "3")
+
+
+def test_every_setting_is_listed_and_found(config):
+    """Each key of a run's config.yaml, with its default; a word finds it by name or by meaning."""
+    listed = driftrl("settings").stdout
+    for key in flat(config()):
+        assert re.search(rf"^  {re.escape(key)} = ", listed, re.MULTILINE), key
+    assert "shaping.ratio = 0.5" in driftrl("settings", "Lambda").stdout
+    assert "adapter.rank" in refused("settings", "lora_rank")
+
+
+@pytest.mark.skipif(not DOCS.is_dir(), reason="no docs beside the tests")
+def test_the_documentation_lists_the_settings():
+    made = driftrl("settings", "--markdown").stdout
+    assert made == (DOCS / "settings.md").read_text(), "driftrl settings --markdown > docs/settings.md"
 
 
 def test_a_plan_is_no_configuration_and_the_other_way_round(settings, tmp_path):

@@ -27,6 +27,30 @@ def test_files(tmp_path):
     assert load_prompts(str(lines)) == ("a cat", "a dog")
 
 
+def test_files_of_other_systems_and_scripts(tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_bytes('\ufeffa "big" cat\r\n猫 🐈\r\n'.encode())
+    assert load_prompts(str(text)) == ('a "big" cat', "猫 🐈")
+    lines = tmp_path / "mine.jsonl"
+    lines.write_text('"a cat\u2028on a mat"\r\n{"prompt": "a dog"}\n', "utf-8")
+    assert load_prompts(str(lines)) == ("a cat\u2028on a mat", "a dog")
+
+
+def test_a_file_that_is_not_there_is_named_with_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"there is no {tmp_path}/mine.txt"):
+        load_prompts("mine.txt")
+    with pytest.raises(InputError, match=r"got 'animal'; did you mean 'animals'"):
+        load_prompts("animal")
+
+
+@pytest.mark.parametrize("name", ["mine.json", "mine.csv"])
+def test_a_file_whose_lines_are_no_prompts_is_refused(tmp_path, name):
+    (tmp_path / name).write_text('["a cat", "a dog"]\n')
+    with pytest.raises(InputError, match=rf"JSONL; got .*{name}"):
+        load_prompts(str(tmp_path / name))
+
+
 @pytest.mark.parametrize("line", ["{", '{"text": "a cat"}', "3", '{"prompt": ""}', "[" * 100_000])
 def test_bad_lines_are_named(tmp_path, line):
     path = tmp_path / "mine.jsonl"

@@ -253,6 +253,71 @@ def test_logs_that_cannot_be_written_do_not_stop_training(config, tmp_path):
     assert checkpoint.newest(tmp_path / "run/checkpoints").name == "000002"
 
 
+class Tracker:
+    """What accelerate's trackers are, as far as a run knows them."""
+
+    def __init__(self, project, **settings):
+        self.project, self.settings, self.logged = project, settings, []
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        pass
+
+
+class Failing(Tracker):
+    def log(self, values, step):
+        raise ConnectionError("the network is down")
+
+    def finish(self):
+        raise ConnectionError("the network is down")
+
+
+def test_a_tracker_that_fails_does_not_stop_training(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker", Failing)
+    trainer = Trainer(config(iterations=2, logging__trackers=["tensorboard"]), tmp_path / "run")
+    with pytest.warns(RuntimeWarning, match="a tracker failed"):
+        trainer.run()
+    assert checkpoint.newest(tmp_path / "run/checkpoints").name == "000002"
+
+
+def test_a_tracker_that_is_not_installed_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("driftrl.run.find_spec", lambda name: None if name == "wandb" else name)
+    with pytest.raises(InputError, match="wandb is not installed: pip install wandb"):
+        Trainer(config(logging__trackers=["tensorboard", "wandb"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_wandb_is_named_after_the_folder_and_goes_on_when_resumed(config, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("driftrl.run.find_spec", lambda name: name)
+    monkeypatch.setattr(
+        "accelerate.tracking.WandBTracker", lambda *a, **k: made.append(Tracker(*a, **k)) or made[-1]
+    )
+    settings = {"logging__trackers": ["wandb"]}
+    Trainer(config(iterations=1, **settings), tmp_path / "run").run()
+    Trainer(config(iterations=2, **settings), tmp_path / "run", resume=True).run()
+    first, second = made
+    assert first.settings["name"] == "run" and first.settings["config"]["selection.keep"] == 4
+    assert first.settings["id"] == second.settings["id"] and second.settings["resume"] == "allow"
+    assert [step for step, _ in first.logged + second.logged] == [1, 2]
+    assert "reward/mean" in first.logged[0][1]
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_over_itself(config, tmp_path):
+    run = Trainer(config(iterations=2), tmp_path / "run").run()
+    for path in checkpoint.listing(run / "checkpoints"):
+        (path / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    before = (run / "metrics.jsonl").read_text()
+    with (
+        pytest.warns(checkpoint.CheckpointWarning),
+        pytest.raises(InputError, match="none of its checkpoints is whole"),
+    ):
+        Trainer(config(iterations=2), run, resume=True)
+    assert (run / "metrics.jsonl").read_text() == before
+
+
 def test_keep_last_and_keep_every(config, tmp_path):
     run = Trainer(config(iterations=5, logging__keep_last=1, logging__keep_every=2), tmp_path / "run").run()
     assert [p.name for p in checkpoint.listing(run / "checkpoints")] == [

@@ -68,6 +68,7 @@ class AdapterConfig(Section):
     kind: Literal["lora", "full"] = "lora"
     """A LoRA, or every weight of the UNet or transformer (rank, alpha and targets then say nothing)."""
     rank: Positive = 16
+    """Of the LoRA: more can learn more, and takes more memory."""
     alpha: float = Field(16.0, gt=0)
     """The adapter's scale is alpha / rank."""
     targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -102,6 +103,7 @@ class SamplingConfig(Section):
     height: Positive | None = None
     """Pixels; null is the size that the model was made for."""
     width: Positive | None = None
+    """As height."""
     candidates: Positive = 16
     """Images drawn per prompt, 2G."""
     batch_size: Size = None
@@ -172,7 +174,10 @@ class PromptNoiseConfig(Section):
     eta: float = Field(0.05, ge=0)
     """Strength of the noise on the prompt embedding, in units of its root mean square."""
     schedule: Literal["linear", "constant", "cosine", "cads"] = "linear"
+    """How it fades as denoising goes on: to 0 in a straight line, not at all, along a cosine, or as CADS has it
+    (docs/method.md, 2.3)."""
     where: Literal["train", "test", "both", "neither"] = "train"
+    """In training, in what `driftrl sample` and `evaluate` draw, in both, or in neither."""
     similarity: str = "auto"
     """What scores prompt-image similarity, to warn of noise in training that is too strong: the name of a reward;
     `none`, not to check; or `auto`: the trained reward if it is a model that reads the prompt (pickscore, hpsv2,
@@ -257,9 +262,13 @@ class OptimizerConfig(Section):
     """AdamW."""
 
     learning_rate: float = Field(1e-3, gt=0)
+    """Constant over the run."""
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
+    """Decay of the two running means."""
     weight_decay: float = Field(0.0, ge=0)
+    """Pulls the adapter's weights to 0, and so to the base model; with adapter.kind `full` the model's own."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """A longer gradient is scaled down to this."""
     updates: Positive = 2
     """Optimiser steps per iteration; the pairs are shared out among them."""
     epochs: Positive = 1
@@ -278,13 +287,15 @@ class LoggingConfig(Section):
     """What a run leaves behind while it goes."""
 
     checkpoint_every: Positive = 10
+    """Iterations between checkpoints; the last iteration always leaves one."""
     keep_last: Positive = 1000
     """The newest checkpoints that are kept."""
     keep_every: Positive | None = None
     """Checkpoints of iterations divisible by this are kept for good, such as 100."""
     images_every: Positive = 10
-    """A grid of this iteration's candidates is written to images/."""
+    """Iterations between grids of the candidates, written to images/."""
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+    """Where metrics go besides metrics.jsonl (docs/metrics.md); [] for nowhere."""
 
 
 class GuardsConfig(Section):
@@ -303,6 +314,7 @@ class EvaluationConfig(Section):
     """What is measured when training has ended."""
 
     prompts: str = "eval40"
+    """As prompts.set."""
     images: int = Field(16, ge=2)
     """Images per prompt; the paper has 40."""
     at_end: bool = True
@@ -315,7 +327,9 @@ class TrainConfig(Section):
     name: str = "drift"
     """Names the method; `driftrl compare` groups runs of the same name."""
     seed: int = Field(0, ge=0)
+    """Of every random draw: the same seed, settings and machine give the same run."""
     iterations: int = Field(60, ge=0)
+    """Rounds of drawing, scoring and updating."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     prompts: PromptConfig = PromptConfig()
@@ -445,6 +459,8 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
                 f"--set: expected key=value, such as optimizer.learning_rate=1e-3; got {override!r}"
             )
         pairs.append((key, text))
+    if path is not None and "=" in path.name and not path.exists():
+        raise InputError(f"{path}: there is no such file; settings are given as --set {path}")
     data, source = read_config(path) if path is not None else ({}, "configuration")
     if "methods" in data:
         raise InputError(
@@ -576,16 +592,46 @@ def _parse_yaml(text: str) -> Any:
         loader.dispose()
 
 
+_ELSEWHERE = {
+    "lr": "optimizer.learning_rate",
+    "lambda": "shaping.ratio",
+    "sigma": "shaping.clip",
+    "beta": "objective.kl_weight",
+    "kl": "objective.kl_weight",
+    "group_size": "selection.keep",
+    "num_generations": "sampling.candidates",
+    "num_inference_steps": "sampling.steps",
+    "num_steps": "sampling.steps",
+    "cfg": "sampling.guidance_scale",
+    "resolution": "sampling.height",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "target_modules": "adapter.targets",
+    "mixed_precision": "model.dtype",
+    "precision": "model.dtype",
+    "pretrained_model_name_or_path": "model.path",
+    "reward_fn": "reward",
+    "max_steps": "iterations",
+    "num_epochs": "iterations",
+    "num_train_epochs": "iterations",
+    "num_inner_epochs": "optimizer.epochs",
+    "report_to": "logging.trackers",
+    "log_with": "logging.trackers",
+}
+"""What the paper, diffusers, PEFT, TRL and accelerate call our settings, for messages about keys that are not there."""
+
+
 def setting_like(option: str) -> str:
     """The dotted key that a command line option such as ``--iterations`` stands for; "" if there is none.
 
     Example:
         >>> from driftrl.config import setting_like
-        >>> setting_like("--learning-rate"), setting_like("--nothing")
-        ('optimizer.learning_rate', '')
+        >>> setting_like("--learning-rate"), setting_like("--lora-rank"), setting_like("--nothing")
+        ('optimizer.learning_rate', 'adapter.rank', '')
     """
     name = option.lstrip("-").replace("-", "_")
-    return next((k for ks in _by_leaf(TrainConfig).values() for k in ks if name in (k, k.split(".")[-1])), "")
+    keys = (k for ks in _by_leaf(TrainConfig).values() for k in ks if name in (k, k.split(".")[-1]))
+    return next(keys, _ELSEWHERE.get(name, ""))
 
 
 def _by_leaf(section: Any, prefix: str = "") -> dict[str, list[str]]:
@@ -611,7 +657,8 @@ def _explain(problem: Any, root: type[Section]) -> str:
             # A number is a place in a list.
             section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
         names, known = list(section.model_fields), _by_leaf(root)
-        elsewhere = " or ".join(f"'{dotted}'" for dotted in known.get(leaf, ()))
+        meant = known.get(leaf) or ([_ELSEWHERE[leaf]] if root is TrainConfig and leaf in _ELSEWHERE else [])
+        elsewhere = " or ".join(f"'{dotted}'" for dotted in meant)
         hint = f"; did you mean {elsewhere}?" if elsewhere else nearest(leaf, names)
         if not hint:
             hint = nearest(leaf, known)
@@ -619,7 +666,12 @@ def _explain(problem: Any, root: type[Section]) -> str:
                 hint = hint.replace(f"'{name}'", f"'{dotted[0]}'")
         return f"{key}: no such key{hint}{' A' if hint else '; a'}llowed here: {', '.join(names)}"
     if problem["type"] == "model_type":
-        return f"{key}: expected keys and values; got {given!r}"
+        kind = root.model_fields[key].annotation if key in root.model_fields else None
+        names = (
+            list(cast(Any, kind).model_fields) if isinstance(kind, type) and issubclass(kind, Section) else []
+        )
+        hint = f"; it has settings of its own, such as {key}.{names[0]}: {', '.join(names)}" if names else ""
+        return f"{key}: expected keys and values; got {given!r}{hint}"
     if problem["type"] == "missing":
         return f"{key}: is missing, and has no default"
     if problem["type"] == "value_error":

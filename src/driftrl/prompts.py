@@ -11,6 +11,8 @@ import torch
 from driftrl import noise
 from driftrl.checks import InputError, nearest
 
+_OTHER = {".json", ".csv", ".tsv", ".yaml", ".yml"}
+"""Files whose lines are no prompts, though they could be read as if they were."""
 _FOLDER = resources.files("driftrl") / "assets" / "prompts"
 
 
@@ -32,11 +34,14 @@ def load_prompts(name: str) -> tuple[str, ...]:
         path = Path(name)
         if not path.is_file():
             what = f"expected a prompt set ({', '.join(prompt_sets())}) or a TXT or JSONL file; got {name!r}"
-            raise InputError(f"prompts: {what}{nearest(name, prompt_sets())}")
+            where = f"; there is no {path.absolute()}" if path.suffix or len(path.parts) > 1 else ""
+            raise InputError(f"prompts: {what}{where}{nearest(name, prompt_sets())}")
         try:
-            text = path.read_text("utf-8")
+            text = path.read_text("utf-8-sig")  # Windows' editors put a mark before the first prompt
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"prompts: {path} cannot be read as UTF-8 text: {error}") from error
+        if path.suffix in _OTHER:
+            raise InputError(f"prompts: expected a TXT file, one prompt a line, or JSONL; got {path}")
         prompts = _objects(path, text) if path.suffix in {".jsonl", ".ndjson"} else _lines(text)
     if not prompts:
         raise InputError(f"prompts: {name} holds no prompts; expected one a line")
@@ -62,7 +67,9 @@ def _lines(text: str) -> list[str]:
 
 def _objects(path: Path, text: str) -> list[str]:
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(
+        text.split("\n"), 1
+    ):  # JSON may hold what str.splitlines takes for a line's end
         if not line.strip():
             continue
         try:

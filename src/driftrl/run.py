@@ -11,9 +11,11 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch import Tensor
 from driftrl import checkpoint, probe
 from driftrl.build import build_loop, open_sizes
 from driftrl.checks import InputError, RunFailedError
-from driftrl.config import TrainConfig, dump_config, load_config
+from driftrl.config import TrainConfig, dump_config, flat, load_config
 from driftrl.distributed import LostProcessError, join
 from driftrl.files import write_text
 from driftrl.pictures import candidates_grid, pixels, save_png
@@ -65,6 +67,7 @@ class Trainer:
         self._asked = 0
         self.on_stop: Callable[[], Any] | None = None
         """Called once when a signal asks the run to end."""
+        self._check_trackers()
         if resume:
             self._check_resume()
         elif self._in_the_way():
@@ -77,6 +80,11 @@ class Trainer:
             newest = checkpoint.newest(self.folder / "checkpoints") if self.team.leads else None
             found = self.team.first(newest and str(newest))
             self.resumed_from = found and Path(found)
+            if self.resumed_from is None and checkpoint.listing(self.folder / "checkpoints"):
+                raise InputError(
+                    f"--resume {self.folder}: none of its checkpoints is whole; start anew as it was: driftrl train "
+                    f"{self.folder / 'config.yaml'} --out another folder"
+                )
             if self.resumed_from is not None:
                 self._refuse_changes(checkpoint.configuration(self.resumed_from), str(self.resumed_from))
                 self.loop.resume(self.resumed_from)
@@ -140,6 +148,14 @@ class Trainer:
         if self.on_stop is not None:
             self.on_stop()
 
+    def _check_trackers(self) -> None:
+        missing = [name for name in self.config.logging.trackers if find_spec(name) is None]
+        if missing:
+            raise InputError(
+                f"logging.trackers: {missing[0]} is not installed: pip install {missing[0]}, or leave it out; metrics.jsonl "
+                "has the same figures"
+            )
+
     def _check_resume(self) -> None:
         path = self.folder / "config.yaml"
         if not path.is_file():
@@ -176,54 +192,71 @@ class _Log:
                 ]
                 write_text(path, "".join(f"{line}\n" for line in lines))
         if self.config.logging.trackers:
-            try:
-                from accelerate.tracking import filter_trackers
-
-                self.tracker = _trackers(list(self.config.logging.trackers), self.folder, filter_trackers)
-            except Exception as error:
-                warnings.warn(f"trackers are off: {error}", RuntimeWarning, stacklevel=2)
+            with _warned("trackers are off"):
+                self.tracker = _trackers(self.config, self.folder)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for tracker in self.tracker or ():
-            tracker.finish()
+        with _warned("a tracker failed at its end"):
+            for tracker in self.tracker or ():
+                tracker.finish()
 
     def write(self, iteration: Iteration, images: Tensor | None) -> None:
         try:
             self._append("metrics.jsonl", iteration.metrics)
             self._append("timings.jsonl", {"iteration": iteration.number, **iteration.seconds})
-            for tracker in self.tracker or ():
-                values = {k: v for k, v in iteration.metrics.items() if k != "iteration"}
-                tracker.log(
-                    values | {f"seconds/{k}": v for k, v in iteration.seconds.items()}, step=iteration.number
-                )
             if images is not None:
                 grid = candidates_grid(images, iteration.prompts, iteration.rewards, iteration.chosen)
                 save_png(grid, self.folder / "images" / f"{iteration.number:06d}.png")
         except OSError as error:
             warnings.warn(f"a log could not be written: {error}", RuntimeWarning, stacklevel=2)
+        values = {k: v for k, v in iteration.metrics.items() if k != "iteration"}
+        values |= {f"seconds/{k}": v for k, v in iteration.seconds.items()}
+        with _warned("a tracker failed"):
+            for tracker in self.tracker or ():
+                tracker.log(values, step=iteration.number)
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps({k: _strict(v) for k, v in values.items()}, allow_nan=False) + "\n")
 
 
-def _trackers(names: list[str], folder: Path, known: Any) -> list[Any]:
+@contextmanager
+def _warned(what: str) -> Iterator[None]:
+    """Make a warning of whatever the packages of trackers raise."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"{what}: {error}", RuntimeWarning, stacklevel=3)
+
+
+def _trackers(config: TrainConfig, folder: Path) -> list[Any]:
     from accelerate import PartialState
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
 
     PartialState()
-    trackers = []
-    for name in names:
-        if not known([name], str(folder)):
-            continue
-        cls = LOGGER_TYPE_TO_CLASS[name]
-        tracker = (
-            cls("tensorboard", logging_dir=str(folder)) if cls.requires_logging_directory else cls("driftrl")
-        )
-        tracker.start() if hasattr(tracker, "start") else None
-        trackers.append(tracker)
+    trackers: list[Any] = []
+    for name in config.logging.trackers:
+        if name == "tensorboard":
+            trackers.append(TensorBoardTracker("tensorboard", logging_dir=str(folder)))
+        else:
+            trackers.append(
+                WandBTracker(
+                    "driftrl", name=folder.resolve().name, group=config.name, dir=str(folder), config=flat(config),
+                    id=_wandb_id(folder), resume="allow",
+                )
+            )  # fmt: skip
+        if hasattr(trackers[-1], "start"):  # older releases of accelerate start by themselves
+            trackers[-1].start()
     return trackers
+
+
+def _wandb_id(folder: Path) -> str:
+    """Which run of W&B this folder is, so that a resumed run goes on in the same one."""
+    path = folder / "wandb-id.txt"
+    if not path.is_file():
+        write_text(path, uuid4().hex)
+    return path.read_text("utf-8").strip()
 
 
 def _strict(value: Any) -> Any:

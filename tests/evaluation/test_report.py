@@ -14,7 +14,7 @@ from driftrl.checks import InputError
 from driftrl.config import load_config
 from driftrl.evaluation import compare as comparing
 from driftrl.evaluation.evaluate import load_evaluation
-from driftrl.evaluation.plots import label, ticks
+from driftrl.evaluation.plots import Line, label, plot, ticks
 from driftrl.evaluation.report import (
     write_comparison,
     write_comparison_picture,
@@ -192,3 +192,15 @@ def test_a_comparison_without_kept_pictures_has_no_picture(tmp_path):
     files = [write_result(run, tmp_path / "results" / f"{run.name}.json") for run in runs]
     assert write_comparison_picture(files, tmp_path / "picture.png") is None
     assert not (tmp_path / "picture.png").exists()
+
+
+@pytest.mark.parametrize("dy", [0.06, -0.06])
+def test_the_base_model_s_name_covers_no_point(dy):
+    """A method's point just above the base model's, or just below: the name goes to the other side."""
+    page = plot([Line([(0.5, 0.5 + dy), (1, 1), (0, 0)], 0, "none", ["near", "far", "far"]),
+                 Line([(0.5, 0.5)], -1, "none", ["base model"], {0: "base"})], "reward", "")  # fmt: skip
+    name, base = (
+        re.search(r'class="name" x="[\d.]+" y="([\d.]+)"', page),
+        re.search(r'class="mark cb"><circle cx="[\d.]+" cy="([\d.]+)"', page),
+    )
+    assert (float(name[1]) - float(base[1])) * dy > 0  # an SVG's y grows downwards

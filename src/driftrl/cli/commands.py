@@ -33,13 +33,15 @@ class _WithSettings(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
+            # Only the error about an option that does not exist has both.
             option = getattr(error, "option_name", None)
-            if isinstance(option, str):
+            if isinstance(option, str) and hasattr(error, "possibilities"):
                 from driftrl.config import setting_like
 
                 key = setting_like(option)
                 if key:
                     error.message += f"; settings are given as --set {key}=VALUE"  # type: ignore[attr-defined]
+                    error.possibilities = None
             raise
 
 
@@ -60,7 +62,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Fine-tune a model.
 
-        Ctrl-C leaves a checkpoint that --resume goes on from. Settings: docs/methods.md, and config.yaml of any run.
+        Ctrl-C leaves a checkpoint that --resume goes on from. What may be set: driftrl settings.
 
         Examples:
 
@@ -75,6 +77,27 @@ def register(app: typer.Typer) -> None:
         from driftrl.cli.train import train as work
 
         work(config, settings or [], out, resume, quiet)
+
+    @app.command()
+    def settings(
+        word: Annotated[
+            str | None, typer.Argument(metavar="WORD", help="Only those with this in their name or meaning.")
+        ] = None,
+        markdown: Annotated[bool, _flag("--markdown", help="As docs/settings.md has them.")] = False,
+    ) -> None:
+        """List what may be set: every setting of a configuration, its default and its meaning.
+
+        They are given as --set shaping.ratio=0.2, or in a YAML file: shaping: {ratio: 0.2}.
+
+        Examples:
+
+          driftrl settings
+
+          driftrl settings noise
+        """
+        from driftrl.cli.settings import settings as work
+
+        work(word, markdown)
 
     @app.command(cls=_WithSettings)
     def estimate(

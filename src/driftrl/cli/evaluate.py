@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -47,7 +48,7 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
         progress.update(task, description=label, completed=done, total=total)
 
     def show(message: Warning | str, category: type[Warning], *_: object) -> None:
-        console.print(f"[yellow]{category.__name__}:[/] {message}", highlight=False)
+        console.print(f"[yellow]{category.__name__}:[/] {escape(str(message))}", highlight=False)
 
     start = time.perf_counter()
     with warnings.catch_warnings():
@@ -66,7 +67,9 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
     last = evaluation.tuned[-1] if evaluation.tuned else None
     each = f"{len(evaluation.settings.prompts)} prompts x {evaluation.settings.images} images"
     table = Table(
-        title=f"{evaluation.name}, {each}, mean over prompts", title_justify="left", header_style="bold"
+        title=f"{escape(evaluation.name)}, {each}, mean over prompts",
+        title_justify="left",
+        header_style="bold",
     )
     table.add_column("measure")
     table.add_column("base", justify="right")
@@ -86,5 +89,8 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
         style = "bold" if name in METRICS and METRICS[name].headline else None
         table.add_row(*row, style=style)
     console.print(table)
-    console.print(f"measured in {time.perf_counter() - start:.0f} s; open {page}", highlight=False)
+    console.print(
+        f"measured in {time.perf_counter() - start:.0f} s; open {page}",
+        highlight=False, soft_wrap=True, markup=False,
+    )  # fmt: skip
     return folder

@@ -63,14 +63,14 @@ def experiment(
             failures = pool.run()
         if stopped:
             command = shlex.join(["driftrl", "experiment", str(path), "--out", str(out)])
-            console.print(f"stopped; go on with: {command}", highlight=False, soft_wrap=True)
+            console.print(f"stopped; go on with: {command}", highlight=False, soft_wrap=True, markup=False)
             sys.exit(128 + stopped[0])
         failed = {failure.task.name for failure in failures}
         done = [_folder(out, run.name) for run in runs if run.name not in failed]
         if len(done) > 1:
             with console.status("comparing", spinner="dots"):
                 page = write_comparison(done, out / "report.html")
-            console.print(f"open {page}", highlight=False, soft_wrap=True)
+            console.print(f"open {page}", highlight=False, soft_wrap=True, markup=False)
     if failures:
         raise RunFailedError(_told(failures, len(runs)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated, NoReturn
 
 import typer
@@ -63,6 +64,11 @@ def fail(message: str, status: int = 2, by_all: bool = False) -> NoReturn:
     raise SystemExit(status)
 
 
+def _one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+    """A warning without the place in our code that it came from, which says nothing to who uses the program."""
+    return f"{category.__name__}: {message}\n"
+
+
 def _escape(text: str) -> str:
     from rich.markup import escape
 
@@ -71,6 +77,7 @@ def _escape(text: str) -> str:
 
 def main() -> None:
     """Run the command line: bad input gives one message and exit status 2."""
+    warnings.formatwarning = _one_line
     try:
         app()
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,14 +16,21 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
 from driftrl.checks import InputError
 from driftrl.config import load_config
 from driftrl.distributed import leads
+
+WIDE = 100
+"""Columns of a terminal from which on the progress has a bar."""
 
 
 def train(
@@ -43,21 +51,24 @@ def train(
         from driftrl.trainer import Iteration
 
         logging.disable_progress_bar()  # its bars for loading weights would come between ours
-        with _one_line_warnings(console):
+        with _one_line_warnings(console, every=True):
             trainer = Trainer(parsed, resume if resume is not None else out, resume is not None)
     trainer.on_stop = lambda: console.print("finishing this iteration, then saving; again to stop at once")
     start = trainer.loop.position.iteration
     place = f" from iteration {start}" if start else ""
     console.print(
-        f"[bold]{parsed.name}[/] on {parsed.model.path}, {parsed.iterations} iterations{place}: {trainer.folder}"
+        f"[bold]{escape(parsed.name)}[/] on {escape(parsed.model.path)}, {parsed.iterations} iterations{place}: "
+        f"{escape(str(trainer.folder))}",
+        soft_wrap=True,
     )
-    progress = Progress(
-        TextColumn("[bold]iteration"), MofNCompleteColumn(), BarColumn(None), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False), TextColumn("{task.fields[figures]}"),
-        console=console, disable=quiet or not console.is_terminal,
-    )  # fmt: skip
+    progress = _progress(console, quiet)
     task = progress.add_task("train", total=parsed.iterations, completed=start, figures="")
     first: dict[str, float] = {}
+    if start:  # gains are told from the run's beginning, not from where it goes on
+        from driftrl.evaluation.results import read_metrics
+
+        begun = next(iter(read_metrics(trainer.folder / "metrics.jsonl")), {})
+        first.update((key, value) for key, value in begun.items() if value is not None)
     # Of several rewards each: their sum may be 0 throughout, being normalised.
     several = (
         {} if isinstance(parsed.reward, str) else {p.name: f"reward/{p.name}/mean" for p in parsed.reward}
@@ -79,19 +90,49 @@ def train(
         trainer.run(watch)
     if trainer.stopped_by is not None:
         console.print(
-            f"stopped at iteration {trainer.loop.position.iteration}; go on with: driftrl train --resume {trainer.folder}"
-        )
+            f"stopped at iteration {trainer.loop.position.iteration}; go on with: driftrl train --resume "
+            + shlex.quote(str(trainer.folder)),
+            highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
         trainer.team.wait()  # none of them ends before the first one has said so
         sys.exit(128 + trainer.stopped_by)
     last = trainer.folder / "checkpoints" / f"{trainer.loop.position.iteration:06d}"
     console.print(
         f"done: {trainer.folder}\nadapter for diffusers: pipe.load_lora_weights({str(last)!r})",
         highlight=False,
+        soft_wrap=True,
+        markup=False,
     )
     if parsed.evaluation.at_end:
         from driftrl.cli.evaluate import evaluate
 
         evaluate(trainer.folder, quiet=quiet)
+
+
+class _Figures(ProgressColumn):
+    """The only column that gives way where a terminal is too narrow for all."""
+
+    def render(self, task: Task) -> Text:
+        """Reward and diversity, in one line whatever its width."""
+        return Text(task.fields["figures"], no_wrap=True, overflow="ellipsis")
+
+
+def _progress(console: Console, quiet: bool) -> Progress:
+    """A line with all of it on a wide terminal; on a narrow one without bar and elapsed time."""
+
+    def whole() -> Column:
+        return Column(no_wrap=True)
+
+    columns: list[ProgressColumn] = [
+        TextColumn("[bold]iteration"),
+        MofNCompleteColumn(table_column=whole()),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False, table_column=whole()),
+        _Figures(),
+    ]
+    if console.width >= WIDE:
+        columns[2:2] = [BarColumn(20), TimeElapsedColumn(table_column=whole())]
+    return Progress(*columns, console=console, disable=quiet or not console.is_terminal)
 
 
 def _config_of(config: Path | None, out: Path | None, resume: Path | None) -> Path | None:
@@ -117,12 +158,12 @@ def _config_of(config: Path | None, out: Path | None, resume: Path | None) -> Pa
 
 
 @contextmanager
-def _one_line_warnings(console: Console) -> Iterator[None]:
-    """Show each kind of warning once, in one line: metrics.jsonl counts them."""
+def _one_line_warnings(console: Console, every: bool = False) -> Iterator[None]:
+    """Show each kind of warning once, in one line: metrics.jsonl counts them. Or ``every`` warning."""
     shown: set[type[Warning]] = set()
 
     def show(message: Warning | str, category: type[Warning], *_: object) -> None:
-        if category not in shown:
+        if every or category not in shown:
             shown.add(category)
             console.print(f"[yellow]{category.__name__}:[/] {escape(str(message))}", highlight=False)
 

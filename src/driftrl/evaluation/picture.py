@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,9 @@ def draw(path: Path, prompts: Sequence[str], sides: Sequence[Side], charts: Sequ
         y0 = height - top - (k + 1) * each - k * 0.75 - 0.08
         _chart(figure.add_axes((x0 / width, y0 / height, (beside - 0.65) / width, each / height)), chart)
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", facecolor="#ffffff")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # prompts in other scripts, emoji
+        figure.savefig(temporary, format="png", facecolor="#ffffff")
     temporary.replace(path)
     return path
 

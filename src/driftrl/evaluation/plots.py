@@ -49,7 +49,7 @@ def plot(
         lines: drawn in order; points that are not finite are left out.
         x_label: under the horizontal axis.
         description: what the plot shows, for those who do not see it.
-        corner: a short hint in the upper right corner.
+        corner: a short hint in the lower right corner, where nothing is drawn.
         integer_x: whether ticks of the horizontal axis are whole numbers.
     """
     xs, ys = _extent(lines)
@@ -81,23 +81,45 @@ def plot(
                 f'<text class="tick" x="{across:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="{anchor}">{text}</text>'
             )
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    beside = bool(corner) and middle + DIGIT * len(x_label) / 2 > WIDTH - RIGHT - DIGIT * len(corner)
+    across, anchor = (0.0, "start") if beside else (middle, "middle")
     parts.append(
-        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text class="label" x="{across}" y="{HEIGHT - 8}" text-anchor="{anchor}">{escape(x_label)}</text>'
     )
     if corner:
         parts.append(
-            f'<text class="hint" x="{WIDTH - RIGHT}" y="{TOP + 6}" text-anchor="end">{escape(corner)}</text>'
+            f'<text class="hint" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{escape(corner)}</text>'
         )
+    marks = [at(*line.points[k]) for line in lines for k in range(len(line.tips)) if _finite(line.points[k])]
     for line in lines:
-        parts += _draw(line, at)
+        parts += _draw(line, at, marks)
     parts.append("</svg>")
     return Markup("".join(parts))  # every text in it is escaped above
 
 
-def _draw(line: Line, place: Callable[[float, float], tuple[float, float]]) -> list[str]:
+def _finite(point: tuple[float, float]) -> bool:
+    return math.isfinite(point[0]) and math.isfinite(point[1])
+
+
+def _clear(x: float, y: float, text: str, marks: Sequence[tuple[float, float]]) -> tuple[float, float, str]:
+    """Where a name about a point covers fewest marks: above it, below, or on its right; and its anchor."""
+    wide = DIGIT * len(text)
+    places = [(x, y - 10, "middle"), (x, y + 20, "middle"), (x + 10, y + 4, "start")]
+
+    def covered(place: tuple[float, float, str]) -> int:
+        left = place[0] - (wide / 2 if place[2] == "middle" else 0)
+        return sum(left - 4 <= u <= left + wide + 4 and place[1] - 13 <= v <= place[1] + 4 for u, v in marks)
+
+    return min((place for place in places if place[1] < HEIGHT - BOTTOM), key=covered)
+
+
+def _draw(
+    line: Line, place: Callable[[float, float], tuple[float, float]], marks: Sequence[tuple[float, float]]
+) -> list[str]:
     colour = "cb" if line.colour < 0 else f"c{line.colour}"
     parts = []
-    finite = [k for k, (x, y) in enumerate(line.points) if math.isfinite(x) and math.isfinite(y)]
+    finite = [k for k, point in enumerate(line.points) if _finite(point)]
     where = {k: place(*line.points[k]) for k in finite}
     if line.band and len(finite) > 1:
         x_of = {k: line.points[k][0] for k in finite}
@@ -131,9 +153,8 @@ def _draw(line: Line, place: Callable[[float, float], tuple[float, float]]) -> l
             x, y = where[k]
             anchor, x = ("end", x - 9) if x > WIDTH * 0.7 else ("start", x + 9)
             y = y + 17 if y < TOP + 26 else y - 9
-            if line.colour < 0:  # the base model is often the leftmost: above it, clear of the ticks' labels
-                (x, y), anchor = where[k], "middle"
-                y -= 10
+            if line.colour < 0:  # the base model is often the leftmost: clear of the ticks' labels
+                x, y, anchor = _clear(*where[k], name, marks)
             parts.append(
                 f'<text class="name" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(name)}</text>'
             )
@@ -183,7 +204,7 @@ def _extent(lines: Sequence[Line]) -> tuple[tuple[float, float], tuple[float, fl
     xs, ys = [], []
     for line in lines:
         for k, (x, y) in enumerate(line.points):
-            if not (math.isfinite(x) and math.isfinite(y)):
+            if not _finite((x, y)):
                 continue
             xs.append(x)
             ys += [y, *(line.band[k] if line.band else ())]

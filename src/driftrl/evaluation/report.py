@@ -158,7 +158,7 @@ def write_report(folder: Path) -> Path:
         settings=evaluation.settings,
         asked=_asked(evaluation.settings),
         tuned=tuned,
-        verdict=_verdict(evaluation, tuned),
+        verdict=[_verdict(evaluation, tuned)],
         cards=_cards(evaluation, tuned),
         notices=_notices(evaluation, tuned, log),
         fronts=_run_fronts(evaluation) if tuned else [],
@@ -189,7 +189,7 @@ def write_comparison(folders: Sequence[Path], out: Path, against: str | None = N
     pairs = comparing.compare(methods, metrics, against)
     evaluation = methods[0].runs[0].evaluation
     settings = evaluation.settings
-    rival = against or methods[0].name
+    names, rival = [m.name for m in methods], against or methods[0].name
     tables = []
     for name in metrics:
         volumes = comparing.hypervolumes(methods, name)
@@ -204,13 +204,14 @@ def write_comparison(folders: Sequence[Path], out: Path, against: str | None = N
         first=FIRST,
         short=_short,
         kind="comparison",
-        title=" and ".join(m.name for m in methods) if len(methods) < 4 else f"{len(methods)} methods",
+        title=_listed(names) if len(names) < 4 else f"{len(names) - 1} methods beside {rival}",
         evaluation=evaluation,
         settings=settings,
         asked=_asked(settings),
         methods=methods,
         rival=rival,
         single=min(len(m.runs) for m in methods) == 1,
+        several=max(len(m.runs) for m in methods) > 1,
         verdict=_comparison_verdict(methods, pairs, rival),
         summary=_summary(methods, metrics),
         tables=tables,
@@ -478,7 +479,8 @@ def _spread(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [cards[k] for k in chosen] + [card for k, card in enumerate(cards) if k not in chosen]
 
 
-def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison], rival: str) -> str:
+def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison], rival: str) -> list[str]:
+    """Sentences, one for each thing that is said of methods of which it holds."""
     runs = {method.name: len(method.runs) for method in methods}
     alike: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
     for method in methods:
@@ -495,15 +497,16 @@ def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison]
             elif gain.high < 0:
                 behind.append(title)
         told = [f"more than {rival} of: {', '.join(ahead)}"] if ahead else []
-        told += [f"less than {rival} of: {', '.join(behind)}"] if behind else []
+        told += [f"less{'' if ahead else f' than {rival}'} of: {', '.join(behind)}"] if behind else []
         single = min(runs[method.name], runs[rival]) == 1
         alike.setdefault((single, tuple(told)), []).append(method.name)
     parts = []
     for (single, found), names in alike.items():
         who, level = _listed(names), "At equal reward, on a single seed," if single else "At equal reward"
         has = "has" if len(names) == 1 else "have"
-        parts += [f"{level} {who} {has} {what}." for what in found]
-        if not found:
+        if found:
+            parts.append(f"{level} {who} {has} {'; '.join(found)}.")
+        else:
             both = (
                 f"{who} and {rival} cannot be told apart"
                 if len(names) == 1
@@ -512,7 +515,7 @@ def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison]
             parts.append(f"{level} {both} in variety.")
     if any(single for single, _ in alike):
         parts.append("More seeds would tell chance from effect.")
-    return " ".join(parts) or f"Only one method, {rival}, with {len(methods[0].runs)} seeds."
+    return parts or [f"Only one method, {rival}, with {len(methods[0].runs)} seeds."]
 
 
 def _listed(names: Sequence[str]) -> str:
