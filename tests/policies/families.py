@@ -1,5 +1,6 @@
 """Pipelines of every family at tiny size with random weights, saved to folders."""
 
+import math
 import string
 from pathlib import Path
 
@@ -177,6 +178,26 @@ def make_sd15(folder: Path) -> Path:
         ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def make_clip_h(folder: Path) -> Path:
+    """CLIP-H, which PickScore and HPSv2 are, at full size; the tokenizer spells words out."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    tokenizer = save_tokenizer(folder, 77)
+    text = {
+        **text_settings(tokenizer, 1024), "intermediate_size": 4096, "num_hidden_layers": 24, "hidden_act": "gelu",
+        "num_attention_heads": 16, "max_position_embeddings": 77, "vocab_size": 49408,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
+    }  # fmt: skip
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024))
+    model.logit_scale.data.fill_(math.log(100))
+    model.save_pretrained(folder)
     return folder
 
 

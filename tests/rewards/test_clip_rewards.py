@@ -1,10 +1,10 @@
 """PickScore, HPSv2, CLIPScore and the aesthetic predictor: real classes, random weights, against their formulas."""
 
 import json
-import math
 import shutil
 from itertools import pairwise
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from conftest import save_tokenizer, text_settings
 from driftrl.build import Towers, build_reward
 from driftrl.checks import InputError
+from driftrl.files import numbers_in
 from driftrl.preprocess import CLIP_MEAN, CLIP_STD
 from driftrl.rewards import tower as rewards_tower
 from driftrl.rewards.tower import CLIPTower
@@ -108,23 +109,7 @@ def test_the_aesthetic_predictor(folder, size):
 @pytest.mark.slow
 def test_pickscore_at_the_size_of_clip_h(tmp_path):
     """986 million random weights, pictures of 512 x 512; it takes 6 GB of memory and 4 GB of disk."""
-    from transformers import CLIPConfig, CLIPModel
-
-    torch.manual_seed(0)
-    tokenizer = save_tokenizer(tmp_path / "clip", 77)
-    text = {
-        **text_settings(tokenizer, 1024), "intermediate_size": 4096, "num_hidden_layers": 24, "hidden_act": "gelu",
-        "num_attention_heads": 16, "max_position_embeddings": 77, "vocab_size": 49408,
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
-        "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
-    }  # fmt: skip
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024))
-    assert sum(p.numel() for p in model.parameters()) == 986_109_441
-    model.logit_scale.data.fill_(math.log(100))
-    model.save_pretrained(tmp_path / "clip")
-    del model
+    assert numbers_in(families.make_clip_h(tmp_path / "clip").glob("*.safetensors")) == 986_109_441
     images = torch.randint(0, 256, (2, 3, 512, 512), generator=torch.Generator().manual_seed(1)) / 255
     _, _, logits = reference(tmp_path / "clip", images, PROMPTS[:2], 77, crop=224)
     score = build_reward(f"pickscore@{tmp_path / 'clip'}", CPU)(images, PROMPTS[:2])
