@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 
 from driftrl import Trainer, checkpoint
@@ -257,10 +258,13 @@ class Tracker:
     """What accelerate's trackers are, as far as a run knows them."""
 
     def __init__(self, project, **settings):
-        self.project, self.settings, self.logged = project, settings, []
+        self.name, self.settings, self.logged, self.shown = project, settings, [], []
 
     def log(self, values, step):
         self.logged.append((step, values))
+
+    def log_images(self, values, step):
+        self.shown.append((step, values))
 
     def finish(self):
         pass
@@ -303,6 +307,23 @@ def test_a_run_of_wandb_is_named_after_the_folder_and_goes_on_when_resumed(confi
     assert first.settings["id"] == second.settings["id"] and second.settings["resume"] == "allow"
     assert [step for step, _ in first.logged + second.logged] == [1, 2]
     assert "reward/mean" in first.logged[0][1]
+    ((step, pictures),) = first.shown  # of the first iteration, and then of every tenth
+    assert step == 1 and not second.shown
+    count, height, width, channels = pictures["candidates"].shape
+    assert (count, channels) == (1, 3) and max(height, width) <= 2048
+
+
+def test_tensorboard_gets_the_pictures_of_the_run(config, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = Trainer(config(iterations=2, logging__trackers=["tensorboard"]), tmp_path / "run").run()
+    found = events.EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    (name,) = found.Tags()["images"]
+    (picture,) = found.Images(name)
+    assert name.startswith("candidates")
+    with Image.open(run / "images/000001.png") as drawn:
+        assert (picture.step, picture.width, picture.height) == (1, *drawn.size)
+    assert [event.step for event in found.Scalars("reward/mean")] == [1, 2]
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_over_itself(config, tmp_path):

@@ -17,7 +17,9 @@ from types import FrameType
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from driftrl import checkpoint, probe
@@ -31,6 +33,8 @@ from driftrl.trainer import Iteration, TrainingLoop
 
 RESUMABLE = {"iterations", "logging", "guards", "evaluation"}
 """What may differ when a run is resumed; everything else would change its meaning."""
+PAGE = 2048
+"""Pixels of the longer side of a picture that goes to a tracker."""
 
 
 class Trainer:
@@ -202,18 +206,21 @@ class _Log:
                 tracker.finish()
 
     def write(self, iteration: Iteration, images: Tensor | None) -> None:
+        picture = None
         try:
             self._append("metrics.jsonl", iteration.metrics)
             self._append("timings.jsonl", {"iteration": iteration.number, **iteration.seconds})
             if images is not None:
-                grid = candidates_grid(images, iteration.prompts, iteration.rewards, iteration.chosen)
-                save_png(grid, self.folder / "images" / f"{iteration.number:06d}.png")
+                picture = candidates_grid(images, iteration.prompts, iteration.rewards, iteration.chosen)
+                save_png(picture, self.folder / "images" / f"{iteration.number:06d}.png")
         except OSError as error:
             warnings.warn(f"a log could not be written: {error}", RuntimeWarning, stacklevel=2)
         values = {k: v for k, v in iteration.metrics.items() if k != "iteration"}
         values |= {f"seconds/{k}": v for k, v in iteration.seconds.items()}
         with _warned("a tracker failed"):
             for tracker in self.tracker or ():
+                if picture is not None:
+                    _show(tracker, picture, iteration.number)
                 tracker.log(values, step=iteration.number)
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
@@ -249,6 +256,14 @@ def _trackers(config: TrainConfig, folder: Path) -> list[Any]:
         if hasattr(trackers[-1], "start"):  # older releases of accelerate start by themselves
             trackers[-1].start()
     return trackers
+
+
+def _show(tracker: Any, picture: Image.Image, step: int) -> None:
+    """Send a picture, made small enough for a web page."""
+    small = picture.convert("RGB")
+    small.thumbnail((PAGE, PAGE))
+    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+    tracker.log_images({"candidates": np.asarray(small)[None]}, step=step, **layout)
 
 
 def _wandb_id(folder: Path) -> str:
