@@ -44,6 +44,7 @@ bench: $(VENV)/installed  ## ratios, each measured in one run
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/floor.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layers.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/profile_iteration.py
 	$(BIN)/python benchmarks/peers.py $(if $(DDPO),--ddpo $(DDPO))  # makes .venv-trl (.venv-ddpo) on first use; exits with 1 while a goal is missed
 
 figures: $(VENV)/installed  ## the figures of the documentation, and its list of settings
