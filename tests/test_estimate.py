@@ -163,6 +163,30 @@ def test_remedies_end_where_nothing_is_left():
     assert first == ["model.gradient_checkpointing=true"]
 
 
+def test_in_one_pass_it_is_the_update_s_batch_that_has_to_shrink(config, tmp_path):
+    """Where gradients are taken while images are drawn, and where these are decoded."""
+    changes = {
+        "optimizer__updates": 1,
+        "selection__strategy": "all",
+        "selection__keep": 6,
+        "shaping__ratio": 0.0,
+    }
+    loop = build_loop(config(**changes), tmp_path)
+    plan = probe.plan_of(loop)
+    assert plan.taught
+    state = {"checkpointing": False, "slicing": True, "half": True, "full": False}
+    told = ["model.gradient_checkpointing=true", "optimizer.batch_size=9"]
+    assert remedies("denoising", plan, **state)[:2] == told
+    assert remedies("decoding", plan, **state)[0] == "optimizer.batch_size=9"
+
+    def full(samples):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    loop.policy.sample_gradients = full
+    with pytest.raises(RunFailedError, match=r"probe of denoising.*gradient_checkpointing=true"):
+        probe.measure(loop)
+
+
 @pytest.mark.parametrize("probed", [True, False])
 def test_the_command(config, tmp_path, probed):
     """Times only with the probe; nothing is written."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
@@ -452,6 +452,9 @@ def configurations(draw):
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(configurations())
+@example({"<name>": None})
+@example({"reward": [{"name": "tiny-animals", "<name>": 1}]})
+@example({"reward": [{"<parts>": 1}]})
 def test_malformed_configurations(data):
     try:
         config = parse_config(data)

@@ -138,14 +138,12 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None = N
         for name, parameter in named.items():
             state = {k.rsplit("/", 1)[1]: v for k, v in tensors.items() if k.rsplit("/", 1)[0] == name}
             if state:
+                count = state.pop("step", None)
                 optimizer.state[parameter] = {
-                    k: part(v.to(parameter.device), parameter)
-                    if k != "step"
-                    else v.to(parameter.device)
-                    if fused
-                    else v
-                    for k, v in state.items()
+                    k: part(v.to(parameter.device), parameter) for k, v in state.items()
                 }
+                if count is not None:
+                    optimizer.state[parameter]["step"] = count.to(parameter.device) if fused else count
     state = read_json(path / "state.json")
     return Position(int(state["iteration"]), int(state.get("failures", 0)))
 

@@ -646,7 +646,12 @@ def _by_leaf(section: Any, prefix: str = "") -> dict[str, list[str]]:
 
 
 def _explain(problem: Any, root: type[Section]) -> str:
-    place = [part for part in problem["loc"] if part not in _TAGS]
+    place = list(problem["loc"])
+    if place[:1] == ["reward"] and place[1:2] in (
+        [_TAGS[0]],
+        [_TAGS[1]],
+    ):  # no key, but which of its kinds it is
+        del place[1]
     key = ".".join(str(part) for part in place)
     given, context = problem.get("input"), problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":

@@ -273,15 +273,20 @@ def remedies(
     """
     found = []
     batch = min(plan.rollout_batch, plan.images)
-    if phase == "update":
+    if phase == ("denoising" if plan.taught else "update"):  # which has the gradients
         if not checkpointing:
             found.append("model.gradient_checkpointing=true")
         if plan.update_batch > 1:
-            found.append(f"optimizer.batch_size={max(1, min(plan.update_batch, plan.pairs) // 2)}")
+            found.append(
+                f"optimizer.batch_size={max(1, min(plan.update_batch, plan.images if plan.taught else plan.pairs) // 2)}"
+            )
     if phase == "decoding" and not slicing:
         found.append("model.vae_slicing=true")
     if phase in ("denoising", "decoding") and batch > 1:
-        found.append(f"sampling.batch_size={batch // 2}")
+        if not plan.taught:
+            found.append(f"sampling.batch_size={batch // 2}")
+        elif phase == "decoding":  # in one pass images are drawn in the update's batches
+            found.append(f"optimizer.batch_size={batch // 2}")
     if phase != "update" and plan.prompts > 1:
         found.append(f"prompts.per_iteration={plan.prompts // 2}")
     if not half:

@@ -19,7 +19,7 @@ from driftrl.checks import NotFiniteError
 from driftrl.distributed import ALONE, Team
 from driftrl.rollout import Lesson
 from driftrl.types import Policy, Rollout, UpdateStats
-from driftrl.update import Objective, where
+from driftrl.update import Objective, taught, where
 
 LARGEST = 2**30
 """Bytes of gradients that `pays` allows: those of 300 candidates with Stable Diffusion 1.5 and a LoRA of rank 4 on attention."""
@@ -60,14 +60,6 @@ def pays(candidates: int, keep: int, rescored: bool, held: int = 0) -> bool:
         (True, False, True)
     """
     return candidates < keep * (3 if rescored else 2) and 4 * held <= LARGEST
-
-
-def taught(scored: Tensor, share: float) -> Tensor:
-    """Which denoising steps [T] are trained on: the noisiest of those with a density."""
-    steps = scored.nonzero()[:, 0]
-    chosen = torch.zeros_like(scored)
-    chosen[steps[: max(1, round(share * len(steps)))]] = True
-    return chosen
 
 
 def lesson(scored: Tensor, objective: Objective, samples: int) -> Lesson:

@@ -25,7 +25,7 @@ from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.rollout import Lesson, latent_features, rollout
 from driftrl.trainer import TrainingLoop
 from driftrl.types import Conditioning, Rollout, Transition
-from driftrl.update import update
+from driftrl.update import taught, update
 
 REPEATS = 3
 """Each piece of work is timed so often, after a first time that counts for nothing, and the median is taken."""
@@ -79,7 +79,7 @@ def plan_of(loop: TrainingLoop) -> Plan:
         reference=objective.kl_weight > 0,
         rescored=objective.rescore,
         judges=len(loop.judges),
-        taught=int(one_pass.taught(policy.scored, objective.timesteps).sum()) if loop.in_one_pass else 0,
+        taught=int(taught(policy.scored, objective.timesteps).sum()) if loop.in_one_pass else 0,
     )
 
 
@@ -152,7 +152,7 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
 
     at_once, together = min(plan.rollout_batch, plan.images), min(plan.update_batch, max(plan.parts))
     denoising = attempt("denoising", work.draw, at_once)
-    with_gradients = _measured(work.teach, denoising.count, device, before) if plan.taught else None
+    with_gradients = attempt("denoising", work.teach, denoising.count) if plan.taught else None
     drawn = work.teach(denoising.count) if plan.taught else work.draw(denoising.count)
     latents = drawn.latents[0, :, -1]
     decoding = attempt("decoding", lambda n: policy.decode(latents[:n]), denoising.count)

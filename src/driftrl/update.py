@@ -55,6 +55,14 @@ class Pairs:
     """int64 [B]."""
 
 
+def taught(scored: Tensor, share: float) -> Tensor:
+    """The noisiest of the denoising steps [T] with a density: so large a share of them, at least one."""
+    steps = scored.nonzero()[:, 0]
+    chosen = torch.zeros_like(scored)
+    chosen[steps[: max(1, round(share * len(steps)))]] = True
+    return chosen
+
+
 def training_pairs(
     scored: Tensor, samples: int, share: float, seed: int, iteration: int, choice: str = "random"
 ) -> Pairs:
@@ -68,11 +76,11 @@ def training_pairs(
         iteration: with the seed, the key of the choice.
         choice: "noisiest" takes the first scored steps, "random" others for each sample.
     """
-    steps = scored.nonzero()[:, 0].cpu()
-    count = max(1, round(share * len(steps)))
+    steps, noisiest = (which.nonzero()[:, 0].cpu() for which in (scored, taught(scored, share)))
+    count = len(noisiest)
     draw = noise.generator(seed, iteration, 0, 0, "pairs")
     if choice == "noisiest":
-        chosen = steps[:count].repeat(samples, 1)
+        chosen = noisiest.repeat(samples, 1)
     else:
         chosen = torch.stack(
             [steps[torch.randperm(len(steps), generator=draw)[:count]] for _ in range(samples)]

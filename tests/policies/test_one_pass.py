@@ -12,11 +12,11 @@ from torch import nn
 from driftrl import one_pass
 from driftrl.build import build_loop, build_policy
 from driftrl.checks import InputError, NotFiniteError
-from driftrl.one_pass import lesson, pays, taught, update_from
+from driftrl.one_pass import lesson, pays, update_from
 from driftrl.policies import fast_linear
 from driftrl.policies.per_sample import SampleGradients, add_outer
 from driftrl.rollout import PromptNoise, rollout
-from driftrl.update import Objective, update
+from driftrl.update import Objective, taught, update
 
 NOISE = PromptNoise(0.1)
 ADVANTAGES = torch.tensor([[1.0, -0.5, 0.2], [0.0, 2.0, -1.7]])
@@ -30,13 +30,8 @@ WHOLE = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, epsilon_folder):
     root = tmp_path_factory.mktemp("one_pass")
-    return {
-        "sd": epsilon_folder,
-        "sd2": families.make_sd2(root / "sd2"),
-        "sdxl": families.make_sdxl(root / "sdxl"),
-        "sd3": families.make_sd3(root / "sd3"),
-        "flux": families.make_flux(root / "flux"),
-    }
+    made = {name: getattr(families, f"make_{name}")(root / name) for name in ("sd2", "sdxl", "sd3", "flux")}
+    return {"sd": epsilon_folder, **made}
 
 
 @pytest.fixture
