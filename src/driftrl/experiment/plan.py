@@ -172,7 +172,8 @@ def load_plan(path: Path) -> Plan:
 
 
 def expand(plan: Plan, path: Path) -> list[PlannedRun]:
-    """The runs of a plan that was read from ``path``, method by method, with different names.
+    """The runs of a plan that was read from ``path``, with different names: every method's first seed, then the second
+    ones, so that what is done at any time compares all methods.
 
     Raises:
         InputError: for a file that cannot be read, settings that are no valid configuration, prompts that are not
@@ -180,13 +181,14 @@ def expand(plan: Plan, path: Path) -> list[PlannedRun]:
     """
     load_prompts(plan.evaluation.prompts)
     runs: dict[str, PlannedRun] = {}
+    turns: dict[str, int] = {}
     for method in plan.methods:
         file = method.file or plan.base
         data, source = ({}, "the defaults") if file is None else read_config(path.parent / file)
         data = merged(merged(data, nested(plan.set)), nested(method.set))
         label = method.label or data.get("name") or TrainConfig().name
         for suffix, change in _cells(plan.grid if method.grid is None else method.grid):
-            for seed in method.seeds or plan.seeds:
+            for turn, seed in enumerate(method.seeds or plan.seeds):
                 own = {"name": f"{label}{suffix}", "seed": seed}
                 run = _planned(
                     plan, merged(merged(data, change), own), f"{path}: {label}{suffix}, from {source}"
@@ -195,7 +197,7 @@ def expand(plan: Plan, path: Path) -> list[PlannedRun]:
                     raise InputError(
                         f"{path}: two runs are called {run.name}; give one of the methods another label"
                     )
-                runs[run.name] = run
+                runs[run.name], turns[run.name] = run, turn
     for key in ALIKE:
         values = list(dict.fromkeys(json.dumps(flat(run.config).get(key)) for run in runs.values()))
         if len(values) > 1:
@@ -203,7 +205,7 @@ def expand(plan: Plan, path: Path) -> list[PlannedRun]:
                 f"{path}: {key}: expected the same in all runs, or they could not be compared; got "
                 f"{' and '.join(values)}; make a plan of each"
             )
-    return list(runs.values())
+    return sorted(runs.values(), key=lambda run: turns[run.name])
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
