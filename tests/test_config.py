@@ -125,3 +125,20 @@ def test_the_papers_configurations_have_its_settings(name):
         1.0,
         5.0,
     )
+
+
+def test_the_home_directory_is_found_where_no_shell_expands_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(
+        None,
+        [
+            "model.path=~/sd", "prompts.set=~/p.txt", "reward=hpsv2@~/hps", "shaping.encoder=~/e",
+            "evaluation.prompts=~/q.txt", "prompt_noise.similarity=pickscore@~/pick",
+        ],
+    )  # fmt: skip
+    assert (config.model.path, config.prompts.set, config.reward) == (
+        "/home/me/sd", "/home/me/p.txt", "hpsv2@/home/me/hps",
+    )  # fmt: skip
+    assert (config.shaping.encoder, config.evaluation.prompts) == ("/home/me/e", "/home/me/q.txt")
+    assert config.prompt_noise.similarity == "pickscore@/home/me/pick"
+    assert load_config(None, ["model.path=a~/b"]).model.path == "a~/b"

@@ -555,18 +555,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
         reward,
         encoder,
         prompt_set,
-        Method(
-            config.sampling.candidates,
-            config.selection.keep,
-            config.selection.strategy,
-            prompt_noise_of(config, "train"),
-            AdvantageRule(**config.advantage.model_dump()),
-            Shaping(**config.shaping.model_dump(exclude={"encoder"})),
-            Anchor(
-                config.objective.kl_share, config.objective.reference_kl, config.objective.reference_every
-            ),
-            parts_of(config.reward),
-        ),
+        method_of(config),
         objective,
         optimizer,
         run / "checkpoints",
@@ -583,6 +572,20 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
         overlaps(config, policy.device),
         build_similarity(config, reward, towers),
         in_one_pass(config, policy, objective, team),
+    )
+
+
+def method_of(config: TrainConfig) -> Method:
+    """What a configuration says of sampling, selection, advantages and shaping."""
+    return Method(
+        config.sampling.candidates,
+        config.selection.keep,
+        config.selection.strategy,
+        prompt_noise_of(config, "train"),
+        AdvantageRule(**config.advantage.model_dump()),
+        Shaping(**config.shaping.model_dump(exclude={"encoder"})),
+        Anchor(config.objective.kl_share, config.objective.reference_kl, config.objective.reference_every),
+        parts_of(config.reward),
     )
 
 

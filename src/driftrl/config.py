@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -25,6 +26,8 @@ from driftrl.checks import InputError, nearest
 Positive = Annotated[int, Field(ge=1)]
 Size = Annotated[Positive | None, BeforeValidator(lambda value: None if value == "auto" else value)]
 """A batch size; null, which may be written 'auto', leaves it to us."""
+Place = Annotated[str, AfterValidator(lambda text: re.sub("(^|@)~(?=/)", lambda m: m[1] + str(Path.home()), text))]
+"""A name, folder or file, or NAME@FOLDER; ~/ is the home directory, which a shell leaves alone after `--set key=`."""
 SectionKind = TypeVar("SectionKind", bound="Section")
 
 
@@ -39,7 +42,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which model is fine-tuned."""
 
-    path: str = "tiny-animals"
+    path: Place = "tiny-animals"
     """A diffusers pipeline: 'tiny-animals' (embedded), a local folder, or a hub name."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -80,7 +83,7 @@ class AdapterConfig(Section):
 class PromptConfig(Section):
     """What is asked for."""
 
-    set: str = "animals"
+    set: Place = "animals"
     """A prompt set of the package (animals, animals5, animals8, animals10, eval40, attributes, compositions) or a TXT
     or JSONL file."""
     per_iteration: Positive = 8
@@ -117,7 +120,7 @@ class SamplingConfig(Section):
 class RewardPart(Section):
     """One of several rewards that are trained on together."""
 
-    name: str
+    name: Place
     """As for a single reward."""
     weight: float = 1.0
     """What it is multiplied by once it is normalised. Below 0 training lowers it, at 0 it is only logged."""
@@ -146,7 +149,7 @@ def _kind_of_reward(value: Any) -> str | None:
 
 
 RewardSetting = Annotated[
-    Annotated[str, Tag(_TAGS[0])] | Annotated[list[RewardPart], Tag(_TAGS[1])],
+    Annotated[Place, Tag(_TAGS[0])] | Annotated[list[RewardPart], Tag(_TAGS[1])],
     Discriminator(
         _kind_of_reward,
         custom_error_type="reward_kind",
@@ -178,7 +181,7 @@ class PromptNoiseConfig(Section):
     (docs/method.md, 2.3)."""
     where: Literal["train", "test", "both", "neither"] = "train"
     """In training, in what `driftrl sample` and `evaluate` draw, in both, or in neither."""
-    similarity: str = "auto"
+    similarity: Place = "auto"
     """What scores prompt-image similarity, to warn of noise in training that is too strong: the name of a reward;
     `none`, not to check; or `auto`: the trained reward if it is a model that reads the prompt (pickscore, hpsv2,
     clipscore, imagereward), else, for the embedded model, the embedded one."""
@@ -224,7 +227,7 @@ class ShapingConfig(Section):
     x 8, for all steps and the image, and `encoder` is for the logs only."""
     gamma: float = Field(1.0, ge=0, le=1)
     """Of `stepwise`: the discount."""
-    encoder: str = "tiny-animals"
+    encoder: Place = "tiny-animals"
     """Image encoder whose cosine distances measure diversity: tiny-animals, dreamsim (or dreamsim:dino_vitb16 and
     other branches), policy:latents, policy:mid-block, or a model of transformers by folder or hub name."""
 
@@ -244,7 +247,7 @@ class ObjectiveConfig(Section):
     last; the mean over scored steps is 1."""
     kl_share: float = Field(1.0, gt=0, le=1)
     """Share of the kept samples that it applies to: those that the trained reward ranks above what `kl_judges` do."""
-    kl_judges: list[str] = Field(["mirrored"], min_length=1)
+    kl_judges: list[Place] = Field(["mirrored"], min_length=1)
     """Rewards to compare the trained one with: names as for `reward`, or `mirrored`, the trained reward of the
     mirrored picture. Asked only if `kl_share` is below 1."""
     reference_kl: float | None = Field(None, gt=0)
@@ -313,7 +316,7 @@ class GuardsConfig(Section):
 class EvaluationConfig(Section):
     """What is measured when training has ended."""
 
-    prompts: str = "eval40"
+    prompts: Place = "eval40"
     """As prompts.set."""
     images: int = Field(16, ge=2)
     """Images per prompt; the paper has 40."""

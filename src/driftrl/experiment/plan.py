@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 
 from driftrl.checks import InputError
 from driftrl.config import (
+    Place,
     Positive,
     Section,
     TrainConfig,
@@ -81,7 +82,7 @@ class PlanMethod(Section):
 class PlanEvaluation(Section):
     """How every run is measured; the same for all, or nothing could be compared."""
 
-    prompts: str = "eval40"
+    prompts: Place = "eval40"
     """A prompt set of the package, or a TXT or JSONL file."""
     images: int = Field(40, ge=2)
     """Images per prompt."""
@@ -89,7 +90,7 @@ class PlanEvaluation(Section):
     """So many checkpoints, evenly spaced and the last among them, or `all`."""
     seed: int = Field(0, ge=0)
     """Of the images."""
-    encoder: str = "tiny-animals"
+    encoder: Place = "tiny-animals"
     """Whose features measure variety, whatever encoder a run was shaped with."""
     rewards: list[str] = Field([])
     """Further rewards, scored beside the one that was trained on."""
