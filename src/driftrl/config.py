@@ -26,7 +26,9 @@ from driftrl.checks import InputError, nearest
 Positive = Annotated[int, Field(ge=1)]
 Size = Annotated[Positive | None, BeforeValidator(lambda value: None if value == "auto" else value)]
 """A batch size; null, which may be written 'auto', leaves it to us."""
-Place = Annotated[str, AfterValidator(lambda text: re.sub("(^|@)~(?=/)", lambda m: m[1] + str(Path.home()), text))]
+Place = Annotated[
+    str, AfterValidator(lambda text: re.sub("(^|@)~(?=/)", lambda m: m[1] + str(Path.home()), text))
+]
 """A name, folder or file, or NAME@FOLDER; ~/ is the home directory, which a shell leaves alone after `--set key=`."""
 SectionKind = TypeVar("SectionKind", bound="Section")
 

@@ -99,6 +99,16 @@ def test_a_single_seed_is_said_to_be_one(tmp_path):
     assert comparing.compare(comparing.load_methods(runs), ["diversity"], "drift")[0].diversity_gain.mean < 0
 
 
+@pytest.mark.parametrize(("fallen", "against"), [("drift", "grpo"), ("drift", "drift")])
+def test_a_reward_that_only_fell_is_said_to_have(tmp_path, fallen, against):
+    made = {"grpo": 2.0, "ddpo": 1.0, fallen: -1.0}
+    runs = [make_run(tmp_path / name, name, 0, gain) for name, gain in made.items()]
+    page = write_comparison(runs, tmp_path / "page.html", against).read_text()
+    assert "drift never got above the base model&#39;s reward" in page
+    assert "drift cannot be told apart" not in page and "drift and grpo" not in page
+    assert ("ddpo has less than grpo" in page) == (against == "grpo")
+
+
 def test_a_single_seed_is_said_of_the_method_that_has_one(tmp_path):
     made = (("grpo", 0.2, (0, 1)), ("drift", 0.05, (0, 1)), ("once", 0.1, (0,)))
     runs = [make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss) for n, loss, seeds in made for s in seeds]

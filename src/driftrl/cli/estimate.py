@@ -137,7 +137,9 @@ def _times(config: TrainConfig, plan: Plan, costs: Costs | None, evaluated: int)
     table.add_section()
     training = whole * config.iterations
     table.add_row("iteration", "all of the above", duration(whole), "100%")
-    table.add_row("training", f"{config.iterations} iterations", duration(training))
+    table.add_row(
+        "training", f"{config.iterations} iteration{'s' * (config.iterations != 1)}", duration(training)
+    )
     if evaluated:
         after = evaluation_seconds(plan, costs, evaluated)
         table.add_row("evaluation", f"{evaluated} images", duration(after))

@@ -57,7 +57,7 @@ def train(
     start = trainer.loop.position.iteration
     place = f" from iteration {start}" if start else ""
     console.print(
-        f"[bold]{escape(parsed.name)}[/] on {escape(parsed.model.path)}, {parsed.iterations} iterations{place}: "
+        f"[bold]{escape(parsed.name)}[/] on {escape(parsed.model.path)}, {parsed.iterations} iteration{'s' * (parsed.iterations != 1)}{place}: "
         f"{escape(str(trainer.folder))}",
         soft_wrap=True,
     )

@@ -483,8 +483,9 @@ def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison]
     """Sentences, one for each thing that is said of methods of which it holds."""
     runs = {method.name: len(method.runs) for method in methods}
     alike: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
+    fallen = [method.name for method in methods if not _gained_reward(method)]
     for method in methods:
-        if method.name == rival:
+        if method.name == rival or {method.name, rival} & set(fallen):
             continue
         ahead, behind = [], []
         for pair in pairs:
@@ -513,9 +514,20 @@ def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison]
                 else f"{who} cannot be told apart from {rival}"
             )
             parts.append(f"{level} {both} in variety.")
+    if fallen:
+        parts.append(
+            f"{_listed(fallen)} never got above the base model's reward, so there is nothing to compare at equal reward."
+        )
     if any(single for single, _ in alike):
         parts.append("More seeds would tell chance from effect.")
     return parts or [f"Only one method, {rival}, with {len(methods[0].runs)} seeds."]
+
+
+def _gained_reward(method: Method) -> bool:
+    """Whether any checkpoint of any seed has more reward than the base model."""
+    return any(
+        max(rewards) > rewards[0] for rewards in ([x for x, _ in run.curve("reward")] for run in method.runs)
+    )
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -639,7 +651,7 @@ def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
     rows = _evenly(_prompt_rows(evaluation, tuned), prompts)
     sides = [_side("base model", MUTED, folder, evaluation, evaluation.base, rows, images)]
     if tuned:
-        name = f"after {tuned.iteration} iterations"
+        name = f"after {tuned.iteration} iteration{'s' * (tuned.iteration != 1)}"
         sides.append(_side(name, PICTURE_COLOURS[0], folder, evaluation, tuned, rows, images))
     series = _series(read_metrics(folder / "metrics.jsonl"))
     series = [*series[:2], series[-1]] if len(series) > 3 else series  # three fit
