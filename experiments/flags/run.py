@@ -1,0 +1,230 @@
+"""The plans of this project on the flags of `world.py`: the same methods and settings, in minutes instead of days.
+
+    python experiments/flags/run.py experiments/plans/methods.yaml            # every method, eight seeds of each
+    python experiments/flags/run.py experiments/plans/paper-07-selection.yaml --seeds 4 --iterations 200
+    python experiments/flags/run.py experiments/plans/methods.yaml --rates    # the learning rate of every method
+
+Results go to docs/flags/PLAN.json, run by run: what is there is not made again. `python docs/figures/results.py` makes
+tables and figures of them. Runs of a plan are as the plan has them but for what `SETTINGS` says; their number of
+iterations, their seeds and their evaluation are this program's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import world
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from driftrl.build import method_of, objective_of, prompt_noise_of
+from driftrl.config import TrainConfig, merged, parse_config
+from driftrl.evaluation.evaluate import REFERENCE, Instruments, measure
+from driftrl.evaluation.pareto import hypervolume
+from driftrl.experiment.plan import expand, load_plan, nested
+from driftrl.rollout import NO_NOISE, PromptNoise, rollout
+from driftrl.trainer import TrainingLoop
+from driftrl.types import Reward
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs/flags"
+FIGURES = ("reward", "diversity", "diversity/clip", "recall", "vendi", "coverage")
+"""What is kept; `diversity/clip` is by the features that no training sees."""
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+TUNING = (100, 101)
+"""Seeds of the search for the learning rate, which the comparison does not use again."""
+SETTINGS: dict[str, Any] = {
+    "objective.timesteps": 1.0,  # nine numbers a picture: every step matters
+    "optimizer.learning_rate": 2e-3,
+    "optimizer.batch_size": 1024,
+    "model.device": "cpu",
+}
+RANK, IMAGES, BATCH = 8, 40, 1024
+REWARDS = {"tiny-animals": world.reward, "compressibility": world.brightness}
+"""What stands here for the embedded model's rewards."""
+ENCODERS = {
+    "tiny-animals": lambda policy: world.encoder,
+    "policy:latents": lambda policy: world.colours,
+    "policy:mid-block": lambda policy: policy.activations,
+}
+
+
+def here(config: TrainConfig, iterations: int, rate: float | None = None) -> TrainConfig:
+    """A plan's configuration, on flags."""
+    own = nested(
+        {**SETTINGS, "iterations": iterations} | ({} if rate is None else {"optimizer.learning_rate": rate})
+    )
+    own["prompts"] = {"per_iteration": min(config.prompts.per_iteration, len(world.COUNTRIES))}
+    return parse_config(merged(config.model_dump(mode="json"), own))
+
+
+class Bench:
+    """Measures a policy beside the base model, which is drawn twice: once as what recall refers to."""
+
+    def __init__(self, policy: world.FlagPolicy, prompts: tuple[str, ...], reward: Reward) -> None:
+        """Draw the reference."""
+        self.policy, self.prompts = policy, prompts
+        self.tools = Instruments({"reward": reward}, world.encoder, world.unseen)
+        self.conditioning = policy.encode(prompts)
+        with policy.reference():
+            self.reference = self.tools.read(self._draw(REFERENCE, NO_NOISE), prompts).features
+
+    def _draw(self, seed: int, noise: PromptNoise) -> Tensor:
+        keys = [(seed, 0, prompt) for prompt in range(len(self.prompts))]
+        return rollout(self.policy, self.conditioning, keys, IMAGES, BATCH, noise).images
+
+    def measure(self, noise: PromptNoise = NO_NOISE) -> tuple[list[float], Tensor]:
+        """`FIGURES`, means over prompts, and the pictures [P, N, 3, 1, 3]."""
+        images = self._draw(0, noise)
+        found = measure(self.tools.read(images, self.prompts), self.reference)
+        return [sum(found[name]) / len(found[name]) for name in FIGURES], images
+
+
+def loop_of(policy: world.FlagPolicy, config: TrainConfig) -> TrainingLoop:
+    """The package's loop, as `driftrl.build.build_loop` makes it of pipelines."""
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), config.optimizer.learning_rate, config.optimizer.betas, weight_decay=0.0
+    )
+    gated = config.objective.kl_weight > 0 and config.objective.kl_share < 1
+    return TrainingLoop(
+        policy,
+        REWARDS[config.reward],
+        ENCODERS[config.shaping.encoder](policy),
+        world.COUNTRIES,
+        method_of(config),
+        objective_of(config, policy.device),
+        optimizer,
+        Path("nowhere"),
+        config.seed,
+        config.prompts.per_iteration,
+        BATCH,
+        judges=(world.judge,) if gated else (),
+    )
+
+
+def train(
+    model: world.Denoiser, config: TrainConfig, points: int
+) -> Iterator[tuple[int, list[float], Tensor]]:
+    """Train, and measure before and at ``points`` even distances: (iteration, `FIGURES`, pictures [P, N, 3, 1, 3])."""
+    policy = world.FlagPolicy(model, config.sampling.steps, RANK, config.seed)
+    loop = loop_of(policy, config)
+    bench = Bench(policy, world.COUNTRIES, REWARDS[config.reward])
+    every = max(1, config.iterations // points)
+    with policy.reference():
+        yield 0, *bench.measure()
+    for iteration in range(1, config.iterations + 1):
+        loop.iterate()
+        if iteration % every == 0:
+            yield iteration, *bench.measure(prompt_noise_of(config, "test"))
+
+
+def base_model() -> world.Denoiser:
+    """The pretrained model, made at the first call."""
+    file = ROOT / "runs/flags/base.safetensors"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(world.pretrained().state_dict(), file)
+    model = world.Denoiser()
+    model.load_state_dict(load_file(file))
+    return model
+
+
+def one(job: tuple[str, TrainConfig, int]) -> dict[str, Any]:
+    """One run, as it goes into the file."""
+    name, config, points = job
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # a collapse is what is looked for
+    curve = [
+        [at, *(float(f"{value:.4g}") for value in figures)]
+        for at, figures, _ in train(base_model(), config, points)
+    ]
+    return {"name": name, "seed": config.seed, "rate": config.optimizer.learning_rate, "points": curve}
+
+
+def volume(run: dict[str, Any], corner: float) -> float:
+    """Hypervolume of reward and diversity above ``corner``, the base model's reward."""
+    return hypervolume([point[1:3] for point in run["points"]], (corner, 0.0))
+
+
+def best_rates(file: Path) -> dict[str, float]:
+    """Of each method the rate with the largest mean hypervolume; nothing where there was no search."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for run in json.loads(file.read_text())["runs"] if file.is_file() else ():
+        by_rate = found.setdefault(run["name"], {})
+        by_rate.setdefault(run["rate"], []).append(volume(run, run["points"][0][1]))
+    return {name: max(rates, key=lambda rate: sum(rates[rate])) for name, rates in found.items()}
+
+
+def jobs_of(args: argparse.Namespace, searched: Path) -> list[tuple[str, TrainConfig, int]]:
+    """Every run of the plan, on flags, seed by seed."""
+    plan = load_plan(args.plan)
+    runs = {run.config.name: run.config for run in reversed(expand(plan, args.plan))}
+    seeds = TUNING if args.rates else range(args.seeds)
+    tuned = {} if args.rates else best_rates(searched)
+    return [
+        (
+            name,
+            here(config.model_copy(update={"seed": seed}), args.iterations, rate or tuned.get(name)),
+            args.points,
+        )
+        for seed in seeds
+        for name, config in reversed(runs.items())
+        for rate in (RATES if args.rates else (None,))
+    ]
+
+
+def main() -> None:
+    """Make what is missing."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--iterations", type=int, default=480)
+    parser.add_argument("--points", type=int, default=16, help="how often a run is measured")
+    parser.add_argument(
+        "--rates", action="store_true", help="search the learning rate in place of the plan's seeds"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    name = args.plan.stem
+    file, searched = args.out / f"{name}{'-rates' * args.rates}.json", args.out / "methods-rates.json"
+    base_model()
+    jobs = jobs_of(args, searched)
+    data = {
+        "plan": name,
+        "iterations": args.iterations,
+        "against": jobs[0][0],
+        "figures": FIGURES,
+        "runs": [],
+    }
+    if file.is_file():
+        data |= json.loads(file.read_text())
+    if data["iterations"] != args.iterations:
+        parser.error(f"{file} has runs of {data['iterations']} iterations; give as many, or another --out")
+    done = {(run["name"], run["seed"], run["rate"]) for run in data["runs"]}
+    todo = [job for job in jobs if (job[0], job[1].seed, job[1].optimizer.learning_rate) not in done]
+    args.out.mkdir(parents=True, exist_ok=True)
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool, Progress() as progress:
+        bar = progress.add_task(name, total=len(todo))
+        for run in pool.imap_unordered(one, todo):
+            data["runs"].append(run)
+            data["runs"].sort(key=lambda run: (run["seed"], run["name"], run["rate"]))
+            lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in data["runs"])
+            head = json.dumps({key: value for key, value in data.items() if key != "runs"})
+            file.write_text(f'{head[:-1]}, "runs": [\n{lines}\n]}}\n')
+            progress.advance(bar)
+
+
+if __name__ == "__main__":
+    main()
