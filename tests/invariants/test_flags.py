@@ -45,11 +45,8 @@ def test_the_base_model_draws_the_flags_of_the_country(flags, base):
     own = world.reward(images.flatten(0, 1), texts).mean()
     others = world.reward(images.roll(1, 0).flatten(0, 1), texts).mean()
     assert own > others + 0.7
-    right = world.flags().flatten(0, 1)
-    assert (
-        world.reward(policy.decode(right), [c for c in world.COUNTRIES for _ in range(world.FLAGS)]).mean()
-        > 0
-    )
+    right, texts = policy.decode(world.flags().flatten(0, 1)), [c for c in world.COUNTRIES for _ in range(6)]
+    assert (world.reward(right, texts) >= world.favour().flatten() - 1e-4).all()
 
 
 def test_a_lora_that_is_switched_off_leaves_the_base_model(flags, base):
