@@ -11,6 +11,7 @@ A folder docs/results/NAME holds what `driftrl experiment` collected into OUT/re
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,10 @@ SEEN = {
     "coverage": 6,
 }
 """What was measured on the flags, and where it stands in a point."""
+
+
+SHOWN = ("grpo", "drift", "drift-no-selection", "diversegrpo", "grpo-kl-0.1", "dancegrpo")
+"""In the figure, which has colours for six."""
 
 
 def flag_curves(runs: list[dict[str, Any]], key: Callable[[dict[str, Any]], str]) -> Curves:
@@ -234,20 +239,31 @@ def main() -> int:
     old = text = page.read_text("utf-8")
     for folder in sorted((DOCS / "results").iterdir()):
         methods = sorted(compare.load_methods([folder]), key=lambda method: method.name != AGAINST)
-        block = f"<!-- {folder.name} -->\n{tables(methods)}\n<!-- end -->"
-        text, count = re.subn(
-            f"<!-- {folder.name} -->.*?<!-- end -->", lambda _, b=block: b, text, flags=re.DOTALL
-        )
-        if count != 1:
-            raise SystemExit(
-                f"docs/results.md: expected one place for {folder.name}, between <!-- {folder.name} --> and <!-- end -->"
-            )
+        text = replaced(text, folder.name, tables(methods))
         if not check:
             figure(methods, DOCS / "images" / f"results-{folder.name}.png")
+    for file in sorted((DOCS / "flags").glob("*.json")):
+        data = json.loads(file.read_text("utf-8"))
+        searched = file.stem.endswith("-rates")
+        table = rate_table(data) if searched else flag_table(data, data["against"])
+        text = replaced(text, f"flags/{file.stem}", table)
+        if file.stem == "methods" and not check:
+            flag_figure(data, DOCS / "images/flags-methods.png", SHOWN)
     if not check:
         page.write_text(text, "utf-8")
     print("docs/results.md", "as it was" if text == old else "differs" if check else "written")
     return int(check and text != old)
+
+
+def replaced(text: str, name: str, table: str) -> str:
+    """The page with ``table`` between the markers of ``name``."""
+    block = f"<!-- {name} -->\n{table}\n<!-- end -->"
+    text, count = re.subn(f"<!-- {name} -->.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(
+            f"docs/results.md: expected one place for {name}, between <!-- {name} --> and <!-- end -->"
+        )
+    return text
 
 
 if __name__ == "__main__":

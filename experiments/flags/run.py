@@ -1,8 +1,8 @@
 """The plans of this project on the flags of `world.py`: the same methods and settings, in minutes instead of days.
 
     python experiments/flags/run.py experiments/plans/methods.yaml            # every method, eight seeds of each
-    python experiments/flags/run.py experiments/plans/paper-07-selection.yaml --seeds 4 --iterations 200
     python experiments/flags/run.py experiments/plans/methods.yaml --rates    # the learning rate of every method
+    python experiments/flags/run.py experiments/plans/paper-03-shaping.yaml --seeds 4
 
 Results go to docs/flags/PLAN.json, run by run: what is there is not made again. `python docs/figures/results.py` makes
 tables and figures of them. Runs of a plan are as the plan has them but for what `SETTINGS` says; their number of
@@ -170,10 +170,11 @@ def jobs_of(args: argparse.Namespace, searched: Path) -> list[tuple[str, TrainCo
     runs = {run.config.name: run.config for run in reversed(expand(plan, args.plan))}
     seeds = TUNING if args.rates else range(args.seeds)
     tuned = {} if args.rates else best_rates(searched)
+    usual = tuned.get(args.like, SETTINGS["optimizer.learning_rate"])
     return [
         (
             name,
-            here(config.model_copy(update={"seed": seed}), args.iterations, rate or tuned.get(name)),
+            here(config.model_copy(update={"seed": seed}), args.iterations, rate or tuned.get(name, usual)),
             args.points,
         )
         for seed in seeds
@@ -194,11 +195,16 @@ def main() -> None:
     parser.add_argument(
         "--rates", action="store_true", help="search the learning rate in place of the plan's seeds"
     )
+    parser.add_argument(
+        "--like", default="drift", help="the method whose rate those have that no search has had (drift)"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     name = args.plan.stem
-    file, searched = args.out / f"{name}{'-rates' * args.rates}.json", args.out / "methods-rates.json"
+    file, searched = args.out / f"{name}{'-rates' * args.rates}.json", args.out / f"{name}-rates.json"
+    if not searched.is_file():
+        searched = args.out / "methods-rates.json"
     base_model()
     jobs = jobs_of(args, searched)
     data = {

@@ -87,7 +87,7 @@ def test_replay_is_the_policy_that_drew(flags, base, name):
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_every_plan_can_be_run_on_flags(flags, path, tmp_path):
     _, run = flags
-    args = Namespace(plan=path, rates=False, seeds=2, iterations=16, points=2)
+    args = Namespace(plan=path, rates=False, seeds=2, iterations=16, points=2, like="drift")
     jobs = run.jobs_of(args, tmp_path / "none.json")
     assert len({(name, config.seed) for name, config, _ in jobs}) == len(jobs)
     assert {config.seed for _, config, _ in jobs} == {0, 1}
