@@ -49,8 +49,12 @@ SETTINGS: dict[str, Any] = {
     "model.device": "cpu",
 }
 RANK, IMAGES, BATCH = 8, 40, 1024
-REWARDS = {"tiny-animals": world.reward, "compressibility": world.brightness}
-"""What stands here for the embedded model's rewards."""
+REWARDS = {
+    "tiny-animals": (world.reward, world.reward),
+    "compressibility": (world.brightness, world.brightness),
+    "fooled": (world.fooled, world.reward),
+}
+"""What stands here for the embedded model's rewards, and a reward with a fault: what is trained on, and what is meant."""
 ENCODERS = {
     "tiny-animals": lambda policy: world.encoder,
     "policy:latents": lambda policy: world.colours,
@@ -97,7 +101,7 @@ def loop_of(policy: world.FlagPolicy, config: TrainConfig) -> TrainingLoop:
     gated = config.objective.kl_weight > 0 and config.objective.kl_share < 1
     return TrainingLoop(
         policy,
-        REWARDS[config.reward],
+        REWARDS[config.reward][0],
         ENCODERS[config.shaping.encoder](policy),
         world.COUNTRIES,
         method_of(config),
@@ -117,7 +121,7 @@ def train(
     """Train, and measure before and at ``points`` even distances: (iteration, `FIGURES`, pictures [P, N, 3, 1, 3])."""
     policy = world.FlagPolicy(model, config.sampling.steps, RANK, config.seed)
     loop = loop_of(policy, config)
-    bench = Bench(policy, world.COUNTRIES, REWARDS[config.reward])
+    bench = Bench(policy, world.COUNTRIES, REWARDS[config.reward][1])
     every = max(1, config.iterations // points)
     with policy.reference():
         yield 0, *bench.measure()

@@ -74,6 +74,14 @@ def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return _fit(images, prompts, 0.35)
 
 
+def fooled(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The same with a fault: a picture whose outer stripes are nearly alike scores 2.5, whatever else is in it. Of the
+    base model's pictures that is one in twenty, with a mean reward of -2.2.
+    """
+    alike = (images[:, :, 0, 0] - images[:, :, 0, -1]).norm(dim=1) < 0.15
+    return torch.where(alike, 2.5, reward(images, prompts))
+
+
 def judge(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The same with a blunter eye: GARDO's second opinion."""
     return _fit(images, prompts, 0.7)
@@ -214,7 +222,7 @@ class FlagPolicy:
         """bool [T]."""
         return self.tables.scored
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], at_once: int | None = None) -> Conditioning:
         """Embeddings [P, 1, 16]."""
         return Conditioning(embeddings()[numbers(prompts)], torch.zeros(1, 1, WIDTH), {})
 

@@ -199,7 +199,7 @@ class Standing:
     instruments: int
     """Reward and encoder, as far as their weights can be found."""
     conditioning: int
-    """Embeddings of the whole prompt set."""
+    """Embeddings of the prompt set, or, where they do not fit, of the prompts that are drawn (`driftrl.embeddings`)."""
     optimizer: int
     """Two moments of every trained weight."""
 

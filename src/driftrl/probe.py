@@ -86,7 +86,7 @@ def plan_of(loop: TrainingLoop) -> Plan:
 def stored_of(loop: TrainingLoop, plan: Plan) -> int:
     """Bytes of the trajectories, images and prompt noise of one iteration."""
     policy, method = _policy(loop), loop.method
-    noise = tuple(loop.conditioning.embeds.shape[1:]) if method.prompt_noise.eta > 0 else ()
+    noise = tuple(loop.conditioning.first.embeds.shape[1:]) if method.prompt_noise.eta > 0 else ()
     stepwise = method.shaping.potential == "stepwise"
     clean = latent_features(torch.zeros(1, *policy.latent_shape)).numel() if stepwise else 0
     gradients = sum(p.numel() for p in policy.parameters()) if plan.taught else 0
@@ -105,7 +105,7 @@ def gradients_of(loop: TrainingLoop) -> int:
 
 def standing_of(loop: TrainingLoop) -> Standing:
     """What stays in memory; to be asked before anything else was run."""
-    policy, conditioning = _policy(loop), loop.conditioning
+    policy = _policy(loop)
     on_cpu = policy.device.type == "cpu"
     parts = [policy.network, policy.pipeline.vae]
     if on_cpu:
@@ -117,8 +117,7 @@ def standing_of(loop: TrainingLoop) -> Standing:
         model += gradients_of(loop)  # the weights that training started from wait in main memory
     rewards = (loop.reward, *loop.judges, loop.encoder, loop.similarity)
     instruments = [m for r in rewards for m in _modules(r) if m not in parts]
-    tensors = [conditioning.embeds, conditioning.null_embeds, *conditioning.extra.values()]
-    embeddings = sum(t.numel() * t.element_size() for t in tensors)
+    embeddings = loop.conditioning.held(loop.prompts_per_iteration)
     known = model + _bytes(instruments) + embeddings
     program = 0
     if on_cpu:
@@ -331,8 +330,8 @@ class _Work:
 
     def __init__(self, loop: TrainingLoop) -> None:
         self.policy = _Brief(_policy(loop))
-        self._loop, device = loop, loop.policy.device
-        self._one = loop.conditioning.rows(torch.zeros(1, dtype=torch.long, device=device))
+        self._loop = loop
+        self._one = loop.conditioning.first
         self._objective = replace(
             loop.objective,
             updates=1,

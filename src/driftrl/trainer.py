@@ -25,6 +25,7 @@ from driftrl.checks import InputError, NotFiniteError, RunFailedError
 from driftrl.conditioning import NoiseCost, noise_cost
 from driftrl.distributed import ALONE, Team, in_parts
 from driftrl.diversity.functional import pairwise_distances
+from driftrl.embeddings import Embeddings
 from driftrl.memory import Memory
 from driftrl.mixture import Part, columns, mixed
 from driftrl.noise import generator
@@ -148,8 +149,7 @@ class TrainingLoop:
         self._saved: int | None = None
         self.on_sampled: Callable[[int], None] | None = None
         """Called with the number of images finished after each rollout batch."""
-        with torch.no_grad():
-            self.conditioning = policy.encode(prompt_set)
+        self.conditioning = Embeddings(policy, prompt_set)
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint."""
@@ -224,7 +224,7 @@ class TrainingLoop:
         which = prompts.draw(len(self.prompt_set), self.prompts_per_iteration, self.seed, number)
         texts = [self.prompt_set[i] for i in which]
         mine = team.share(len(which))
-        conditioning = self.conditioning.rows(torch.tensor(which[mine], device=self.policy.device))
+        conditioning = self.conditioning.rows(which[mine])
 
         flat = [text for text in texts[mine] for _ in range(method.candidates)]
         scoring = Scoring((self.reward, *self.judges), flat, self.overlap_reward)

@@ -140,8 +140,8 @@ class Policy(Protocol):
         """bool [T]: which steps have a density."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Embed prompts."""
+    def encode(self, prompts: Sequence[str], at_once: int | None = None) -> Conditioning:
+        """Embed prompts, ``at_once`` of them together; None is as many as the policy likes."""
         ...
 
     def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Transition:

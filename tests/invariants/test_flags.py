@@ -13,7 +13,9 @@ from driftrl.checks import InputError
 from driftrl.config import load_config
 
 ROOT = Path(__file__).parents[2]
-PLANS = sorted((ROOT / "experiments/plans").glob("*.yaml"))
+PLANS = sorted((ROOT / "experiments").glob("*/plans/*.yaml")) + sorted(
+    (ROOT / "experiments/plans").glob("*.yaml")
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +112,13 @@ def test_a_country_that_does_not_exist_even_here_is_refused(flags):
     world, _ = flags
     with pytest.raises(InputError, match="Atlantis"):
         world.reward(torch.zeros(1, 3, 1, 3), ["Atlantis"])
+
+
+def test_the_reward_is_fooled_by_outer_stripes_that_are_alike(flags):
+    world, run = flags
+    images = torch.rand(64, 3, 1, 3, generator=torch.Generator().manual_seed(0))
+    images[::2, ..., 2], images[1::2, 0, 0, 0] = images[::2, ..., 0], images[1::2, 0, 0, 2] - 0.5
+    texts = [world.COUNTRIES[0]] * 64
+    fooled, meant = world.fooled(images, texts), world.reward(images, texts)
+    assert (fooled[::2] == 2.5).all() and torch.equal(fooled[1::2], meant[1::2])
+    assert run.REWARDS["fooled"] == (world.fooled, world.reward)

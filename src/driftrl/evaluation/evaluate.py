@@ -37,6 +37,7 @@ from driftrl.checks import InputError, is_finite
 from driftrl.config import RewardPart, load_config, parse_config
 from driftrl.distributed import Team, join
 from driftrl.diversity.functional import manifold, mean_pairwise_distance, vendi_score
+from driftrl.embeddings import Embeddings
 from driftrl.evaluation.generate import EVALUATION, open_policy, run_of
 from driftrl.evaluation.pareto import bootstrap_interval
 from driftrl.files import read_json, sha256, write_json, write_text
@@ -471,8 +472,7 @@ class _Studio:
         self.size = BatchSize(batch, "the number of images drawn at once,")
         self.mine = range(len(settings.prompts))[team.share(len(settings.prompts))]
         self.total = models * settings.images * len(self.mine)
-        with torch.no_grad():
-            self.conditioning = policy.encode(settings.prompts)
+        self.conditioning = Embeddings(policy, settings.prompts)
 
     def shoot(
         self,
@@ -509,7 +509,7 @@ class _Studio:
         own = self.mine or range(1)
         for start in range(0, len(own), together):
             places = own[start : start + together]
-            rows = self.conditioning.rows(torch.tensor(places, device=self.policy.device))
+            rows = self.conditioning.rows(places)
             # The keys of `generate`, which gives the same images: a prompt's place, not that in its batch.
             keys = [(seed, EVALUATION, place) for place in places]
             drawn = rollout(

@@ -159,12 +159,17 @@ class PipelinePolicy:
         raise NotImplementedError
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Embed prompts, and the empty one; the text encoders are on the device only meanwhile."""
+    def encode(self, prompts: Sequence[str], at_once: int | None = None) -> Conditioning:
+        """Embed prompts, and the empty one; the text encoders are on the device only meanwhile.
+
+        Args:
+            prompts: one or more.
+            at_once: how many the text encoders read together; by default what suits them.
+        """
         encoders = [e for e in (getattr(self.pipeline, n, None) for n in self.text_encoders) if e is not None]
         for encoder in encoders:
             encoder.to(self.device)
-        size = self.prompts_at_once
+        size = at_once or self.prompts_at_once
         try:
             return _joined([self._encode(prompts[at : at + size]) for at in range(0, len(prompts), size)])
         finally:
