@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from driftrl.build import method_of, objective_of, prompt_noise_of
+from driftrl.checks import InputError
 from driftrl.config import TrainConfig, merged, parse_config
 from driftrl.evaluation.evaluate import REFERENCE, Instruments, measure
 from driftrl.evaluation.pareto import hypervolume
@@ -37,11 +38,14 @@ from driftrl.types import Reward
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/flags"
+Job = tuple[str, TrainConfig, int]
+"""A run's name, its configuration, and how often it is measured."""
 FIGURES = ("reward", "diversity", "diversity/clip", "recall", "vendi", "coverage")
 """What is kept; `diversity/clip` is by the features that no training sees."""
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-TUNING = (100, 101)
-"""Seeds of the search for the learning rate, which the comparison does not use again."""
+TUNING, AGAIN = (100, 101), (102, 103)
+"""Seeds of the search for the learning rate, which the comparison does not use again: all rates have the first ones, and
+each method's two best the others."""
 SETTINGS: dict[str, Any] = {
     "objective.timesteps": 1.0,  # nine numbers a picture: every step matters
     "optimizer.learning_rate": 2e-3,
@@ -62,11 +66,9 @@ ENCODERS = {
 }
 
 
-def here(config: TrainConfig, iterations: int, rate: float | None = None) -> TrainConfig:
+def here(config: TrainConfig, iterations: int) -> TrainConfig:
     """A plan's configuration, on flags."""
-    own = nested(
-        {**SETTINGS, "iterations": iterations} | ({} if rate is None else {"optimizer.learning_rate": rate})
-    )
+    own = nested({**SETTINGS, "iterations": iterations})
     own["prompts"] = {"per_iteration": min(config.prompts.per_iteration, len(world.COUNTRIES))}
     return parse_config(merged(config.model_dump(mode="json"), own))
 
@@ -142,7 +144,7 @@ def base_model() -> world.Denoiser:
     return model
 
 
-def one(job: tuple[str, TrainConfig, int]) -> dict[str, Any]:
+def one(job: Job) -> dict[str, Any]:
     """One run, as it goes into the file."""
     name, config, points = job
     torch.set_num_threads(1)
@@ -159,32 +161,105 @@ def volume(run: dict[str, Any], corner: float) -> float:
     return hypervolume([point[1:3] for point in run["points"]], (corner, 0.0))
 
 
-def best_rates(file: Path) -> dict[str, float]:
-    """Of each method the rate with the largest mean hypervolume; nothing where there was no search."""
+def ranked_rates(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Of each method the rates from the best to the worst: most seeds first, then the largest mean hypervolume."""
     found: dict[str, dict[float, list[float]]] = {}
-    for run in json.loads(file.read_text())["runs"] if file.is_file() else ():
+    for run in runs:
         by_rate = found.setdefault(run["name"], {})
         by_rate.setdefault(run["rate"], []).append(volume(run, run["points"][0][1]))
-    return {name: max(rates, key=lambda rate: sum(rates[rate])) for name, rates in found.items()}
+
+    def merit(volumes: list[float]) -> tuple[int, float]:
+        return len(volumes), sum(volumes) / len(volumes)
+
+    return {
+        name: sorted(rates, key=lambda rate: merit(rates[rate]), reverse=True)
+        for name, rates in found.items()
+    }
 
 
-def jobs_of(args: argparse.Namespace, searched: Path) -> list[tuple[str, TrainConfig, int]]:
-    """Every run of the plan, on flags, seed by seed."""
-    plan = load_plan(args.plan)
-    runs = {run.config.name: run.config for run in reversed(expand(plan, args.plan))}
-    seeds = TUNING if args.rates else range(args.seeds)
-    tuned = {} if args.rates else best_rates(searched)
-    usual = tuned.get(args.like, SETTINGS["optimizer.learning_rate"])
+def best_rates(file: Path) -> dict[str, float]:
+    """The first of these; nothing where there was no search."""
+    runs = json.loads(file.read_text())["runs"] if file.is_file() else []
+    return {name: rates[0] for name, rates in ranked_rates(runs).items()}
+
+
+def planned(path: Path, iterations: int) -> dict[str, TrainConfig]:
+    """The configurations of a plan, by name, in its order; of several seeds the first."""
+    runs: dict[str, TrainConfig] = {}
+    for run in expand(load_plan(path), path):
+        runs.setdefault(run.config.name, here(run.config, iterations))
+    return runs
+
+
+def jobs_of(
+    configs: dict[str, TrainConfig], rates: Mapping[str, Sequence[float]], seeds: Sequence[int], points: int
+) -> list[Job]:
+    """Every configuration at each of its rates, seed by seed."""
     return [
-        (
-            name,
-            here(config.model_copy(update={"seed": seed}), args.iterations, rate or tuned.get(name, usual)),
-            args.points,
-        )
+        (name, config.model_copy(update={"seed": seed, "optimizer": at_rate(config, rate)}), points)
         for seed in seeds
-        for name, config in reversed(runs.items())
-        for rate in (RATES if args.rates else (None,))
+        for name, config in configs.items()
+        for rate in rates[name]
     ]
+
+
+def at_rate(config: TrainConfig, rate: float) -> Any:
+    """The optimiser's settings at another learning rate."""
+    return config.optimizer.model_copy(update={"learning_rate": rate})
+
+
+def key(job: Job) -> tuple[str, int, float]:
+    """What a run is found again by."""
+    return job[0], job[1].seed, job[1].optimizer.learning_rate
+
+
+class Book:
+    """The file that results are in."""
+
+    def __init__(self, file: Path, name: str, iterations: int, against: str) -> None:
+        """Read it, if it is there.
+
+        Raises:
+            InputError: if its runs are of another length.
+        """
+        self.file = file
+        self.data: dict[str, Any] = {
+            "plan": name,
+            "iterations": iterations,
+            "against": against,
+            "figures": FIGURES,
+            "runs": [],
+        }
+        if file.is_file():
+            self.data |= json.loads(file.read_text())
+        if self.data["iterations"] != iterations:
+            raise InputError(
+                f"{file} has runs of {self.data['iterations']} iterations; give as many, or another --out"
+            )
+
+    def make(self, jobs: list[Job], processes: int | None, only: bool = False) -> None:
+        """Make what is missing of ``jobs``, and with ``only`` forget what is not of them."""
+        wanted = {key(job) for job in jobs}
+        found = {(run["name"], run["seed"], run["rate"]): run for run in self.data["runs"]}
+        if only:
+            self.data["runs"] = [run for name, run in found.items() if name in wanted]
+        todo = [job for job in jobs if key(job) not in found]
+        if not todo:
+            return
+        with multiprocessing.get_context("spawn").Pool(processes) as pool, Progress() as progress:
+            bar = progress.add_task(self.data["plan"], total=len(todo))
+            for run in pool.imap_unordered(one, todo):
+                self.data["runs"].append(run)
+                self.save()
+                progress.advance(bar)
+
+    def save(self) -> None:
+        """A line for each run."""
+        self.data["runs"].sort(key=lambda run: (run["seed"], run["name"], run["rate"]))
+        lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in self.data["runs"])
+        head = json.dumps({name: value for name, value in self.data.items() if name != "runs"})
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(f'{head[:-1]}, "runs": [\n{lines}\n]}}\n')
 
 
 def main() -> None:
@@ -196,9 +271,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=480)
     parser.add_argument("--points", type=int, default=16, help="how often a run is measured")
-    parser.add_argument(
-        "--rates", action="store_true", help="search the learning rate in place of the plan's seeds"
-    )
+    parser.add_argument("--rates", action="store_true", help="search each method's learning rate instead")
     parser.add_argument(
         "--like", default="drift", help="the method whose rate those have that no search has had (drift)"
     )
@@ -206,34 +279,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     name = args.plan.stem
-    file, searched = args.out / f"{name}{'-rates' * args.rates}.json", args.out / f"{name}-rates.json"
-    if not searched.is_file():
-        searched = args.out / "methods-rates.json"
-    base_model()
-    jobs = jobs_of(args, searched)
-    data = {
-        "plan": name,
-        "iterations": args.iterations,
-        "against": jobs[0][0],
-        "figures": FIGURES,
-        "runs": [],
-    }
-    if file.is_file():
-        data |= json.loads(file.read_text())
-    if data["iterations"] != args.iterations:
-        parser.error(f"{file} has runs of {data['iterations']} iterations; give as many, or another --out")
-    done = {(run["name"], run["seed"], run["rate"]) for run in data["runs"]}
-    todo = [job for job in jobs if (job[0], job[1].seed, job[1].optimizer.learning_rate) not in done]
-    args.out.mkdir(parents=True, exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool, Progress() as progress:
-        bar = progress.add_task(name, total=len(todo))
-        for run in pool.imap_unordered(one, todo):
-            data["runs"].append(run)
-            data["runs"].sort(key=lambda run: (run["seed"], run["name"], run["rate"]))
-            lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in data["runs"])
-            head = json.dumps({key: value for key, value in data.items() if key != "runs"})
-            file.write_text(f'{head[:-1]}, "runs": [\n{lines}\n]}}\n')
-            progress.advance(bar)
+    searched = args.out / f"{name}-rates.json"
+    try:
+        configs = planned(args.plan, args.iterations)
+        book = Book(
+            searched if args.rates else args.out / f"{name}.json", name, args.iterations, next(iter(configs))
+        )
+        base_model()
+        if args.rates:
+            book.make(jobs_of(configs, dict.fromkeys(configs, RATES), TUNING, args.points), args.jobs)
+            best = {method: rates[:2] for method, rates in ranked_rates(book.data["runs"]).items()}
+            book.make(jobs_of(configs, best, AGAIN, args.points), args.jobs)
+            return
+        tuned = best_rates(searched if searched.is_file() else args.out / "methods-rates.json")
+        usual = tuned.get(args.like, SETTINGS["optimizer.learning_rate"])
+        rates = {method: [tuned.get(method, usual)] for method in configs}
+        book.make(jobs_of(configs, rates, range(args.seeds), args.points), args.jobs, only=True)
+        book.save()
+    except InputError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; the same command goes on\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ def base(flags):
 
 def configured(run, name, iterations, rate, *overrides):
     file = ROOT / f"experiments/methods/{name}.yaml"
-    return run.here(load_config(file, list(overrides)), iterations, rate)
+    config = run.here(load_config(file, list(overrides)), iterations)
+    return config.model_copy(update={"optimizer": run.at_rate(config, rate)})
 
 
 def test_the_base_model_draws_the_flags_of_the_country(flags, base):
@@ -87,25 +89,67 @@ def test_replay_is_the_policy_that_drew(flags, base, name):
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
-def test_every_plan_can_be_run_on_flags(flags, path, tmp_path):
+def test_every_plan_can_be_run_on_flags(flags, path):
     _, run = flags
-    args = Namespace(plan=path, rates=False, seeds=2, iterations=16, points=2, like="drift")
-    jobs = run.jobs_of(args, tmp_path / "none.json")
-    assert len({(name, config.seed) for name, config, _ in jobs}) == len(jobs)
-    assert {config.seed for _, config, _ in jobs} == {0, 1}
+    configs = run.planned(path, 16)
+    jobs = run.jobs_of(configs, dict.fromkeys(configs, (1e-3, 2e-3)), (0, 7), 2)
+    assert len({run.key(job) for job in jobs}) == len(jobs) == 4 * len(configs)
+    assert {(c.seed, c.optimizer.learning_rate) for _, c, _ in jobs} == {
+        (s, r) for s in (0, 7) for r in (1e-3, 2e-3)
+    }
     assert all(c.objective.timesteps == 1.0 and c.iterations == 16 for _, c, _ in jobs)
     assert all(c.reward in run.REWARDS and c.shaping.encoder in run.ENCODERS for _, c, _ in jobs)
 
 
-def test_the_best_rate_is_that_of_the_largest_hypervolume(flags, tmp_path):
+def test_the_best_rate_is_that_of_the_largest_hypervolume_over_most_seeds(flags, tmp_path):
     _, run = flags
 
-    def made(rate, reach):
-        return {"name": "grpo", "seed": 100, "rate": rate, "points": [[0, 0.0, 0.5], [8, reach, 0.4]]}
+    def made(rate, reach, seed=100):
+        return {"name": "grpo", "seed": seed, "rate": rate, "points": [[0, 0.0, 0.5], [8, reach, 0.4]]}
 
+    runs = [made(0.1, 1.0), made(0.2, 2.0), made(0.4, 1.5)]
     file = tmp_path / "rates.json"
-    file.write_text(json.dumps({"runs": [made(0.1, 1.0), made(0.2, 2.0), made(0.4, 1.5)]}))
+    file.write_text(json.dumps({"runs": runs}))
     assert run.best_rates(file) == {"grpo": 0.2} and run.best_rates(tmp_path / "none.json") == {}
+    assert run.ranked_rates(runs) == {"grpo": [0.2, 0.4, 0.1]}
+    again = [*runs, made(0.2, 1.0, 102), made(0.4, 1.6, 102)]
+    assert run.ranked_rates(again) == {"grpo": [0.4, 0.2, 0.1]}
+
+
+def test_what_is_in_the_file_is_not_made_again(flags, base, tmp_path, monkeypatch):
+    _, run = flags
+    configs = {"grpo": configured(run, "grpo", 2, 1e-3)}
+
+    class Pool:
+        made: ClassVar[list] = []
+
+        def __init__(self, processes):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def imap_unordered(self, function, jobs):
+            self.made.extend(map(run.key, jobs))
+            return map(function, jobs)
+
+    monkeypatch.setattr(run, "base_model", lambda: base)
+    monkeypatch.setattr(run.multiprocessing, "get_context", lambda kind: Namespace(Pool=Pool))
+    file = tmp_path / "plan.json"
+    run.Book(file, "plan", 2, "grpo").make(run.jobs_of(configs, {"grpo": [1e-3, 2e-3]}, (0,), 1), 1)
+    book = run.Book(file, "plan", 2, "grpo")
+    book.make(run.jobs_of(configs, {"grpo": [2e-3]}, (0, 1), 1), 1, only=True)
+    assert Pool.made == [("grpo", 0, 1e-3), ("grpo", 0, 2e-3), ("grpo", 1, 2e-3)]
+    left = json.loads(file.read_text())
+    assert [(r["seed"], r["rate"], [p[0] for p in r["points"]]) for r in left["runs"]] == [
+        (0, 2e-3, [0, 2]), (1, 2e-3, [0, 2]),
+    ]  # fmt: skip
+    assert left["figures"] == list(run.FIGURES) and left["against"] == "grpo"
+    with pytest.raises(InputError, match="runs of 2 iterations"):
+        run.Book(file, "plan", 4, "grpo")
 
 
 def test_a_country_that_does_not_exist_even_here_is_refused(flags):
