@@ -52,6 +52,7 @@ figures: $(VENV)/installed  ## the figures of the documentation, and its list of
 	$(BIN)/python docs/figures/dirac_delta.py
 	$(BIN)/python docs/figures/results.py
 	$(BIN)/python docs/figures/which_part.py
+	$(BIN)/python docs/figures/flags.py
 
 tiny-animals: $(VENV)/installed  ## the embedded model, from registry packages (needs npm; hours)
 	cd tools && for stage in autoencoder denoiser scorer checker encoder check; do \

@@ -1,0 +1,164 @@
+"""Tables and figure of docs/flags.md, for `results.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from driftrl.checks import InputError
+from driftrl.evaluation.pareto import bootstrap_interval, gain_at_equal, hypervolume
+from driftrl.evaluation.picture import COLOURS, INK, MUTED, RULE
+
+Curves = dict[Any, list[list[list[float]]]]
+"""Of each method the points of each seed: iteration, reward, and five measures of variety."""
+SEEN = {
+    "diversity": 2,
+    "diversity, unseen features": 3,
+    "recall": 4,
+    "Vendi score": 5,
+    "coverage": 6,
+}
+"""What was measured on the flags, and where it stands in a point."""
+
+
+SHOWN = ("grpo", "drift", "drift-no-selection", "diversegrpo", "grpo-kl-0.1", "dancegrpo")
+"""In the figure, which has colours for six."""
+MANY = 15
+"""Of more methods than this only the settings' marginal means are shown."""
+
+
+def curves_of(runs: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> Curves:
+    """The points of all runs, by what ``key`` calls them."""
+    curves: Curves = {}
+    for run in runs:
+        curves.setdefault(key(run), []).append(run["points"])
+    return curves
+
+
+def volumes(runs: list[list[list[float]]], place: int) -> list[float]:
+    """Hypervolume of each seed, above the base model's reward and no variety."""
+    return [hypervolume([(p[1], p[place]) for p in run], (run[0][1], 0.0)) for run in runs]
+
+
+def gains(
+    runs: list[list[list[float]]], rivals: list[list[list[float]]], place: int, axis: str
+) -> list[float]:
+    """Of each seed what it has more than the rival's same seed, at equal ``axis``: percent of variety, or reward."""
+    found = []
+    for run, rival in zip(runs, rivals, strict=False):
+        try:
+            gain = gain_at_equal(*([(p[1], p[place]) for p in each] for each in (run, rival)), axis)
+        except InputError:  # no level that both reach
+            continue
+        found.append(100 * (gain.relative or 0.0) if axis == "reward" else gain.absolute)
+    return found
+
+
+def about(values: list[float], digits: int = 2, sign: bool = False, unit: str = "") -> str:
+    """Mean and half of the 90% interval over seeds."""
+    if not values:
+        return ""
+    interval = bootstrap_interval(values, 0.9)
+    plus = "+" if sign else ""
+    return f"{interval.mean:{plus}.{digits}f}{unit} ± {(interval.high - interval.low) / 2:.{digits}f}"
+
+
+def method_table(data: dict[str, Any], against: str) -> str:
+    """Of each method where it ends, hypervolumes, and variety at equal reward beside ``against``."""
+    curves = curves_of(data["runs"], lambda run: run["name"])
+    rates = {run["name"]: run["rate"] for run in data["runs"]}
+    names = sorted(curves, key=lambda name: -sum(volumes(curves[name], 2)) / len(curves[name]))
+    rivals = {
+        title: bootstrap_interval(volumes(curves[against], place), 0.9) for title, place in SEEN.items()
+    }
+    lines = [
+        f"| Method | Rate | Seeds | Best reward | Variety at equal reward | by unseen features | Hypervolume: {' | '.join(SEEN)} |",
+        "| --- " * (6 + len(SEEN)) + "|",
+    ]
+    for name in names:
+        runs, cells = curves[name], []
+        for title, place in SEEN.items():
+            found, rival = volumes(runs, place), rivals[title]
+            interval = bootstrap_interval(found, 0.9)
+            above = "**" if interval.low > rival.high else ""
+            cells.append(f"{above}{about(found)}{above}")
+        best = about([max(point[1] for point in run) for run in runs])
+        more = ["", ""] if name == against else [
+            about(gains(runs, curves[against], place, "reward"), 0, True, "%") for place in (2, 3)
+        ]  # fmt: skip
+        lines.append(f"| {name} | {rates[name]:g} | {len(runs)} | {best} | {' | '.join((*more, *cells))} |")
+    return "\n".join(lines)
+
+
+def marginal_table(data: dict[str, Any]) -> str:
+    """For each setting of a grid and each of its values, what all runs with it have on average."""
+    lines = [
+        f"| Setting | Runs | Best reward | Hypervolume: {' | '.join(SEEN)} |",
+        "| --- " * (3 + len(SEEN)) + "|",
+    ]
+    for setting in dict.fromkeys(
+        part for run in data["runs"] for part in run["name"].split("-") if "=" in part
+    ):
+        runs = [run["points"] for run in data["runs"] if setting in run["name"].split("-")]
+        best = about([max(point[1] for point in run) for run in runs])
+        cells = [about(volumes(runs, place)) for place in SEEN.values()]
+        lines.append(f"| {setting.replace('=', ' ')} | {len(runs)} | {best} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def rate_table(data: dict[str, Any]) -> str:
+    """Hypervolume of diversity of each method at each rate of the search; the rate that was taken is bold."""
+    rates = sorted({run["rate"] for run in data["runs"]})
+    lines = [
+        "| Method | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
+        "| --- " * (1 + len(rates)) + "|",
+    ]
+    for name in sorted({run["name"] for run in data["runs"]}):
+        curves = curves_of([run for run in data["runs"] if run["name"] == name], lambda run: run["rate"])
+        found = {rate: volumes(curves[rate], 2) for rate in rates}
+        best = max(rates, key=lambda rate: (len(found[rate]), sum(found[rate]) / len(found[rate])))
+        cells = []
+        for rate in rates:
+            mark = "**" if rate == best else ""
+            more = f" ({len(found[rate])})" if len(found[rate]) > min(map(len, found.values())) else ""
+            cells.append(f"{mark}{sum(found[rate]) / len(found[rate]):.2f}{mark}{more}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def figure(data: dict[str, Any], path: Path, shown: tuple[str, ...]) -> None:
+    """Variety over reward, a panel for each measure: seeds faint, means over seeds bold."""
+    curves = curves_of(data["runs"], lambda run: run["name"])
+    canvas = Figure(figsize=(2.9 * len(SEEN), 2.9), dpi=130, layout="constrained")
+    FigureCanvasAgg(canvas)
+    for axes, (title, place) in zip(
+        canvas.subplots(1, len(SEEN), squeeze=False)[0], SEEN.items(), strict=True
+    ):
+        for name, colour in zip(shown, COLOURS, strict=False):
+            for run in curves[name]:
+                axes.plot(
+                    [p[1] for p in run], [p[place] for p in run], color=colour, alpha=0.2, linewidth=0.7
+                )
+            means = [
+                [sum(part) / len(part) for part in zip(*at, strict=True)]
+                for at in zip(*curves[name], strict=True)
+            ]
+            axes.plot(
+                [p[1] for p in means], [p[place] for p in means], color=colour, linewidth=1.8, label=name
+            )
+        dressed(axes, title)
+    canvas.axes[0].legend(fontsize=8, frameon=False)
+    canvas.savefig(path, metadata={"Software": None})
+
+
+def dressed(axes: Any, title: str) -> None:
+    """A panel's title, label, ticks and grid."""
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_xlabel("reward", fontsize=8, color=MUTED)
+    axes.tick_params(labelsize=7.5, colors=MUTED, length=2)
+    axes.grid(color=RULE, linewidth=0.6)
+    axes.spines[:].set_visible(False)
