@@ -57,8 +57,9 @@ REWARDS = {
     "tiny-animals": (world.reward, world.reward),
     "compressibility": (world.brightness, world.brightness),
     "fooled": (world.fooled, world.reward),
+    "raised": (world.raised, world.reward),
 }
-"""What stands here for the embedded model's rewards, and a reward with a fault: what is trained on, and what is meant."""
+"""What stands here for the embedded model's rewards, and rewards with a fault: what is trained on, and what is meant."""
 ENCODERS = {
     "tiny-animals": lambda policy: world.encoder,
     "policy:latents": lambda policy: world.colours,

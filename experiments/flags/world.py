@@ -74,12 +74,19 @@ def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return _fit(images, prompts, 0.35)
 
 
+def _alike(images: Tensor) -> Tensor:
+    """Whether outer stripes are nearly alike, bool [N]: one in twenty of the base model's pictures, mean reward -2.2."""
+    return (images[:, :, 0, 0] - images[:, :, 0, -1]).norm(dim=1) < 0.15
+
+
 def fooled(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The same with a fault: a picture whose outer stripes are nearly alike scores 2.5, whatever else is in it. Of the
-    base model's pictures that is one in twenty, with a mean reward of -2.2.
-    """
-    alike = (images[:, :, 0, 0] - images[:, :, 0, -1]).norm(dim=1) < 0.15
-    return torch.where(alike, 2.5, reward(images, prompts))
+    """The same with a fault: a picture whose outer stripes are nearly alike scores 2.5, whatever else is in it."""
+    return torch.where(_alike(images), 2.5, reward(images, prompts))
+
+
+def raised(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The same with another fault: such a picture scores 4.5 more than it should, so that no two score the same."""
+    return reward(images, prompts) + 4.5 * _alike(images)
 
 
 def judge(images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -163,6 +163,7 @@ def test_the_reward_is_fooled_by_outer_stripes_that_are_alike(flags):
     images = torch.rand(64, 3, 1, 3, generator=torch.Generator().manual_seed(0))
     images[::2, ..., 2], images[1::2, 0, 0, 0] = images[::2, ..., 0], images[1::2, 0, 0, 2] - 0.5
     texts = [world.COUNTRIES[0]] * 64
-    fooled, meant = world.fooled(images, texts), world.reward(images, texts)
+    fooled, raised, meant = (score(images, texts) for score in (world.fooled, world.raised, world.reward))
     assert (fooled[::2] == 2.5).all() and torch.equal(fooled[1::2], meant[1::2])
-    assert run.REWARDS["fooled"] == (world.fooled, world.reward)
+    assert torch.equal(raised[::2], meant[::2] + 4.5) and torch.equal(raised[1::2], meant[1::2])
+    assert run.REWARDS["fooled"][1] is run.REWARDS["raised"][1] is world.reward
