@@ -47,14 +47,18 @@ def volumes(runs: list[list[list[float]]], place: int) -> list[float]:
 def gains(
     runs: list[list[list[float]]], rivals: list[list[list[float]]], place: int, axis: str
 ) -> list[float]:
-    """Of each seed what it has more than the rival's same seed, at equal ``axis``: percent of variety, or reward."""
+    """Of each seed what it has more than the rival's same seed at equal ``axis``, in percent of what the rival has: of
+    variety at equal reward, or of reward gained over the base model at equal diversity.
+    """
     found = []
     for run, rival in zip(runs, rivals, strict=False):
         try:
-            gain = gain_at_equal(*([(p[1], p[place]) for p in each] for each in (run, rival)), axis)
+            gain = gain_at_equal(
+                *([(p[1] - each[0][1], p[place]) for p in each] for each in (run, rival)), axis
+            )
         except InputError:  # no level that both reach
             continue
-        found.append(100 * (gain.relative or 0.0) if axis == "reward" else gain.absolute)
+        found.append(100 * (gain.relative or 0.0))
     return found
 
 
@@ -76,8 +80,8 @@ def method_table(data: dict[str, Any], against: str) -> str:
         title: bootstrap_interval(volumes(curves[against], place), 0.9) for title, place in SEEN.items()
     }
     lines = [
-        f"| Method | Rate | Seeds | Best reward | Variety at equal reward | by unseen features | Hypervolume: {' | '.join(SEEN)} |",
-        "| --- " * (6 + len(SEEN)) + "|",
+        f"| Method | Rate | Seeds | Best reward | Variety at equal reward | by unseen features | Reward gained at equal diversity | Hypervolume: {' | '.join(SEEN)} |",
+        "| --- " * (7 + len(SEEN)) + "|",
     ]
     for name in names:
         runs, cells = curves[name], []
@@ -87,8 +91,9 @@ def method_table(data: dict[str, Any], against: str) -> str:
             above = "**" if interval.low > rival.high else ""
             cells.append(f"{above}{about(found)}{above}")
         best = about([max(point[1] for point in run) for run in runs])
-        more = ["", ""] if name == against else [
-            about(gains(runs, curves[against], place, "reward"), 0, True, "%") for place in (2, 3)
+        more = ["", "", ""] if name == against else [
+            about(gains(runs, curves[against], place, axis), 0, True, "%")
+            for place, axis in ((2, "reward"), (3, "reward"), (2, "diversity"))
         ]  # fmt: skip
         lines.append(f"| {name} | {rates[name]:g} | {len(runs)} | {best} | {' | '.join((*more, *cells))} |")
     return "\n".join(lines)

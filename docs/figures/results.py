@@ -35,7 +35,7 @@ def shown(interval: Interval | None, digits: int = 3, sign: bool = False) -> str
         return "no common level"
     plus = "+" if sign else ""
     mean, low, high = (f"{v:{plus}.{digits}f}" for v in (interval.mean, interval.low, interval.high))
-    return f"{mean} ({low} to {high})"
+    return mean if interval.count == 1 else f"{mean} ({low} to {high})"
 
 
 def tables(methods: list[Method]) -> str:

@@ -273,6 +273,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=480)
     parser.add_argument("--points", type=int, default=16, help="how often a run is measured")
     parser.add_argument("--rates", action="store_true", help="search each method's learning rate instead")
+    parser.add_argument("--among", type=float, nargs="+", default=RATES, help="the rates of that search")
     parser.add_argument(
         "--like", default="drift", help="the method whose rate those have that no search has had (drift)"
     )
@@ -288,7 +289,7 @@ def main() -> None:
         )
         base_model()
         if args.rates:
-            book.make(jobs_of(configs, dict.fromkeys(configs, RATES), TUNING, args.points), args.jobs)
+            book.make(jobs_of(configs, dict.fromkeys(configs, args.among), TUNING, args.points), args.jobs)
             best = {method: rates[:2] for method, rates in ranked_rates(book.data["runs"]).items()}
             book.make(jobs_of(configs, best, AGAIN, args.points), args.jobs)
             return
