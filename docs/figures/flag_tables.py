@@ -27,6 +27,8 @@ SEEN = {
 
 SHOWN = ("grpo", "drift", "drift-no-selection", "diversegrpo", "grpo-kl-0.1", "dancegrpo")
 """In the figure, which has colours for six."""
+LITTLE = 0.2
+"""Reward gained by a rival of which a share means nothing."""
 MANY = 15
 """Of more methods than this only the settings' marginal means are shown."""
 
@@ -58,7 +60,11 @@ def gains(
             )
         except InputError:  # no level that both reach
             continue
-        found.append(100 * (gain.relative or 0.0))
+        of = (
+            gain.absolute / gain.relative if gain.relative else None
+        )  # the rival's mean over the levels that both reach
+        if axis == "reward" or (of is not None and of > LITTLE):
+            found.append(100 * (gain.relative or 0.0))
     return found
 
 
