@@ -85,7 +85,7 @@ def main() -> None:
         axes.set_xticks([])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-    canvas.savefig(args.out, metadata={"Software": None})
+    canvas.savefig(args.out, metadata={"Software": None}, bbox_inches="tight", pad_inches=0.08)
 
 
 if __name__ == "__main__":
