@@ -36,6 +36,14 @@ CHANGES = [
 ]
 
 
+ONE_PASS = {
+    "optimizer__updates": 1,
+    "selection__strategy": "all",
+    "selection__keep": 6,
+    "shaping__ratio": 0.0,
+}
+
+
 @pytest.mark.filterwarnings("ignore::driftrl.build.GuidanceWarning")
 @pytest.mark.parametrize("changes", CHANGES)
 def test_the_network_is_called_as_often_as_estimated(config, tmp_path, changes):
@@ -115,13 +123,7 @@ def test_one_pass_by_hand():
 
 def test_the_probe_measures_one_pass(config, tmp_path):
     """Its stored bytes are those of a real rollout, and a fitted batch is the one that gradients are taken in."""
-    changes = {
-        "optimizer__updates": 1,
-        "selection__strategy": "all",
-        "selection__keep": 6,
-        "shaping__ratio": 0.0,
-    }
-    loop = build_loop(config(**changes), tmp_path)
+    loop = build_loop(config(**ONE_PASS), tmp_path)
     plan = probe.plan_of(loop)
     assert plan.taught == 1 and plan.rollout_batch == loop.update_batch.now
     drawn = loop._sample(loop.conditioning.rows(torch.arange(3)), [0, 1, 2], 0, Scoring((), [], False))
@@ -165,13 +167,7 @@ def test_remedies_end_where_nothing_is_left():
 
 def test_in_one_pass_it_is_the_update_s_batch_that_has_to_shrink(config, tmp_path):
     """Where gradients are taken while images are drawn, and where these are decoded."""
-    changes = {
-        "optimizer__updates": 1,
-        "selection__strategy": "all",
-        "selection__keep": 6,
-        "shaping__ratio": 0.0,
-    }
-    loop = build_loop(config(**changes), tmp_path)
+    loop = build_loop(config(**ONE_PASS), tmp_path)
     plan = probe.plan_of(loop)
     assert plan.taught
     state = {"checkpointing": False, "slicing": True, "half": True, "full": False}

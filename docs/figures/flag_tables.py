@@ -29,8 +29,6 @@ SHOWN = ("grpo", "drift", "drift-no-selection", "diversegrpo", "grpo-kl-0.1", "d
 """In the figure, which has colours for six."""
 LITTLE = 0.2
 """Reward gained by a rival of which a share means nothing."""
-MANY = 15
-"""Of more methods than this only the settings' marginal means are shown."""
 
 
 def curves_of(runs: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> Curves:
@@ -86,8 +84,8 @@ def method_table(data: dict[str, Any], against: str) -> str:
         title: bootstrap_interval(volumes(curves[against], place), 0.9) for title, place in SEEN.items()
     }
     lines = [
-        f"| Method | Rate | Seeds | Best reward | Variety at equal reward | by unseen features | Reward gained at equal diversity | Hypervolume: {' | '.join(SEEN)} |",
-        "| --- " * (7 + len(SEEN)) + "|",
+        f"| Method | Rate | Seeds | Best reward | Diversity at the end | Variety at equal reward | by unseen features | Reward gained at equal diversity | Hypervolume: {' | '.join(SEEN)} |",
+        "| --- " * (8 + len(SEEN)) + "|",
     ]
     for name in names:
         runs, cells = curves[name], []
@@ -101,23 +99,9 @@ def method_table(data: dict[str, Any], against: str) -> str:
             about(gains(runs, curves[against], place, axis), 0, True, "%")
             for place, axis in ((2, "reward"), (3, "reward"), (2, "diversity"))
         ]  # fmt: skip
-        lines.append(f"| {name} | {rates[name]:g} | {len(runs)} | {best} | {' | '.join((*more, *cells))} |")
-    return "\n".join(lines)
-
-
-def marginal_table(data: dict[str, Any]) -> str:
-    """For each setting of a grid and each of its values, what all runs with it have on average."""
-    lines = [
-        f"| Setting | Runs | Best reward | Hypervolume: {' | '.join(SEEN)} |",
-        "| --- " * (3 + len(SEEN)) + "|",
-    ]
-    for setting in dict.fromkeys(
-        part for run in data["runs"] for part in run["name"].split("-") if "=" in part
-    ):
-        runs = [run["points"] for run in data["runs"] if setting in run["name"].split("-")]
-        best = about([max(point[1] for point in run) for run in runs])
-        cells = [about(volumes(runs, place)) for place in SEEN.values()]
-        lines.append(f"| {setting.replace('=', ' ')} | {len(runs)} | {best} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {name} | {rates[name]:g} | {len(runs)} | {best} | {about([run[-1][2] for run in runs])} | {' | '.join((*more, *cells))} |"
+        )
     return "\n".join(lines)
 
 

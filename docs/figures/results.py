@@ -81,12 +81,14 @@ def figure(methods: list[Method], path: Path) -> None:
     canvas = Figure(figsize=(2.9 * len(metrics), 2.9), dpi=130, layout="constrained")
     FigureCanvasAgg(canvas)
     for axes, name in zip(canvas.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        for method, colour in zip(methods, COLOURS, strict=False):
+        for number, method in enumerate(methods):
+            colour = COLOURS[number % len(COLOURS)]
             for run in method.runs:
                 axes.plot(*zip(*run.curve(name), strict=True), color=colour, alpha=0.25, linewidth=0.8)
             axes.plot(
                 *zip(*method.mean_curve(name), strict=True),
                 color=colour,
+                linestyle="--" if number >= len(COLOURS) else "-",
                 marker="o",
                 markersize=3,
                 label=method.name,
@@ -135,8 +137,6 @@ def flag_blocks(check: bool) -> dict[str, str]:
             blocks[file.stem] = flag_tables.rate_table(data)
         else:
             blocks[file.stem] = flag_tables.method_table(data, data["against"])
-            if len({run["name"] for run in data["runs"]}) > flag_tables.MANY:
-                blocks[file.stem] = flag_tables.marginal_table(data)
         if file.stem == "methods" and not check:
             flag_tables.figure(data, DOCS / "images/flags-methods.png", flag_tables.SHOWN)
     return blocks

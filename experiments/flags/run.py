@@ -32,6 +32,7 @@ from driftrl.config import TrainConfig, merged, parse_config
 from driftrl.evaluation.evaluate import REFERENCE, Instruments, measure
 from driftrl.evaluation.pareto import hypervolume
 from driftrl.experiment.plan import expand, load_plan, nested
+from driftrl.files import write_text
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
 from driftrl.trainer import TrainingLoop
 from driftrl.types import Reward
@@ -239,11 +240,11 @@ class Book:
             )
 
     def make(self, jobs: list[Job], processes: int | None, only: bool = False) -> None:
-        """Make what is missing of ``jobs``, and with ``only`` forget what is not of them."""
-        wanted = {key(job) for job in jobs}
+        """Make what is missing of ``jobs``; with ``only`` forget runs of these methods at other rates, of no seed else."""
+        wanted = {(name, rate) for name, _, rate in map(key, jobs)}
         found = {(run["name"], run["seed"], run["rate"]): run for run in self.data["runs"]}
         if only:
-            self.data["runs"] = [run for name, run in found.items() if name in wanted]
+            self.data["runs"] = [run for (name, _, rate), run in found.items() if (name, rate) in wanted]
         todo = [job for job in jobs if key(job) not in found]
         if not todo:
             return
@@ -260,7 +261,7 @@ class Book:
         lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in self.data["runs"])
         head = json.dumps({name: value for name, value in self.data.items() if name != "runs"})
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(f'{head[:-1]}, "runs": [\n{lines}\n]}}\n')
+        write_text(self.file, f'{head[:-1]}, "runs": [\n{lines}\n]}}\n')
 
 
 def main() -> None:

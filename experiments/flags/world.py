@@ -63,8 +63,7 @@ def numbers(prompts: Sequence[str]) -> list[int]:
 def _fit(images: Tensor, prompts: Sequence[str], width: float) -> Tensor:
     """log sum_k exp(favour_k - |x - flag_k|^2 / 2 width^2), and no less than about -4."""
     which = torch.tensor(numbers(prompts))
-    colours = (2 * images - 1).flatten(1)
-    squares = (colours[:, None] - flags()[which].flatten(2)).square().sum(2)
+    squares = (colours(images)[:, None] - flags()[which].flatten(2)).square().sum(2)
     terms = favour()[which] - squares / (2 * width**2)
     return torch.cat([terms, torch.full((len(terms), 1), -4.0)], 1).logsumexp(1)
 
@@ -90,7 +89,7 @@ def raised(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def judge(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The same with a blunter eye: GARDO's second opinion."""
+    """The reward with a blunter eye: GARDO's second opinion."""
     return _fit(images, prompts, 0.7)
 
 
@@ -101,7 +100,10 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 def encoder(images: Tensor) -> Tensor:
     """What shaping sees: features [N, 256] whose cosine is a Gaussian kernel of the colours, of width 0.8."""
-    return _fourier(256, 0.8)(images)
+    draw = torch.Generator().manual_seed(2028)
+    waves = torch.randn(3 * STRIPES, 128, generator=draw) / 0.8
+    angles = colours(images) @ waves
+    return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 def colours(images: Tensor) -> Tensor:
@@ -114,18 +116,7 @@ def unseen(images: Tensor) -> Tensor:
     draw = torch.Generator().manual_seed(2029)
     first = torch.randn(3 * STRIPES, 128, generator=draw) / math.sqrt(3)
     second = torch.randn(128, 64, generator=draw) / math.sqrt(128)
-    return torch.tanh(torch.tanh(2 * (2 * images - 1).flatten(1) @ first) @ second)
-
-
-def _fourier(count: int, width: float):
-    draw = torch.Generator().manual_seed(2028)
-    waves = torch.randn(3 * STRIPES, count // 2, generator=draw) / width
-
-    def features(images: Tensor) -> Tensor:
-        angles = (2 * images - 1).flatten(1) @ waves
-        return torch.cat([angles.cos(), angles.sin()], 1)
-
-    return features
+    return torch.tanh(torch.tanh(2 * colours(images) @ first) @ second)
 
 
 class LoRA(nn.Module):
@@ -177,7 +168,7 @@ def embeddings() -> Tensor:
 
 
 def pretrained(steps: int = 4000, batch: int = 256) -> Denoiser:
-    """The base model: always the same one, in a quarter of a minute."""
+    """The base model: always the same one, in half a minute."""
     draw, alphas, words = torch.Generator().manual_seed(1), alphas_cumprod(), embeddings()[:, 0]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -210,7 +201,7 @@ class FlagPolicy:
     latent_shape = (3, 1, STRIPES)
 
     def __init__(self, model: Denoiser, steps: int, rank: int, seed: int = 0) -> None:
-        """Put a LoRA of ``rank`` on every layer but the first of ``model``, which is left alone."""
+        """Put a LoRA of ``rank`` on every layer of a copy of ``model``."""
         times = torch.arange(steps).flip(0) * (TRAINED_TIMESTEPS // steps) + TRAINED_TIMESTEPS // steps - 1
         self.tables = ddim_tables(alphas_cumprod(), times, 1.0, 1.0, "v_prediction")
         self.network = Denoiser()

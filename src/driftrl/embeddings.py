@@ -42,10 +42,7 @@ class Embeddings:
         with torch.no_grad():
             if len(prompts) > FEW:
                 self.first = policy.encode(prompts[:1])
-                self._fits = len(prompts) * nbytes(self.first) <= room
-            else:
-                self._fits = True
-            if self._fits:
+            if len(prompts) <= FEW or len(prompts) * nbytes(self.first) <= room:
                 self._all = policy.encode(prompts)
                 self.first = self._all.rows(torch.zeros(1, dtype=torch.long, device=policy.device))
 
@@ -53,7 +50,7 @@ class Embeddings:
         """Bytes on the policy's device while ``drawn`` prompts are at work; on a CPU, with what is kept there."""
         whole, null = len(self._prompts) * nbytes(self.first), self.first.null_embeds
         rest = null.numel() * null.element_size()
-        if self._fits:
+        if self._all is not None:
             return whole + rest
         kept = min(whole, self._host_room) if self._policy.device.type == "cpu" else 0
         return drawn * nbytes(self.first) + kept + rest

@@ -148,6 +148,8 @@ def test_what_is_in_the_file_is_not_made_again(flags, base, tmp_path, monkeypatc
         (0, 2e-3, [0, 2]), (1, 2e-3, [0, 2]),
     ]  # fmt: skip
     assert left["figures"] == list(run.FIGURES) and left["against"] == "grpo"
+    book.make(run.jobs_of(configs, {"grpo": [2e-3]}, (0,), 1), 1, only=True)  # fewer seeds lose none
+    assert len(book.data["runs"]) == 2
     with pytest.raises(InputError, match="runs of 2 iterations"):
         run.Book(file, "plan", 4, "grpo")
 
@@ -167,3 +169,11 @@ def test_the_reward_is_fooled_by_outer_stripes_that_are_alike(flags):
     assert (fooled[::2] == 2.5).all() and torch.equal(fooled[1::2], meant[1::2])
     assert torch.equal(raised[::2], meant[::2] + 4.5) and torch.equal(raised[1::2], meant[1::2])
     assert run.REWARDS["fooled"][1] is run.REWARDS["raised"][1] is world.reward
+
+
+def test_the_comparison_has_the_rates_that_the_search_found(flags):
+    _, run = flags
+    for name in ("methods", "bright"):
+        best = run.best_rates(run.RESULTS / f"{name}-rates.json")
+        made = json.loads((run.RESULTS / f"{name}.json").read_text())["runs"]
+        assert {(one["name"], one["rate"]) for one in made} == set(best.items())

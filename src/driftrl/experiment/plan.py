@@ -92,7 +92,7 @@ class PlanEvaluation(Section):
     """Of the images."""
     encoder: Place = "tiny-animals"
     """Whose features measure variety, whatever encoder a run was shaped with."""
-    rewards: list[str] = Field([])
+    rewards: list[Place] = Field([])
     """Further rewards, scored beside the one that was trained on."""
 
     @field_validator("checkpoints")
