@@ -94,21 +94,23 @@ def test_the_sizes_of_the_large_models(here, capsys):
     run_python("sdxl-and-flux.md")
     printed = dict(re.findall(r"^(.+): .* ([\d.]+ GiB) in bf16$", capsys.readouterr().out, re.MULTILINE))
     text = (GUIDES / "sdxl-and-flux.md").read_text()
-    assert all(f"| {name} | {printed[name]} |" in text for name in ("SDXL", "SD3 medium", "FLUX.1"))
-    assert f"{printed['T5-XXL']} (T5-XXL)" in text
+    assert all(
+        f"| {name} | {printed[name]} |" in text for name in ("SDXL", "SD3 medium", "FLUX.1", "SANA 1.6B")
+    )
+    assert all(f"{printed[name]} ({name})" in text for name in ("T5-XXL", "Gemma 2"))
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_the_configurations_of_the_large_models(here, encoder_folder, number):
     """As they stand they are valid; on a tiny pipeline of their classes they train."""
     data = yaml.safe_load(blocks("sdxl-and-flux.md", "yaml")[number])
     parse_config(data)
-    make = (families.make_sdxl, families.make_sd3, families.make_flux)[number]
+    make = (families.make_sdxl, families.make_sd3, families.make_flux, families.make_sana)[number]
     data["model"]["path"] = str(make(here / "pipeline"))
     data |= {"iterations": 1, "reward": "incompressibility", "shaping": {"encoder": str(encoder_folder)}}
     data |= {"selection": {"keep": 3}, "logging": {"trackers": []}}
     data["prompts"]["per_iteration"] = 1
-    data["sampling"] |= {"steps": 4, "candidates": 4, "height": 16, "width": 16}
+    data["sampling"] |= {"steps": 4, "candidates": 4, "height": 32, "width": 32}
     run = Trainer(parse_config(data), here / "run").run()
     assert (run / "checkpoints/000001/pytorch_lora_weights.safetensors").is_file()
 

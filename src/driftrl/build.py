@@ -23,7 +23,7 @@ from driftrl.files import numbers_in, read_json
 from driftrl.loading import demand_words
 from driftrl.mixture import Part
 from driftrl.objectives.gate import Anchor
-from driftrl.policies.flow import FluxPolicy, StableDiffusion3Policy
+from driftrl.policies.flow import FluxPolicy, SanaPolicy, StableDiffusion3Policy
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from driftrl.prompts import load_prompts
@@ -56,6 +56,7 @@ PIPELINES: dict[str, type[PipelinePolicy]] = {
     "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
     "StableDiffusion3Pipeline": StableDiffusion3Policy,
     "FluxPipeline": FluxPolicy,
+    "SanaPipeline": SanaPolicy,
 }
 
 NEVER_ASKED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -66,6 +67,7 @@ USUAL_SAMPLING = {
     "StableDiffusionXLPipeline": (50, 5.0),
     "StableDiffusion3Pipeline": (28, 4.5),
     "FluxPipeline": (28, 3.5),
+    "SanaPipeline": (20, 4.5),
 }
 """Steps and guidance scale of a model that no run has settings for."""
 SCHNELL = (4, 1.0)

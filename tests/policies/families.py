@@ -148,6 +148,62 @@ def make_flux(folder: Path, guidance: bool = True) -> Path:
     return folder
 
 
+def gemma(folder: Path):
+    """Gemma, as it reads prompts for SANA, and a tokenizer that spells everything out."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+
+    letters = sorted(set(string.printable))
+    words = {word: place for place, word in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *letters])}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
+    model = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, max_position_embeddings=4096,
+        )
+    )  # fmt: skip
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def make_sana(folder: Path) -> Path:
+    from diffusers import (
+        AutoencoderDC,
+        DPMSolverMultistepScheduler,
+        SanaPipeline,
+        SanaTransformer2DModel,
+    )
+
+    torch.manual_seed(0)
+    encoder, tokenizer = gemma(folder / "tokenizer")
+    SanaPipeline(
+        vae=AutoencoderDC(
+            latent_channels=4, attention_head_dim=2, scaling_factor=0.41407,
+            encoder_block_types=(*("ResBlock",) * 5, "EfficientViTBlock"), encoder_block_out_channels=(8,) * 6,
+            decoder_block_types=(*("ResBlock",) * 5, "EfficientViTBlock"), decoder_block_out_channels=(8,) * 6,
+            encoder_qkv_multiscales=(*((),) * 5, (5,)), decoder_qkv_multiscales=(*((),) * 5, (5,)),
+            encoder_layers_per_block=(1,) * 6, decoder_layers_per_block=(1,) * 6, downsample_block_type="Conv",
+            upsample_block_type="interpolate",
+        ),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=SanaTransformer2DModel(
+            patch_size=1, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+            num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
+            sample_size=2,
+        ),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=1
+        ),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 def make_sd15(folder: Path) -> Path:
     """Stable Diffusion 1.5 at full size: the published configurations of its parts, the tokenizer but for."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel

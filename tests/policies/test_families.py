@@ -24,16 +24,20 @@ from driftrl.update import Objective, update
 PROMPTS = ["a cat", "a dog"]
 KEYS = [(0, 3, 0), (0, 3, 1)]
 DIFFUSION = ("sd", "sd2", "sdxl")
-FAMILIES = (*DIFFUSION, "sd3", "sd35", "flux", "schnell")
+FAMILIES = (*DIFFUSION, "sd3", "sd35", "flux", "schnell", "sana")
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TARGETS = {
     "sd": ["to_q", "to_out.0"], "sd2": [*ATTENTION, "conv1", "proj_in"], "sdxl": [*ATTENTION, "ff.net.0.proj", "conv2"],
     "sd3": [*ATTENTION, "add_k_proj", "ff.net.2"], "sd35": ATTENTION, "flux": ATTENTION,
-    "schnell": [*ATTENTION, "add_q_proj", "proj_mlp"],
+    "schnell": [*ATTENTION, "add_q_proj", "proj_mlp"], "sana": [*ATTENTION, "conv_inverted"],
 }  # fmt: skip
 """Layers that get an adapter where it is taken to the stock pipeline: not only attention projections."""
+
+
+PIXELS = {"sana": 64}
+"""Sides of images; 16 for the others."""
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +51,7 @@ def folders(tmp_path_factory, epsilon_folder):
         "sd35": families.make_sd3(root / "sd35", medium35=True),
         "flux": families.make_flux(root / "flux"),
         "schnell": families.make_flux(root / "schnell", guidance=False),
+        "sana": families.make_sana(root / "sana"),
     }
 
 
@@ -60,8 +65,9 @@ def settings(config, folders):
     """A configuration for a family; FLUX does not say its size in pixels, so it is given."""
 
     def make(family, **changes):
-        size = {"sampling__height": 16, "sampling__width": 16}
-        return config(**({"model__path": str(folders[family])} | size | changes))
+        size = dict.fromkeys(("sampling__height", "sampling__width"), PIXELS.get(family, 16))
+        few = {"prompts__set": "animals8"}  # a text encoder may read a long instruction with each
+        return config(**({"model__path": str(folders[family])} | few | size | changes))
 
     return make
 
@@ -144,7 +150,8 @@ def test_guidance_and_every_condition_reach_the_network(settings, family):
     for name, value in conditioning.extra.items():
         if family == "flux" and name.startswith("null_"):
             continue  # guidance is distilled: there is no second branch
-        changed = {**conditioning.extra, name: value + 3 * (1 + value.abs())}
+        other = 1 - value if name.endswith("mask") else value + 3 * (1 + value.abs())
+        changed = {**conditioning.extra, name: other}
         moved = type(conditioning)(conditioning.embeds, conditioning.null_embeds, changed)
         assert (rollout(policy, moved, KEYS, 2, 4).images - base).abs().max() > 1e-6, name
 
@@ -181,8 +188,11 @@ def stock(pipeline, family, guidance, draw, extra=None):
     arguments = {"true_cfg_scale": guidance, "negative_prompt": [""] * 4} if family == "schnell" else {}
     if family == "sdxl":
         arguments["negative_prompt"] = None
+    if family == "sana":
+        arguments["use_resolution_binning"] = False
+    side = PIXELS.get(family, 16)
     return pipeline(
-        [p for p in PROMPTS for _ in range(2)], num_inference_steps=4, guidance_scale=guidance, height=16, width=16,
+        [p for p in PROMPTS for _ in range(2)], num_inference_steps=4, guidance_scale=guidance, height=side, width=side,
         generator=draw, output_type="pt", **arguments, **(extra or {}),
     ).images  # fmt: skip
 
@@ -374,17 +384,19 @@ def test_full_fine_tuning_in_half_precision_keeps_float32_weights(settings, fami
 
 def test_image_size_slicing_and_tiling(settings, family):
     """A larger picture than the model was made for; slicing changes nothing but memory."""
-    policy = build_policy(settings(family, sampling__height=24, sampling__width=32))
+    height, width = (PIXELS.get(family, 16) * times // 2 for times in (3, 4))
+    size = {"sampling__height": height, "sampling__width": width}
+    policy = build_policy(settings(family, **size))
     drawn = rollout(policy, policy.encode(PROMPTS), KEYS, 2, 4)
-    assert drawn.images.shape[-2:] == (24, 32)
-    sliced = build_policy(settings(family, sampling__height=24, sampling__width=32, model__vae_slicing=True))
+    assert drawn.images.shape[-2:] == (height, width)
+    sliced = build_policy(settings(family, **size, model__vae_slicing=True))
     torch.testing.assert_close(sliced.decode(drawn.latents[0, :, -1]), drawn.images[0], atol=1e-5, rtol=0)
     tiled = build_policy(settings(family, model__vae_tiling=True))
     assert tiled.pipeline.vae.use_tiling
 
 
 def test_refuses_sizes_that_the_model_cannot_draw(settings, family):
-    with pytest.raises(InputError, match=r"sampling.width: expected a multiple of \d pixels; got 17"):
+    with pytest.raises(InputError, match=r"sampling.width: expected a multiple of \d+ pixels; got 17"):
         build_policy(settings(family, sampling__width=17))
 
 
@@ -452,6 +464,8 @@ def test_attention_is_computed_by_sdpa(settings, family, dtype, monkeypatch):
         score_step(policy, torch.zeros(2, *policy.latent_shape), torch.zeros(2, dtype=torch.long), conditioning, None,
                    PromptNoise())  # fmt: skip
     layers = {name.rpartition(".")[0] for name, _ in policy.network.named_modules() if name.endswith(".to_q")}
+    if family == "sana":  # whose attention within an image is linear
+        layers = {name for name in layers if name.endswith("attn2")}
     assert len(calls) == len(layers) > 0
 
 

@@ -1,7 +1,8 @@
-"""Flow-matching models as policies: SD3 and FLUX with the Flow-GRPO SDE or coefficients-preserving sampling."""
+"""Flow-matching models as policies: SD3, FLUX and SANA with the Flow-GRPO SDE or coefficients-preserving sampling."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -34,7 +35,8 @@ class FlowPolicy(PipelinePolicy):
             InputError: for a scheduler that has no plain list of times, or a sampler that does not exist.
         """
         super().__init__(pipeline, sampler, device)
-        if (kind := type(pipeline.scheduler).__name__) != "FlowMatchEulerDiscreteScheduler":
+        if not self._has_times(pipeline.scheduler):
+            kind = type(pipeline.scheduler).__name__
             raise InputError(
                 f"model.path: its scheduler is a {kind}; expected a FlowMatchEulerDiscreteScheduler, which the model was "
                 "published with"
@@ -47,6 +49,10 @@ class FlowPolicy(PipelinePolicy):
         still = torch.zeros(len(now), 1, device=device)
         _, std, _ = FLOW_SAMPLERS[sampler.flow_sampler](still, still, now, after, sampler.noise_level)
         self._scored = std[:, 0] >= SHARPEST
+
+    def _has_times(self, scheduler: Any) -> bool:
+        """Whether the scheduler's sigmas are the times between noise and image that the model was made for."""
+        return type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
 
     def _sigmas(self, steps: int) -> list[float] | None:
         """The times before shifting, where the pipeline does not leave them to its scheduler."""
@@ -175,3 +181,45 @@ class FluxPolicy(FlowPolicy):
         factor = pipeline.vae_scale_factor
         unpacked: Tensor = pipeline._unpack_latents(output, height * factor, width * factor, factor)
         return unpacked
+
+
+class SanaPolicy(FlowPolicy):
+    """`diffusers.SanaPipeline`: SANA and SANA 1.5, whose latents are a thirty-second of the image's sides.
+
+    Prompts get the instruction that the pipeline puts before them, the empty one does not. Attention to the prompt is
+    masked, so noise on padding does nothing. It is published with a DPM-Solver, whose times are kept, and the whole
+    numbers that its network is told of them; without noise a step is that solver's of first order.
+    """
+
+    blocks = ("SanaTransformerBlock",)
+
+    def _has_times(self, scheduler: Any) -> bool:
+        config = scheduler.config
+        solver = type(scheduler).__name__ == "DPMSolverMultistepScheduler" and (
+            config.use_flow_sigmas and config.prediction_type == "flow_prediction"
+        )
+        return solver or super()._has_times(scheduler)
+
+    @cached_property
+    def timesteps(self) -> Tensor:
+        """float [T]: the training timestep of each denoising step."""
+        return self.pipeline.scheduler.timesteps.float().to(self.device)
+
+    def _patch(self) -> int:
+        return int(self.network.config.patch_size)
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        usual = inspect.signature(type(self.pipeline).__call__).parameters
+        embeds, mask, null, null_mask = self.pipeline.encode_prompt(
+            list(prompts), device=self.device,
+            complex_human_instruction=usual["complex_human_instruction"].default,
+        )  # fmt: skip
+        extra = {"mask": mask.float(), "null_mask": null_mask.float()}
+        return Conditioning(embeds.float(), null[:1].float(), extra)
+
+    def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        output: Tensor = self.network(
+            latents, encoder_hidden_states=embeds, encoder_attention_mask=extra["mask"],
+            timestep=timesteps * self.network.config.timestep_scale, return_dict=False,
+        )[0]  # fmt: skip
+        return output

@@ -87,8 +87,7 @@ class PipelinePolicy:
 
     def _latent_shape(self) -> tuple[int, int, int]:
         """Shape [C, H, W] of one latent."""
-        own = self._own_size()
-        factor = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+        own, factor = self._own_size(), self.pipeline.vae_scale_factor
         asked = (self.sampler.height, self.sampler.width)
         sides = []
         for name, pixels, side in zip(("height", "width"), asked, own, strict=True):
@@ -129,7 +128,7 @@ class PipelinePolicy:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape [3, height, width] of one image."""
-        factor = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+        factor = self.pipeline.vae_scale_factor
         return 3, self._shape[1] * factor, self._shape[2] * factor
 
     def _scale(self) -> float:
@@ -227,8 +226,8 @@ class PipelinePolicy:
         vae = self.pipeline.vae
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor + shift
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        chunk = max(1, DECODED_PIXELS // (latents.shape[-2] * latents.shape[-1] * factor**2))
+        pixels = latents.shape[-2] * latents.shape[-1] * self.pipeline.vae_scale_factor**2
+        chunk = max(1, DECODED_PIXELS // pixels)
         images = torch.cat([vae.decode(part, return_dict=False)[0].float() for part in scaled.split(chunk)])
         return (images / 2 + 0.5).clamp(0, 1)
 

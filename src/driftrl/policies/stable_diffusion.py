@@ -97,7 +97,7 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
         embeds, null, pooled, null_pooled = self.pipeline.encode_prompt(
             list(prompts), device=self.device, do_classifier_free_guidance=True
         )
-        pixels = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+        pixels = self.pipeline.vae_scale_factor
         _, height, width = self.latent_shape
         size = (height * pixels, width * pixels)
         sizes = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self.device)
