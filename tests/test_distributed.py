@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,7 +86,19 @@ class Launcher:
         )
 
     def __call__(self, folder, processes, *arguments, send=0, whom=1, until=""):
-        """Exit statuses by rank, and what was said."""
+        """Exit statuses by rank, and what was said.
+
+        Where glibc ends a process because the heap is spoilt, once more: seen once in some hundred runs over gloo, never
+        in one process, and nothing in it is native code of ours (docs/log.md).
+        """
+        statuses, said = self._once(folder, processes, arguments, send, whom, until)
+        if processes > 1 and -signal.SIGABRT in statuses:
+            if "--out" in arguments:
+                shutil.rmtree(folder / arguments[arguments.index("--out") + 1])
+            statuses, said = self._once(folder, processes, arguments, send, whom, until)
+        return statuses, said
+
+    def _once(self, folder, processes, arguments, send, whom, until):
         self.jobs += 1
         log = str(self.folder / f"job{self.jobs}")
         job = {
@@ -183,7 +196,8 @@ def test_two_processes_train_as_one(train, tmp_path, method):
 
 IN_PARTS = {
     "adapter__kind": "full", "adapter__shard": True, "prompts__per_iteration": 4, "optimizer__batch_size": 2,
-    "sampling__batch_size": 6, "objective__timestep_choice": "random", "objective__timesteps": 0.7,
+    "sampling__batch_size": 4, "sampling__candidates": 4, "sampling__steps": 3, "selection__keep": 3,
+    "objective__timestep_choice": "random", "objective__timesteps": 0.7,
     "reward": "smooth:reward", "optimizer__learning_rate": 2e-4,
 }  # fmt: skip
 
@@ -195,12 +209,12 @@ def smooth(tmp_path):
     )
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.1])
+@pytest.mark.parametrize("kl", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_weights_in_parts_train_as_whole_ones(train, launch, smooth, tmp_path, kl):
     """Of every weight each of two processes holds a part (FSDP). The steps' pairs are drawn over all samples, so the
     processes have different numbers of micro-batches. Divergence from the reference is asked between them.
     """
-    settings = {"iterations": 5, "objective__kl_weight": kl, **IN_PARTS}
+    settings = {"iterations": 3, "objective__kl_weight": kl, **IN_PARTS}
     for name, processes in (("one", 1), ("two", 2)):
         statuses, said = train(name, processes, **settings)
         assert set(statuses) == {0}, said
@@ -210,22 +224,22 @@ def test_weights_in_parts_train_as_whole_ones(train, launch, smooth, tmp_path, k
         for name in ("reward/mean", "loss", "loss/kl", "policy/grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (name, a["iteration"])
     assert (one[-1]["loss/kl"] > 0) == (kl > 0)
-    start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 5)
+    start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 3)
     assert (last - start).abs().max() > 5e-4
-    close_but_for_signs(weights(tmp_path / "two", 5), last)
+    close_but_for_signs(weights(tmp_path / "two", 3), last)
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-        files = [tmp_path / run / "checkpoints/000005" / name for run in ("one", "two")]
+        files = [tmp_path / run / "checkpoints/000003" / name for run in ("one", "two")]
         if name == "config.json":
             assert json.loads(files[0].read_text()) == json.loads(files[1].read_text())
         else:
             found = [load_file(file) for file in files]
             assert found[0].keys() == found[1].keys()
             close_but_for_signs(*(torch.cat([f[key].flatten() for key in sorted(f)]) for f in found))
-    statuses, said = launch(tmp_path, 1, "train", "--resume", "two", "--set", "iterations=6")
+    statuses, said = launch(tmp_path, 1, "train", "--resume", "two", "--set", "iterations=4")
     assert statuses == [0], said
-    statuses, said = launch(tmp_path, 2, "train", "--resume", "one", "--set", "iterations=6")
+    statuses, said = launch(tmp_path, 2, "train", "--resume", "one", "--set", "iterations=4")
     assert statuses == [0, 0], said
-    close_but_for_signs(weights(tmp_path / "one", 6), weights(tmp_path / "two", 6))
+    close_but_for_signs(weights(tmp_path / "one", 4), weights(tmp_path / "two", 4))
 
 
 def close_but_for_signs(one, two):
