@@ -73,6 +73,10 @@ def test_a_bad_base_is_one_message(tmp_path, files, message):
         (["objective.kl_share=0"], "objective.kl_share"),
         (["objective.kl_judges=[]"], "objective.kl_judges"),
         (["objective.reference_every=0"], "objective.reference_every"),
+        (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas.1: expected less than 1; got 1.0"),
+        (["optimizer.betas=[-0.1, 0.9]"], "optimizer.betas.0: expected greater than or equal to 0; got -0.1"),
+        (["adapter.targets=[]"], "adapter.targets: "),
+        (["advantage.history=100000000000"], "advantage.history: expected less than or equal to 1000000"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_message(overrides, message):

@@ -5,6 +5,7 @@ import torch
 
 from driftrl import noise
 from driftrl.build import build_policy
+from driftrl.checks import InputError
 from driftrl.rollout import PromptNoise, rollout, score_step
 from driftrl.transitions import gaussian
 
@@ -100,3 +101,8 @@ def test_reference_is_the_base_model(config):
         back = rollout(policy, conditioning, KEYS, 2, 4).images
     assert (tuned - base).abs().max() > 0.01
     torch.testing.assert_close(back, base, atol=1e-6, rtol=0)
+
+
+def test_refuses_more_steps_than_the_model_was_trained_on(config):
+    with pytest.raises(InputError, match=r"sampling.steps: expected at most 1000, .*; got 1001"):
+        build_policy(config(sampling__steps=1001))

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from driftrl.checks import InputError
-from driftrl.prompts import draw, load_prompts, prompt_sets
+from driftrl.prompts import draw, earlier, load_prompts, prompt_sets
 
 
 def test_the_package_has_its_sets():
@@ -65,3 +65,10 @@ def test_every_prompt_comes_once_per_pass_in_an_order_of_its_own():
     assert drawn[:9] != drawn[9:]
     assert draw(9, 3, 0, 4) == draw(9, 3, 0, 4)
     assert [draw(45, 8, 0, i) for i in range(3)] != [draw(45, 8, 1, i) for i in range(3)]
+
+
+def test_what_came_before_in_an_iteration_is_counted():
+    which = draw(5, 4, 0, 1)  # places 4 to 7 of passes of five
+    assert len(which) == 4
+    assert earlier(which) == [which[:place].count(prompt) for place, prompt in enumerate(which)]
+    assert earlier([3, 3, 1, 3]) == [0, 1, 0, 2]

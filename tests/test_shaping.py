@@ -80,6 +80,20 @@ def test_constant_diversity_warns_once_and_gives_zero(diversity):
     assert len(caught) == 1
 
 
+def test_diversity_that_is_no_number_is_refused_and_whole_numbers_are_not():
+    with pytest.raises(InputError, match="diversity"):
+        intrinsic_advantage(torch.tensor([[0.1, torch.nan]]))
+    assert intrinsic_advantage(torch.tensor([[1, 2, 3, 2]])).tolist() == [[-1.0, 0.0, 1.0, 0.0]]
+    assert intrinsic_advantage(torch.zeros(2, 0)).shape == (2, 0)
+
+
+def test_equal_diversity_has_gradient_zero():
+    diversity = torch.full((1, 4), 0.3, requires_grad=True)
+    with pytest.warns(DiversityWarning):
+        intrinsic_advantage(diversity).sum().backward()
+    assert diversity.grad.tolist() == [[0.0] * 4]
+
+
 def test_small_but_real_diversity_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 
 from driftrl import Trainer, noise
 from driftrl.build import build_loop, load_pipeline
-from driftrl.checkpoint import CheckpointWarning, newest
+from driftrl.checkpoint import CheckpointWarning, Position, newest
 from driftrl.checks import InputError
 from driftrl.config import load_config
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.noise_check import CHECKED_EVERY, PromptNoiseWarning
+from driftrl.prompts import draw
 from driftrl.shaping import DiversityWarning
-from driftrl.trainer import RewardWarning
+from driftrl.trainer import NotFiniteWarning, RewardWarning
 from driftrl.update import training_pairs
 
 
@@ -129,6 +130,67 @@ def test_constant_rewards_teach_nothing_and_do_not_crash(config, tmp_path):
     assert seen[0].metrics["warning/constant_reward_groups"] == 3
     for old, new in zip(before, loop.policy.parameters(), strict=True):
         assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize(
+    ("scale", "step", "groups"),
+    [(1.0, 1e-4, 3), (1e-9, 1.0, 0)],
+    ids=["large and alike", "small and different"],
+)
+def test_rewards_are_constant_where_they_give_no_advantage(config, tmp_path, scale, step, groups):
+    """Whatever their unit: a thousand and some rounding errors are alike, billionths are not."""
+    loop = build_loop(config(iterations=1, shaping__ratio=0.0), tmp_path)
+    loop.reward = lambda images, prompts: (
+        scale * (1000 * (scale == 1) + step * (torch.arange(len(images)) % 3))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RewardWarning)
+        metrics = loop.iterate().metrics
+    assert metrics["warning/constant_reward_groups"] == groups
+    assert (metrics["advantage/abs_mean"] == 0) == (groups == 3)
+
+
+@pytest.mark.parametrize("level", ["advantage", "reward", "multiply"])
+def test_constant_diversity_is_said_at_every_level(config, tmp_path, level):
+    loop = build_loop(config(iterations=1, shaping__level=level), tmp_path)
+    loop.encoder = lambda images: torch.ones(len(images), 2)
+    with pytest.warns(DiversityWarning, match="diversity of 3 of 3 groups is constant"):
+        loop.iterate()
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_an_encoder_without_features_costs_an_iteration_and_no_run(config, tmp_path, value):
+    loop = build_loop(config(iterations=1), tmp_path)
+    loop.encoder = lambda images: torch.full((len(images), 2), value)
+    with pytest.warns(
+        NotFiniteWarning, match=r"features are all 0, or not finite, for '.*', kept candidate 0"
+    ):
+        assert loop.attempt().metrics["warning/skipped"] == 1
+
+
+@pytest.mark.parametrize("scale", ["selected", "candidates", "global"])
+def test_a_bonus_in_the_reward_counts_where_rewards_are_equal(config, tmp_path, scale):
+    """What divides is the spread with the bonus, or equal rewards would erase it."""
+    loop = build_loop(config(iterations=1, shaping__level="reward", advantage__scale=scale), tmp_path)
+    loop.reward = lambda images, prompts: torch.full((len(images),), 2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RewardWarning)
+        assert loop.iterate().metrics["advantage/abs_mean"] > 0.1
+
+
+def test_a_prompt_that_comes_twice_is_no_copy_of_itself(config, tmp_path):
+    """Where an iteration spans two passes over the set, and with noise on the prompt looked at: replay fits too."""
+    (tmp_path / "two.txt").write_text("a cat\na dog\na cow\n")
+    loop = build_loop(
+        config(prompts__set=str(tmp_path / "two.txt"), prompts__per_iteration=2, iterations=9), tmp_path
+    )
+    loop.similarity = lambda images, prompts: images.mean((1, 2, 3))
+    number = next(n for n in range(1, 99) if len(set(draw(3, 2, 0, n))) == 1)
+    loop.position = Position(number)
+    iteration = loop.iterate()
+    assert iteration.prompts[0] == iteration.prompts[1]
+    assert not torch.equal(iteration.images[0], iteration.images[1])
+    assert iteration.metrics["policy/ratio_deviation"] <= 1e-6
 
 
 def test_each_warning_is_said_once_and_counted_every_time(config, tmp_path):

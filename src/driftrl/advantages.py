@@ -141,14 +141,38 @@ def group_relative(
         )
     if scale == "global":
         spread_of = spread_of.reshape(1, -1)
-    # Measured against the coarser of the two dtypes: rounding is what the given numbers carry.
-    precision = torch.finfo(dtype).eps if spread_of.is_floating_point() else torch.finfo(wide).eps
     if spread_of.numel() == 0 or spread_of.shape[1] <= correction:
         return torch.zeros_like(centred, dtype=dtype)
-    values = spread_of.to(wide)
-    std = values.std(dim=1, keepdim=True, correction=correction)
-    vanishes = std <= _ROUNDING_ERRORS * precision * values.abs().amax(dim=1, keepdim=True)
+    # Measured against the coarser of the two dtypes: rounding is what the given numbers carry.
+    precision = torch.finfo(dtype if spread_of.is_floating_point() else wide).eps
+    std, vanishes = _spread(spread_of.to(wide), precision, correction)
     return torch.where(vanishes, 0.0, centred / torch.where(vanishes, 1.0, std + eps)).to(dtype)
+
+
+def constant_rewards(rewards: Tensor) -> Tensor:
+    """Which groups' rewards differ by no more than rounding, so that `group_relative` gives them no advantage: bool [P].
+
+    Raises:
+        InputError: if ``rewards`` is not [P, G].
+
+    Example:
+        >>> import torch
+        >>> from driftrl.advantages import constant_rewards
+        >>> constant_rewards(torch.tensor([[1e-9, 2e-9], [1000.0, 1000.0001]]))
+        tensor([False,  True])
+    """
+    has_shape("rewards", rewards, "[P, G]")
+    if rewards.numel() == 0:
+        return torch.ones(len(rewards), dtype=torch.bool, device=rewards.device)
+    wide = torch.float32 if rewards.device.type == "mps" else torch.float64
+    precision = torch.finfo(rewards.dtype if rewards.is_floating_point() else wide).eps
+    return _spread(rewards.to(wide), precision, 0)[1][:, 0]
+
+
+def _spread(values: Tensor, precision: float, correction: int) -> tuple[Tensor, Tensor]:
+    """Standard deviations [P, 1] of the rows, and whether they are but rounding of numbers of this precision."""
+    std = values.std(dim=1, keepdim=True, correction=correction)
+    return std, std <= _ROUNDING_ERRORS * precision * values.abs().amax(dim=1, keepdim=True)
 
 
 def no_history(prompts: int, length: int, device: torch.device | str = "cpu") -> History:

@@ -24,6 +24,7 @@ from pydantic import (
 from driftrl.checks import InputError, nearest
 
 Positive = Annotated[int, Field(ge=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[Positive | None, BeforeValidator(lambda value: None if value == "auto" else value)]
 """A batch size; null, which may be written 'auto', leaves it to us."""
 Place = Annotated[
@@ -76,7 +77,7 @@ class AdapterConfig(Section):
     """Of the LoRA: more can learn more, and takes more memory."""
     alpha: float = Field(16.0, gt=0)
     """The adapter's scale is alpha / rank."""
-    targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+    targets: list[str] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
     """Module names that get an adapter: by default the attention projections."""
     shard: bool = False
     """Of `full` and several processes: each holds and optimises a part of every weight (FSDP), not the whole."""
@@ -200,7 +201,7 @@ class AdvantageConfig(Section):
     baseline: Literal["group", "running"] = "group"
     """What an image is compared with: the others of its group, or (`running`, DDPO) mean and standard deviation of
     the prompt's last rewards, this iteration's candidates included."""
-    history: Positive = 64
+    history: Positive = Field(64, le=1_000_000)
     """Of `running`: how many of a prompt's last rewards count."""
     min_history: Positive = 16
     """Of `running`: a prompt with fewer rewards than this is compared with the whole batch."""
@@ -268,8 +269,8 @@ class OptimizerConfig(Section):
 
     learning_rate: float = Field(1e-3, gt=0)
     """Constant over the run."""
-    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
-    """Decay of the two running means."""
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), strict=False)
+    """Decay of the two running means, each below 1."""
     weight_decay: float = Field(0.0, ge=0)
     """Pulls the adapter's weights to 0, and so to the base model; with adapter.kind `full` the model's own."""
     max_grad_norm: float = Field(1.0, gt=0)

@@ -30,6 +30,7 @@ def matches(
     prompt_set: Sequence[str],
     candidates: int,
     batch: BatchSize,
+    first: Sequence[int],
 ) -> Tensor:
     """How well some candidates match their prompts with the noise on the prompt, without it, and how well they match
     another prompt then.
@@ -43,12 +44,13 @@ def matches(
         prompt_set: all prompts.
         candidates: of each prompt, at most, that are drawn again.
         batch: candidates denoised at once.
+        first: p numbers of the first candidate, as in the rollout.
 
     Returns:
         float32 [n, 3], for `driftrl.conditioning.noise_cost`.
     """
     count, total = min(images.shape[1], candidates), len(prompt_set)
-    clean = rollout(policy, conditioning, keys, count, batch).images.flatten(0, 1)
+    clean = rollout(policy, conditioning, keys, count, batch, first=first).images.flatten(0, 1)
     noised = images[:, :count].flatten(0, 1)
     places = [place for _, _, place in keys for _ in range(count)]
     own = [prompt_set[place] for place in places]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def load_prompts(name: str) -> tuple[str, ...]:
 def draw(prompts: int, count: int, seed: int, iteration: int) -> list[int]:
     """The prompts of one iteration, as indices: each pass over the set is a new shuffle, keyed by the seed.
 
-    ``count`` may exceed ``prompts``; within one iteration a prompt then comes again.
+    A prompt comes again within one iteration where that spans two passes, or ``count`` exceeds ``prompts``.
     """
     chosen = []
     for position in range(iteration * count, (iteration + 1) * count):
@@ -59,6 +60,17 @@ def draw(prompts: int, count: int, seed: int, iteration: int) -> list[int]:
         order = torch.randperm(prompts, generator=noise.generator(seed, turn, 0, 0, "prompts"))
         chosen.append(int(order[place]))
     return chosen
+
+
+def earlier(which: Sequence[int]) -> list[int]:
+    """How often each prompt of an iteration came before in it: its images are drawn after those.
+
+    Example:
+        >>> from driftrl.prompts import earlier
+        >>> earlier([4, 2, 4, 4])
+        [0, 0, 1, 2]
+    """
+    return [list(which[:place]).count(prompt) for place, prompt in enumerate(which)]
 
 
 def _lines(text: str) -> list[str]:

@@ -98,6 +98,7 @@ def rollout(
     keep_clean: bool = False,
     finished: Callable[[Tensor], None] | None = None,
     lesson: Lesson | None = None,
+    first: Sequence[int] | None = None,
 ) -> Rollout:
     """Draw ``candidates`` images for each of P prompts.
 
@@ -114,6 +115,7 @@ def rollout(
         keep_clean: keep features of the predicted clean latents, for stepwise potentials.
         finished: called with the images [n, 3, height, width] of each batch, in order.
         lesson: gradients of log-probabilities to take on the way.
+        first: P numbers of the first candidate, 0 by default: what tells rows with the same key apart.
 
     Returns:
         Trajectories, log-probabilities and images of all P x N candidates.
@@ -121,7 +123,8 @@ def rollout(
     prompts = len(conditioning.embeds)
     batch = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size, "sampling.batch_size")
     scored = policy.scored.tolist()
-    flat = [(p, n) for p in range(prompts) for n in range(candidates)]
+    start = [0] * prompts if first is None else first
+    flat = [(*keys[p], start[p] + n) for p in range(prompts) for n in range(candidates)]
     kept: dict[str, Tensor] = {}
     done = 0
 
@@ -129,8 +132,7 @@ def rollout(
         """The next batch, put where it belongs."""
         chunk = flat[done : done + size]
         own = torch.arange(done, done + len(chunk), device=policy.device) // candidates
-        parts = _denoise(policy, conditioning.rows(own), [(*keys[p], n) for p, n in chunk],
-                         scored, prompt_noise, keep_clean, lesson)  # fmt: skip
+        parts = _denoise(policy, conditioning.rows(own), chunk, scored, prompt_noise, keep_clean, lesson)
         for name, part in parts.items():
             if len(part) == len(flat):
                 kept[name] = part

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least, has_shape, one_of
+from driftrl.checks import InputError, at_least, has_shape, is_finite, one_of
 from driftrl.clusters import cluster_sizes, spectral_clusters
 
 MEASURES: tuple[str, ...] = ("pairwise", "nearest", "entropy", "clusters")
@@ -99,9 +99,14 @@ def novelty(distances: Tensor, shaping: Shaping) -> Tensor:
 
 
 def shape_at_reward(rewards: Tensor, bonus: Tensor, shaping: Shaping) -> Tensor:
-    """The rewards [P, G], with the bonus [P, G] if it enters there; else, or with ratio 0, as they are."""
+    """The rewards [P, G], with the bonus [P, G] if it enters there; else, or with ratio 0, as they are.
+
+    Warns:
+        DiversityWarning: if some group's bonus is constant, so that it decides nothing.
+    """
     if one_of("level", shaping.level, LEVELS) != "reward" or shaping.ratio == 0:
         return rewards
+    _warn_of_constant(bonus)
     return shape_rewards(rewards, bonus, shaping.ratio, shaping.clip)
 
 
@@ -111,10 +116,14 @@ def shape_at_advantage(
     """The advantages [P, G], with the bonus [P, G] or [P, G, T] if it enters there; else, or with ratio 0, as
     they are. Of the steps only ``scored`` ones (bool [T], None for all) get a bonus: the last one is often exact,
     so that its return is 0 for everyone.
+
+    Warns:
+        DiversityWarning: if some group's bonus is constant, so that it decides nothing.
     """
     if one_of("level", shaping.level, LEVELS) == "reward" or shaping.ratio == 0:
         return advantages
     if shaping.level == "multiply":
+        _warn_of_constant(bonus)
         return reweight_above_average(advantages, bonus, shaping.ratio)
     if bonus.dim() == 2 or scored is None:
         return shape_advantages(advantages, intrinsic_advantage(bonus, shaping.clip), shaping.ratio)
@@ -210,7 +219,7 @@ def intrinsic_advantage(diversity: Tensor, clip: float = 1.0) -> Tensor:
 
     The standard deviation is the population one. Where it vanishes (at most 8 rounding errors of
     ``max(1, max |d|)``, the distances being of order one) the advantage is zero and one ``DiversityWarning``
-    covers all such groups; that check is the only moment the host waits for the device.
+    covers all such groups; the checks are the only moments the host waits for the device.
 
     Args:
         diversity: [P, G], or [P, G, T] to standardise each denoising step on its own.
@@ -220,7 +229,7 @@ def intrinsic_advantage(diversity: Tensor, clip: float = 1.0) -> Tensor:
         The shape and dtype of ``diversity``.
 
     Raises:
-        InputError: for another shape or a clip below 0.
+        InputError: for another shape, values that are not finite, or a clip below 0.
 
     Warns:
         DiversityWarning: if some group's diversity is constant (all images alike, say).
@@ -234,23 +243,60 @@ def intrinsic_advantage(diversity: Tensor, clip: float = 1.0) -> Tensor:
         tensor([[-1.,  0.,  1.,  0.]])
     """
     at_least("clip", clip, 0.0)
-    has_shape("diversity", diversity, "[P, G, T]" if diversity.dim() == 3 else "[P, G]")
-    wide = torch.float32 if diversity.device.type == "mps" else torch.float64  # MPS has no float64
-    values = diversity.to(wide)
+    std, vanishes = _spread(diversity)
+    _warn_of_constant(diversity, vanishes)
+    values = diversity.to(std.dtype)
     centred = values - values.mean(dim=1, keepdim=True)
-    std = centred.square().mean(dim=1, keepdim=True).sqrt()
+    standardised = torch.where(vanishes, 0.0, centred / torch.where(vanishes, 1.0, std))
+    return standardised.clamp(-clip, clip).to(
+        diversity.dtype if diversity.is_floating_point() else torch.get_default_dtype()
+    )
+
+
+def constant_diversity(diversity: Tensor) -> Tensor:
+    """Which groups' values differ by no more than rounding, as `intrinsic_advantage` has it: bool [P], or [P, T].
+
+    Args:
+        diversity: [P, G], or [P, G, T].
+
+    Raises:
+        InputError: for another shape, or values that are not finite.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.shaping import constant_diversity
+        >>> constant_diversity(torch.tensor([[0.25, 0.25, 0.25], [0.25, 0.5, 0.75]]))
+        tensor([ True, False])
+    """
+    return _spread(diversity)[1][:, 0]
+
+
+def _spread(diversity: Tensor) -> tuple[Tensor, Tensor]:
+    """Population standard deviations [P, 1] or [P, 1, T] within groups, and whether they are rounding."""
+    is_finite(
+        "diversity", has_shape("diversity", diversity, "[P, G, T]" if diversity.dim() == 3 else "[P, G]")
+    )
+    wide = torch.float32 if diversity.device.type == "mps" else torch.float64  # MPS has no float64
+    precision = torch.finfo(diversity.dtype if diversity.is_floating_point() else wide).eps
+    values = diversity.to(wide)
+    if diversity.shape[1] == 0:
+        nothing = values.sum(dim=1, keepdim=True)
+        return nothing, nothing > 0
+    std = values.std(dim=1, keepdim=True, correction=0)
     magnitude = values.abs().amax(dim=1, keepdim=True).clamp(min=1.0)
-    vanishes = std <= _ROUNDING_ERRORS * torch.finfo(diversity.dtype).eps * magnitude
+    return std, std <= _ROUNDING_ERRORS * precision * magnitude
+
+
+def _warn_of_constant(diversity: Tensor, vanishes: Tensor | None = None) -> None:
+    vanishes = _spread(diversity)[1] if vanishes is None else vanishes
     if bool(vanishes.any()):
         warnings.warn(
             f"the diversity of {int(vanishes.sum())} of {vanishes.numel()} groups is constant "
-            f"(mean {float(values.mean()):.3g}): their intrinsic advantage is 0. All images alike, or an "
+            f"(mean {float(diversity.detach().float().mean()):.3g}): it decides nothing there. All images alike, or an "
             "encoder that cannot tell them apart?",
             DiversityWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    standardised = torch.where(vanishes, 0.0, centred / torch.where(vanishes, 1.0, std))
-    return standardised.clamp(-clip, clip).to(diversity.dtype)
 
 
 def shape_advantages(advantages: Tensor, intrinsic: Tensor, ratio: float = 0.5) -> Tensor:

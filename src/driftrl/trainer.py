@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from driftrl import checkpoint, noise_check, one_pass, prompts
-from driftrl.advantages import AdvantageRule, advantages_of
+from driftrl.advantages import AdvantageRule, History, advantages_of, constant_rewards
 from driftrl.batches import BatchSize
 from driftrl.checkpoint import Position
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
@@ -36,6 +36,7 @@ from driftrl.selection import select
 from driftrl.shaping import (
     DiversityWarning,
     Shaping,
+    constant_diversity,
     diversity_bonus,
     group_diversity,
     shape_at_advantage,
@@ -223,6 +224,8 @@ class TrainingLoop:
 
         which = prompts.draw(len(self.prompt_set), self.prompts_per_iteration, self.seed, number)
         texts = [self.prompt_set[i] for i in which]
+        # A prompt that comes twice is no copy of itself.
+        first = [times * method.candidates for times in prompts.earlier(which)]
         mine = team.share(len(which))
         conditioning = self.conditioning.rows(which[mine])
 
@@ -230,7 +233,7 @@ class TrainingLoop:
         scoring = Scoring((self.reward, *self.judges), flat, self.overlap_reward)
         # A latent or reward that is not finite, or cannot be had, concerns all.
         with team.together(), scoring:
-            sampled = self._sample(conditioning, which[mine], number, scoring)
+            sampled = self._sample(conditioning, which[mine], first[mine], number, scoring)
             _demand_finite("latent", sampled.latents, texts[mine])
             clock.lap("rollout")
             scores, *opinions = map(self._by_prompt, scoring.scores(sampled.images.flatten(0, 1)))
@@ -243,7 +246,7 @@ class TrainingLoop:
         disagreement = self._disagreement(rewards, opinions, texts)
         memory = self.memory.with_rewards(which, rewards)
         clock.lap("reward")
-        cost = self._noise_cost(sampled.images, conditioning, which[mine], number)
+        cost = self._noise_cost(sampled.images, conditioning, which[mine], first[mine], number)
         if cost is not None:
             clock.lap("noise_check")
 
@@ -256,7 +259,9 @@ class TrainingLoop:
         drawn = sampled.images
         del sampled  # the trajectories of those that were not chosen, before gradients need the memory
 
-        distances = team.gather(self._distances(kept.images))
+        with team.together():
+            distances = self._distances(kept.images, texts[mine])
+        distances = team.gather(distances)
         diversity = group_diversity(distances)
         bonus = diversity_bonus(
             distances if kept.clean is None else team.gather(pairwise_distances(kept.clean.transpose(1, 2))),
@@ -265,10 +270,7 @@ class TrainingLoop:
         kept = kept.path()
         clock.lap("diversity")
 
-        shaped = shape_at_reward(kept_rewards, bonus, method.shaping)
-        advantages = advantages_of(shaped, method.advantage, rewards, memory.rows(which))
-        with self._saying_once(DiversityWarning):
-            advantages = shape_at_advantage(advantages, bonus, method.shaping, self.policy.scored)
+        advantages = self._advantages(rewards, kept_rewards, bonus, memory.rows(which))
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
         stats = self._learn(kept, advantages, conditioning, texts, held, memory)
         self.memory = memory.after(stats.kl, method.anchor, self.policy)
@@ -296,9 +298,9 @@ class TrainingLoop:
             "policy/pairs": stats.pairs,
             "reference/held": 1.0 if held is None else float(held.mean()),
             "reference/moved": int(self.memory.reference is not memory.reference),
-            "warning/constant_reward_groups": int((kept_rewards.std(1, correction=0) < 1e-6).sum()),
+            "warning/constant_reward_groups": int(constant_rewards(kept_rewards).sum()),
             "warning/skipped": 0,
-            "warning/constant_diversity_groups": int((diversity.std(1, correction=0) < 1e-6).sum()),
+            "warning/constant_diversity_groups": int(constant_diversity(diversity).sum()),
             **noise_check.metrics(cost),
         }
         constant = metrics["warning/constant_reward_groups"]
@@ -336,7 +338,14 @@ class TrainingLoop:
         if self._saved != self.position.iteration:
             self.save()
 
-    def _sample(self, conditioning: Conditioning, which: list[int], number: int, scoring: Scoring) -> Rollout:
+    def _sample(
+        self,
+        conditioning: Conditioning,
+        which: list[int],
+        first: list[int],
+        number: int,
+        scoring: Scoring,
+    ) -> Rollout:
         keys = [(self.seed, number, prompt) for prompt in which]
         noise, count = self.method.prompt_noise, self.method.candidates
         stepwise = self.method.shaping.potential == "stepwise"
@@ -355,6 +364,7 @@ class TrainingLoop:
             stepwise,
             scoring.add,
             lesson,
+            first,
         )
 
     def _learn(
@@ -372,17 +382,36 @@ class TrainingLoop:
             self.method.prompt_noise, texts, held, lambda: memory.reference_of(self.policy), team, self.update_batch,
         )  # fmt: skip
 
-    def _distances(self, images: Tensor) -> Tensor:
-        """Cosine distances [P, G, G] between the images [P, G, 3, H, W] of each group."""
+    def _distances(self, images: Tensor, texts: list[str]) -> Tensor:
+        """Cosine distances [P, G, G] between the images [P, G, 3, H, W] of each group.
+
+        Raises:
+            NotFiniteError: if an image has no features, or such as are not finite.
+        """
         features = self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        wrong = ~(torch.isfinite(features).all(-1) & (features != 0).any(-1))
+        if bool(wrong.any()):
+            prompt, candidate = wrong.nonzero()[0].tolist()
+            raise NotFiniteError(
+                f"the encoder's features are all 0, or not finite, for {texts[prompt]!r}, kept candidate {candidate}"
+            )
         return pairwise_distances(features.to(self.policy.device))
+
+    def _advantages(self, rewards: Tensor, kept: Tensor, bonus: Tensor, history: History | None) -> Tensor:
+        """Of the kept candidates, shaped: [P, G] or [P, G, T], from all rewards [P, N], those kept and the bonus [P, G]."""
+        rule, shaping = self.method.advantage, self.method.shaping
+        with self._saying_once(DiversityWarning):
+            shaped = shape_at_reward(kept, bonus, shaping)
+            # Candidates that were dropped have no diversity, so of shaped rewards only the kept ones' spread is known.
+            advantages = advantages_of(shaped, rule, rewards if shaped is kept else shaped, history)
+            return shape_at_advantage(advantages, bonus, shaping, self.policy.scored)
 
     def _by_prompt(self, scores: Tensor) -> Tensor:
         """Scores [P * N, ...] as [P, N, ...]."""
         return scores.unflatten(0, (-1, self.method.candidates)).to(self.policy.device)
 
     def _noise_cost(
-        self, images: Tensor, conditioning: Conditioning, which: list[int], number: int
+        self, images: Tensor, conditioning: Conditioning, which: list[int], first: list[int], number: int
     ) -> NoiseCost | None:
         """What the noise on the prompt costs, over the prompts of all processes; None where it is not time to look.
 
@@ -390,6 +419,7 @@ class TrainingLoop:
             images: [p, N, 3, H, W], of this process's prompts.
             conditioning: p rows.
             which: p places in the prompt set.
+            first: p numbers of the first candidate.
             number: of the iteration, from 0.
         """
         if self.similarity is None or number % noise_check.CHECKED_EVERY:
@@ -398,7 +428,8 @@ class TrainingLoop:
         count = noise_check.candidates_each(self.prompts_per_iteration)
         with self.team.together():
             found = noise_check.matches(
-                self.policy, self.similarity, images, conditioning, keys, self.prompt_set, count, self.rollout_batch
+                self.policy, self.similarity, images, conditioning, keys, self.prompt_set, count, self.rollout_batch,
+                first,
             )  # fmt: skip
         cost = noise_cost(*self.team.gather(found).unbind(1))
         if cost.falls:

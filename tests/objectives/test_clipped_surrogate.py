@@ -61,6 +61,15 @@ def test_no_gradient_into_old_log_prob_or_advantages():
     assert advantages.grad is None
 
 
+def test_half_precision_is_widened_before_the_ratio():
+    """1.0002 is 1 there, and nothing would ever be clipped."""
+    new, old = torch.tensor([2e-4], dtype=torch.float16), torch.zeros(1, dtype=torch.float16)
+    result = clipped_surrogate(new, old, torch.ones(1, dtype=torch.float16))
+    assert result.loss.dtype == torch.float32
+    assert float(result.loss) == pytest.approx(-1.0001, abs=1e-7)
+    assert float(result.clip_fraction) == 1.0
+
+
 def test_diagnostics():
     log_ratio = _t(0.0, 0.5, -0.5, 0.01)
     result = clipped_surrogate(

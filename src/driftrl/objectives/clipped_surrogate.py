@@ -30,7 +30,8 @@ def clipped_surrogate(
     """``loss = max(-A r, -A clip(r, 1 - c, 1 + c))`` with ``r = exp(log_prob - old_log_prob)``.
 
     The gradient of a pair is ``-A r grad log_prob``, or zero once its ratio has left the clip range in the
-    direction that the advantage asks for.
+    direction that the advantage asks for. Computed in float32, or float64 if a log-probability is: half precision has no
+    number between 1 and 1 plus the clip range.
 
     Args:
         log_prob: [B], of the policy being trained, with gradient; the **mean** over latent dimensions (see
@@ -61,8 +62,9 @@ def clipped_surrogate(
             raise InputError(
                 f"{name}: expected the shape of log_prob, {list(log_prob.shape)}; got {list(other.shape)}"
             )
+    dtype = torch.promote_types(torch.promote_types(log_prob.dtype, old_log_prob.dtype), torch.float32)
     weights = advantages.detach()
-    log_ratio = log_prob - old_log_prob.detach()
+    log_ratio = log_prob.to(dtype) - old_log_prob.detach().to(dtype)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     loss = torch.maximum(-weights * ratio, -weights * clipped)

@@ -45,6 +45,11 @@ class StableDiffusionPolicy(PipelinePolicy):
                 + ", ".join(PREDICTION_TYPES)
             )
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
+        if sampler.steps > self.num_train_timesteps:
+            raise InputError(
+                f"sampling.steps: expected at most {self.num_train_timesteps}, which the model was trained on; got "
+                f"{sampler.steps}"
+            )
         scheduler.set_timesteps(sampler.steps)
         self.tables = ddim_tables(
             scheduler.alphas_cumprod.to(device),
