@@ -251,6 +251,7 @@ def close_but_for_signs(one, two):
     assert apart.max() < 8e-4
 
 
+@pytest.mark.slow
 def test_weights_in_parts_killed_and_resumed_end_the_same(train, launch, smooth, tmp_path):
     settings = {**IN_PARTS, "model__dtype": "bfloat16", "objective__kl_weight": 0.1}
     statuses, said = train(
