@@ -497,10 +497,11 @@ def build_encoder(name: str, device: torch.device, policy: Policy | None = None)
 def _policy_encoder(name: str, policy: Policy | None) -> Encoder:
     from driftrl.diversity.encoders import LatentEncoder, MidBlockEncoder
 
-    if not isinstance(policy, StableDiffusionPolicy):
-        raise InputError(f"shaping.encoder: {name} needs a policy with an autoencoder and a UNet")
-    if name == "policy:latents":
+    if name == "policy:latents" and isinstance(policy, PipelinePolicy):
         return LatentEncoder(policy.pipeline.vae)
+    if not isinstance(policy, StableDiffusionPolicy):
+        needed = "an autoencoder" if name == "policy:latents" else "a UNet; 'policy:latents' needs none"
+        raise InputError(f"shaping.encoder: {name} needs a policy with {needed}")
     timestep = policy.num_train_timesteps // 10  # lightly noised: the picture is all there
     alpha = float(policy.pipeline.scheduler.alphas_cumprod[timestep])
     null = policy.encode([""]).null_embeds

@@ -1,6 +1,7 @@
 """Every family of models through the same rollout, replay, training and saving."""
 
 import json
+import math
 import shutil
 
 import families
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from driftrl import Trainer, noise
-from driftrl.build import GuidanceWarning, build_policy
+from driftrl.build import GuidanceWarning, build_encoder, build_policy
 from driftrl.checks import InputError
 from driftrl.cli.sample import sample
 from driftrl.evaluation.generate import generate, open_policy
@@ -393,6 +394,16 @@ def test_image_size_slicing_and_tiling(settings, family):
     torch.testing.assert_close(sliced.decode(drawn.latents[0, :, -1]), drawn.images[0], atol=1e-5, rtol=0)
     tiled = build_policy(settings(family, model__vae_tiling=True))
     assert tiled.pipeline.vae.use_tiling
+
+
+def test_images_are_measured_by_the_models_own_latents(settings, family):
+    """As evaluation does, beside other encoders; at the size that the model drew."""
+    policy = build_policy(settings(family))
+    images = rollout(policy, policy.encode(PROMPTS), KEYS, 2, 4).images.flatten(0, 1)
+    features = build_encoder("policy:latents", torch.device("cpu"), policy)(images)
+    assert features.shape == (4, math.prod(policy.latent_shape))
+    assert bool(torch.isfinite(features).all())
+    assert (features[0] - features[2]).abs().max() > 1e-3
 
 
 def test_refuses_sizes_that_the_model_cannot_draw(settings, family):

@@ -171,12 +171,13 @@ class MidBlockEncoder:
 
 
 def encode_latents(vae: Any, images: Tensor) -> Tensor:
-    """Scaled mean latents float32 [N, C, h, w] of images [N, 3, H, W] in 0..1."""
+    """Scaled mean latents float32 [N, C, h, w] of images [N, 3, H, W] in 0..1; some autoencoders have no others."""
     parameter = next(vae.parameters())
     x = (images * 2 - 1).to(parameter.device, parameter.dtype)
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    latents: Tensor = (vae.encode(x).latent_dist.mean.float() - shift) * vae.config.scaling_factor
-    return latents
+    found = vae.encode(x)
+    mean: Tensor = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent
+    return (mean.float() - shift) * vae.config.scaling_factor
 
 
 def _in_batches(images: Tensor, size: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
