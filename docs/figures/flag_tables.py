@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,31 @@ def method_table(data: dict[str, Any], against: str) -> str:
         lines.append(
             f"| {name} | {rates[name]:g} | {len(runs)} | {best} | {about([run[-1][2] for run in runs])} | {' | '.join((*more, *cells))} |"
         )
+    return "\n".join(lines)
+
+
+def settings_in(name: str) -> dict[str, str]:
+    """The values that a run's name gives of the settings that its plan crosses."""
+    return dict(re.findall(r"([a-z_]+)=([\d.]+)", name))
+
+
+def effect_table(data: dict[str, Any]) -> str:
+    """Of each value of each setting of a grid the means over all values of the others, seed by seed."""
+    lines = [
+        f"| Setting | Value | Best reward | Diversity at the end | Hypervolume: {' | '.join(SEEN)} |",
+        "| --- " * (4 + len(SEEN)) + "|",
+    ]
+    seeds = sorted({run["seed"] for run in data["runs"]})
+    for setting in settings_in(data["against"]):
+        values = {settings_in(run["name"])[setting] for run in data["runs"]}
+        for value in sorted(values, key=float):
+            of = [run for run in data["runs"] if settings_in(run["name"])[setting] == value]
+            by_seed = [[run["points"] for run in of if run["seed"] == seed] for seed in seeds]
+            best = [sum(max(p[1] for p in run) for run in runs) / len(runs) for runs in by_seed]
+            last = [sum(run[-1][2] for run in runs) / len(runs) for runs in by_seed]
+            cells = [about([sum(found) / len(found) for found in (volumes(runs, place) for runs in by_seed)])
+                     for place in SEEN.values()]  # fmt: skip
+            lines.append(f"| {setting} | {value} | {about(best)} | {about(last)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -135,6 +135,8 @@ def flag_blocks(check: bool) -> dict[str, str]:
         data = json.loads(file.read_text("utf-8"))
         if file.stem.endswith("-rates"):
             blocks[file.stem] = flag_tables.rate_table(data)
+        elif len(flag_tables.settings_in(data["against"])) > 2:  # too many combinations to look at each
+            blocks[file.stem] = flag_tables.effect_table(data)
         else:
             blocks[file.stem] = flag_tables.method_table(data, data["against"])
         if file.stem == "methods" and not check:

@@ -43,7 +43,7 @@ Job = tuple[str, TrainConfig, int]
 """A run's name, its configuration, and how often it is measured."""
 FIGURES = ("reward", "diversity", "diversity/clip", "recall", "vendi", "coverage")
 """What is kept; `diversity/clip` is by the features that no training sees."""
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 TUNING, AGAIN = (100, 101), (102, 103)
 """Seeds of the search for the learning rate, which the comparison does not use again: all rates have the first ones, and
 each method's two best the others."""
