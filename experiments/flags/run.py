@@ -291,7 +291,8 @@ def main() -> None:
         base_model()
         if args.rates:
             book.make(jobs_of(configs, dict.fromkeys(configs, args.among), TUNING, args.points), args.jobs)
-            best = {method: rates[:2] for method, rates in ranked_rates(book.data["runs"]).items()}
+            first = [run for run in book.data["runs"] if run["seed"] in TUNING]  # which all rates have had
+            best = {method: rates[:2] for method, rates in ranked_rates(first).items()}
             book.make(jobs_of(configs, best, AGAIN, args.points), args.jobs)
             return
         tuned = best_rates(searched if searched.is_file() else args.out / "methods-rates.json")
