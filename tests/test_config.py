@@ -85,6 +85,15 @@ def test_settings_that_contradict_each_other_are_one_message(overrides, message)
     assert message in str(caught.value)
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
+    """Of two blocks one would be lost without a word."""
+    write(tmp_path, a="sampling: {candidates: 4}\niterations: 1\nsampling: {steps: 3}\n")
+    with pytest.raises(
+        InputError, match=r"a.yaml: no valid YAML: line 3, column 1: 'sampling' is there already, in line 1"
+    ):
+        load_config(tmp_path / "a.yaml", [])
+
+
 def test_a_base_cannot_be_set_from_the_command_line(tmp_path):
     write(tmp_path, a="iterations: 1\n")
     with pytest.raises(InputError, match="base: no such key"):

@@ -154,6 +154,26 @@ def test_a_reward_that_fails_is_retried_and_then_reported(config, tmp_path):
     assert checkpoint.newest(tmp_path / "run/checkpoints").name == "000001"
 
 
+def test_a_reward_that_fails_says_where():
+    def score(images, prompts):
+        return {}[prompts[0]]
+
+    line = score.__code__.co_firstlineno + 1
+    with pytest.raises(RunFailedError, match=rf"KeyError: 'a cat' \(.*test_reliability\.py, line {line}\)"):
+        GuardedReward(score, attempts=1)(torch.zeros(1, 3, 2, 2), ["a cat"])
+
+
+def test_a_reward_that_writes_into_the_images_is_refused():
+    """Diversity, pictures and all that comes after would be of what it left."""
+    images = torch.ones(1, 3, 2, 2)
+    with pytest.raises(InputError, match="changed the images that it was given"):
+        GuardedReward(lambda images, prompts: images.sub_(0.5).mean((1, 2, 3)))(images, ["a cat"])
+    with torch.inference_mode():
+        assert (
+            GuardedReward(lambda x, prompts: x.mean((1, 2, 3)))(torch.ones(1, 3, 2, 2), ["a cat"]).item() == 1
+        )
+
+
 def test_a_reward_that_hangs_is_given_up():
     slow = GuardedReward(lambda images, prompts: time.sleep(30), attempts=1, timeout=0.05)
     start = time.monotonic()
@@ -357,6 +377,19 @@ def test_a_second_process_is_refused(config, tmp_path):
             Trainer(config(iterations=1), tmp_path / "run", resume=True).run()
 
     first.run(intrude)
+
+
+def test_other_prompts_in_the_same_file_are_refused(config, tmp_path):
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("a cat\na dog\na cow\n")
+    settings = config(iterations=1, prompts__set=str(prompts))
+    Trainer(settings, tmp_path / "run").run()
+    longer = settings.model_copy(update={"iterations": 2})
+    prompts.write_text("a cat\na dog\na fox\n")
+    with pytest.raises(InputError, match=r"the prompts of .*mine\.txt are others than it began with"):
+        Trainer(longer, tmp_path / "run", resume=True)
+    prompts.write_text("# the same\na cat\na dog\na cow\n")
+    Trainer(longer, tmp_path / "run", resume=True).run()
 
 
 def test_a_changed_configuration_is_refused_even_if_the_file_was_edited(config, tmp_path):

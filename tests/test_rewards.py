@@ -10,6 +10,7 @@ from PIL import Image
 from conftest import save_tokenizer, text_settings
 from driftrl.build import build_encoder, build_reward
 from driftrl.checks import InputError
+from driftrl.pictures import LONGEST, grid
 from driftrl.preprocess import CLIP_MEAN, CLIP_STD, Preprocessing
 from driftrl.rewards.clip import CLIPReward
 from driftrl.rewards.compressibility import compressibility
@@ -113,3 +114,32 @@ def test_an_entry_point_is_among_the_names_that_are_suggested(plugin):
 def test_an_entry_point_that_cannot_be_loaded_is_bad_input(plugin):
     with pytest.raises(InputError, match=r"reward: 'broken' cannot be loaded.*no_such_module_at_all"):
         build_reward("broken", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./mine.py:score", "expected module:function, .*; got the path"),
+        ("mine:score", r"No module named 'mine'; mine\.py is in this folder, .* PYTHONPATH=\. driftrl"),
+        ("broken_reward:score", "SyntaxError"),
+        ("gloomy_reward:score", "RuntimeError: no licence"),
+        ("stateful_reward:State", r"is a class; expected .* an instance"),
+    ],
+)
+def test_rewards_that_cannot_be_imported_are_one_message(tmp_path, monkeypatch, name, message):
+    """Whatever a user's module does at its import."""
+    (tmp_path / "mine.py").write_text("")
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "broken_reward.py").write_text("x = (\n")
+    (modules / "gloomy_reward.py").write_text("raise RuntimeError('no licence')\n")
+    (modules / "stateful_reward.py").write_text("class State:\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [str(modules)])
+    with pytest.raises(InputError, match=message):
+        build_reward(name, torch.device("cpu"))
+
+
+def test_long_labels_leave_room_for_the_pictures():
+    narrow, wide = (grid([torch.zeros(2, 3, 8, 8)], [label]) for label in ("m" * LONGEST, "m" * 2800))
+    assert wide.width <= narrow.width + 8

@@ -247,6 +247,7 @@ class Book:
             self.data["runs"] = [run for (name, _, rate), run in found.items() if (name, rate) in wanted]
         todo = [job for job in jobs if key(job) not in found]
         if not todo:
+            print(f"all {len(jobs)} runs are in {self.file}; with another --out they are made again")
             return
         with multiprocessing.get_context("spawn").Pool(processes) as pool, Progress() as progress:
             bar = progress.add_task(self.data["plan"], total=len(todo))

@@ -338,14 +338,7 @@ def build_reward(
         found: Reward = getattr(compressibility, name)
         return found
     if ":" in name:
-        module, _, function = name.partition(":")
-        try:
-            reward = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise InputError(f"reward: {name!r} cannot be imported: {error}") from error
-        if not callable(reward):
-            raise InputError(f"reward: {name} is no function; expected (images, prompts) -> Tensor[N]")
-        return reward
+        return _imported(name)
     plugins = {point.name: point for point in entry_points(group="driftrl.rewards")}
     if name in plugins:
         try:
@@ -360,6 +353,36 @@ def build_reward(
         f"reward: expected one of {', '.join(known)}, module:function, or http://host:port; "
         f"got {name!r}{nearest(name, known)}"
     )
+
+
+def _imported(name: str) -> Reward:
+    """The reward that ``module:function`` names."""
+    module, _, function = name.partition(":")
+    if "/" in module or module.endswith(".py"):
+        raise InputError(
+            f"reward: expected module:function, as Python imports it; got the path {name!r}; for rewards.py in this folder: "
+            "PYTHONPATH=. driftrl train --set reward=rewards:function"
+        )
+    try:
+        reward = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever a user's module does at its import
+        here = isinstance(error, ModuleNotFoundError) and Path(f"{module}.py").is_file()
+        hint = (
+            f"; {module}.py is in this folder, where Python does not look of itself: PYTHONPATH=. driftrl ..."
+        )
+        what = (
+            error if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        )
+        raise InputError(f"reward: {name!r} cannot be imported: {what}{hint * here}") from error
+    if not callable(reward):
+        raise InputError(f"reward: {name} is no function; expected (images, prompts) -> Tensor[N]")
+    if isinstance(reward, type):
+        raise InputError(
+            f"reward: {name} is a class; expected (images, prompts) -> Tensor[N], such as an instance of it that the module "
+            f"holds: reward = {function}()"
+        )
+    found: Reward = reward
+    return found
 
 
 def _model_reward(kind: str, weights: str, device: torch.device, dtype: str, towers: Towers) -> Reward:

@@ -72,7 +72,8 @@ class AdapterConfig(Section):
     """What is trained."""
 
     kind: Literal["lora", "full"] = "lora"
-    """A LoRA, or every weight of the UNet or transformer (rank, alpha and targets then say nothing)."""
+    """A LoRA, or every weight of the UNet or transformer: rank, alpha and targets then say nothing, and
+    optimizer.learning_rate should be about 1e-5."""
     rank: Positive = 16
     """Of the LoRA: more can learn more, and takes more memory."""
     alpha: float = Field(16.0, gt=0)
@@ -268,7 +269,7 @@ class OptimizerConfig(Section):
     """AdamW."""
 
     learning_rate: float = Field(1e-3, gt=0)
-    """Constant over the run."""
+    """Constant over the run; 1e-3 is for a LoRA, all weights want about 1e-5."""
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), strict=False)
     """Decay of the two running means, each below 1."""
     weight_decay: float = Field(0.0, ge=0)
@@ -324,7 +325,8 @@ class EvaluationConfig(Section):
     images: int = Field(16, ge=2)
     """Images per prompt; the paper has 40."""
     at_end: bool = True
-    """Evaluate base model and last checkpoint after training, and write report.html."""
+    """Evaluate base model and last checkpoint after `driftrl train`, and write report.html; of a run made in Python
+    `driftrl evaluate RUN` does it."""
 
 
 class TrainConfig(Section):
@@ -564,8 +566,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = _parse_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        place = str(getattr(error, "problem_mark", "")).strip()
-        raise InputError(f"{path}: no valid YAML{': ' + place if place else ''}") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f": line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise InputError(f"{path}: no valid YAML{place}{f': {problem}' if problem else ''}") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -582,7 +585,23 @@ def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number, as YAML 1.2 does."""
+    """Safe YAML that reads 1e-3 as a number, as YAML 1.2 does, and refuses a key that is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As ever, once keys are known to differ."""
+        seen: dict[str, yaml.ScalarNode] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    line = seen[key.value].start_mark.line + 1
+                    raise yaml.MarkedYAMLError(
+                        None,
+                        None,
+                        f"'{key.value}' is there already, in line {line}: join the two",
+                        key.start_mark,
+                    )
+                seen[key.value] = key
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -591,6 +610,7 @@ _Loader.add_implicit_resolver(
 
 
 def _parse_yaml(text: str) -> Any:
+    """What a YAML text says; `yaml.YAMLError` where it is none, or names a key twice, of which one would be lost."""
     loader = _Loader(text)
     try:
         return loader.get_single_data()

@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+LONGEST = 60
+"""Letters of a label."""
 KEPT, PAPER, INK, FAINT = (34, 139, 94), (255, 255, 255), (30, 30, 34), (120, 120, 128)
 
 
@@ -50,6 +52,11 @@ def beside(
     return sheet
 
 
+def _shortened(label: str) -> str:
+    """A label that leaves room for the pictures."""
+    return label if len(label) <= LONGEST else f"{label[: LONGEST - 1].rstrip()}\N{HORIZONTAL ELLIPSIS}"
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +74,7 @@ def _draw(
     figures: Sequence[Sequence[float]] | None,
 ) -> Image.Image:
     font, small = ImageFont.load_default(13), ImageFont.load_default(10)
+    labels = [_shortened(label) for label in labels]
     gap, top = 4, 26 if title else 4
     line = cell + gap + (13 if figures else 0)
     width = max((int(font.getlength(label)) for label in labels), default=0)

@@ -27,10 +27,12 @@ from driftrl.build import build_loop, open_sizes
 from driftrl.checks import InputError, RunFailedError
 from driftrl.config import TrainConfig, dump_config, flat, load_config
 from driftrl.distributed import LostProcessError, join
-from driftrl.files import write_text
+from driftrl.files import read_json, write_json, write_text
 from driftrl.pictures import candidates_grid, pixels, save_png
 from driftrl.trainer import Iteration, TrainingLoop
 
+PROMPTS = "prompts.json"
+"""The prompts that a run draws from, as they were when it began."""
 RESUMABLE = {"iterations", "logging", "guards", "evaluation"}
 """What may differ when a run is resumed; everything else would change its meaning."""
 PAGE = 2048
@@ -81,6 +83,7 @@ class Trainer:
         with self.team.together():
             self.loop: TrainingLoop = build_loop(self.config, self.folder, self.team)
         if resume:
+            self._refuse_other_prompts()
             newest = checkpoint.newest(self.folder / "checkpoints") if self.team.leads else None
             found = self.team.first(newest and str(newest))
             self.resumed_from = found and Path(found)
@@ -112,6 +115,7 @@ class Trainer:
                     stack.enter_context(locked(self.folder))
                     log = stack.enter_context(_Log(self))
                     write_text(self.folder / "config.yaml", dump_config(self.config))
+                    write_json(self.folder / PROMPTS, list(self.loop.prompt_set))
 
             def seen(iteration: Iteration) -> None:
                 images = self._pictured(iteration)
@@ -165,6 +169,15 @@ class Trainer:
         if not path.is_file():
             raise InputError(f"--resume {self.folder}: no run folder, for it has no config.yaml")
         self._refuse_changes(load_config(path).model_dump(mode="json"), str(self.folder))
+
+    def _refuse_other_prompts(self) -> None:
+        """A file of prompts may have other ones by now."""
+        path = self.folder / PROMPTS
+        if path.is_file() and read_json(path) != list(self.loop.prompt_set):
+            raise InputError(
+                f"--resume {self.folder}: the prompts of {self.config.prompts.set} are others than it began with, which are in "
+                f"{path}; put them back, or start a new run"
+            )
 
     def _refuse_changes(self, before: dict[str, Any] | None, place: str) -> None:
         differing = sorted(_differing(before or {}, self.config.model_dump(mode="json")), key=lambda d: d[0])

@@ -308,7 +308,7 @@ class TrainingLoop:
             self._say(
                 RewardWarning,
                 f"in iteration {number + 1} the kept rewards of {constant} of {len(texts)} prompts are all equal: "
-                "nothing is learned from them; a finer reward or more candidates would help",
+                "their reward teaches nothing; a finer one or more candidates would help",
             )
         metrics = {k: v if math.isfinite(v) else float("nan") for k, v in metrics.items()}
         return Iteration(number + 1, metrics, clock.seconds, texts, drawn, rewards, chosen)

@@ -122,7 +122,7 @@ def test_policy_encoders_need_a_policy():
 
 def test_dreamsim_is_an_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "dreamsim", None)
-    with pytest.raises(InputError, match=r"driftrl\[dreamsim\]"):
+    with pytest.raises(InputError, match=r"\.\[dreamsim\]"):
         build_encoder("dreamsim", CPU)
 
 

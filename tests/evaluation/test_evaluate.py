@@ -171,15 +171,13 @@ def test_a_model_alone(pipeline_folder, encoder_folder, prompts_file, clip_folde
     monkeypatch.setattr(
         module, "build_reward", lambda name, device, **_: lambda images, prompts: images.mean((1, 2, 3))
     )
-    folder = evaluate(
-        pipeline_folder,
-        **settings(prompts_file, clip_folder),
-        encoder=str(encoder_folder),
-        steps=3,
-        out=tmp_path / "out",
-        keep_images=True,
-    )
+    asked = {
+        **settings(prompts_file, clip_folder), "encoder": str(encoder_folder), "steps": 3, "out": tmp_path / "out",
+    }  # fmt: skip
+    before = load_evaluation(evaluate(pipeline_folder, **asked))
+    folder = evaluate(pipeline_folder, **asked, keep_images=True)  # measured already, but without
     evaluation = load_evaluation(folder)
+    assert evaluation.points == before.points
     assert not evaluation.tuned and evaluation.settings.steps == 3
     assert len(list((folder / "images").rglob("*.png"))) == 12
     with pytest.raises(InputError, match="no run folder"):

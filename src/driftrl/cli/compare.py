@@ -14,7 +14,7 @@ def compare(
     runs: Sequence[Path], out: Path, against: str | None, blind: Path | None = None, seed: int | None = None
 ) -> None:
     """Write the comparison page, or with ``blind`` the page for raters."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     if blind is not None:
         _blind(console, runs, blind, against, seed)
         return

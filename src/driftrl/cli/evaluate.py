@@ -28,7 +28,7 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
     Returns:
         The folder with ``evaluation.json``, ``report.html`` and ``report.png``.
     """
-    console = Console(stderr=True, quiet=not leads())
+    console = Console(stderr=True, quiet=not leads(), emoji=False)
     with console.status("loading the model", spinner="dots"):
         from transformers.utils import logging
 

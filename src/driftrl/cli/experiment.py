@@ -33,7 +33,7 @@ def experiment(
         _list(plan, runs, len(places), int(places[0]["OMP_NUM_THREADS"]))
         return
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -60,7 +60,9 @@ def fail(message: str, status: int = 2, by_all: bool = False) -> NoReturn:
     linger()
     if by_all and not leads():
         raise SystemExit(status)
-    Console(stderr=True).print(f"[red bold]driftrl:[/] {_escape(message)}", highlight=False, soft_wrap=True)
+    Console(stderr=True, emoji=False).print(
+        f"[red bold]driftrl:[/] {_escape(message)}", highlight=False, soft_wrap=True
+    )
     raise SystemExit(status)
 
 

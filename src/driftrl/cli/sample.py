@@ -21,9 +21,13 @@ def sample(
     deterministic: bool = False,
 ) -> None:
     """Draw a grid, a row for each prompt, and write it as a PNG."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     if out.is_dir() or out.suffix.lower() != ".png":
         raise InputError(f"--out: expected a PNG file, such as grid.png; got {out}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be written: {error.strerror or error}") from error
     with console.status("loading the model", spinner="dots"):
         from transformers.utils import logging
 

@@ -28,7 +28,7 @@ def serve_reward(
     if missing:
         raise InputError(
             f"serve-reward needs {' and '.join(missing)}, which this Python does not have: "
-            "pip install 'driftrl[serve]'"
+            "pip install '.[serve]' in driftrl's folder"
         )
     console = Console(stderr=True)
     with console.status(f"loading {escape(name)}", spinner="dots") as status, ExitStack() as stack:

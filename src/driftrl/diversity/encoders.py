@@ -75,7 +75,7 @@ class DreamSimEncoder:
             from dreamsim import dreamsim  # type: ignore[import-not-found,unused-ignore]
         except ImportError as error:
             raise InputError(
-                f"the dreamsim encoder needs the extra: pip install 'driftrl[dreamsim]' (it brings torchvision): {error}"
+                f"the dreamsim encoder needs the extra: pip install '.[dreamsim]' in driftrl's folder (it brings torchvision): {error}"
             ) from error
         try:
             self.model: Any = dreamsim(pretrained=True, device=str(device), dreamsim_type=variant)[0]

@@ -366,12 +366,13 @@ def evaluate(
         mixture=mixture,
     )
     team = join()
-    before = [point.model_dump(mode="json") for point in _previous(folder, settings)] if team.leads else []
-    known = {point.label: point for point in map(Point.model_validate, team.first(before))}
+    own = [point.model_dump(mode="json") for point in _previous(folder, settings)] if team.leads else []
+    known = {point.label: point for point in map(Point.model_validate, team.first(own))}
     identities = {path.name: sha256(path / "manifest.json") for path in paths}
     known = {k: p for k, p in known.items() if k not in identities or p.identity == identities[k]}
     wanted: dict[str, Path | None] = {"base": None, **{path.name: path for path in paths}}
-    todo = {label: path for label, path in wanted.items() if label not in known}
+    bare = team.first(_without_images(folder, settings, list(known))) if keep_images else []
+    todo = {label: path for label, path in wanted.items() if label not in known or label in bare}
     if not todo:
         return folder
 
@@ -394,7 +395,7 @@ def evaluate(
             readings = studio.shoot(label, seed, NO_NOISE if path is None else noise, folder, keep_images)
         readings = with_mixture(readings, reference, mixture)
         values = measure(readings, reference.features, settings.neighbours)
-        base = known.get("base")
+        base = None if path is None else known.get("base")
         identity, iteration = identities.get(label, ""), 0 if path is None else int(path.name)
         known[label] = Point(
             label=label, iteration=iteration, identity=identity, figures=_figures(values, base)
@@ -406,6 +407,11 @@ def evaluate(
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / FILE, evaluation.model_dump(mode="json"))
     return folder
+
+
+def _without_images(folder: Path, settings: Settings, labels: list[str]) -> list[str]:
+    """Those of the models measured already whose images were not kept; drawn again they come out the same."""
+    return [label for label in labels if not any((_pictures(folder, settings) / label).glob("*/*.png"))]
 
 
 def load_evaluation(path: Path) -> Evaluation:

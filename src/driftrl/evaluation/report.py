@@ -6,6 +6,7 @@ hold, and leaves out what is not there.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -685,25 +686,27 @@ def write_comparison_picture(
     """
     methods = comparing.load_methods(folders)
     names = comparing.diversity_metrics(methods, VARIETY)
+    colours = {
+        method.name: colour for method, colour in zip(methods, itertools.cycle(PICTURE_COLOURS), strict=False)
+    }  # those of the page
     methods = sorted(methods, key=lambda method: method.name != (against or methods[0].name))
     methods = methods[: len(PICTURE_COLOURS)]
     first = methods[0].runs[0]
     lasts = [_last(method) for method in methods]
     rows = _evenly(_prompt_rows(first.evaluation, lasts[0]), prompts)
     sides = [_side("base model", MUTED, first.folder, first.evaluation, first.evaluation.base, rows, images)]
-    for method, point, colour in zip(methods, lasts, PICTURE_COLOURS, strict=False):
+    for method, point in zip(methods, lasts, strict=True):
         run = method.runs[0]
-        sides.append(_side(method.name, colour, run.folder, run.evaluation, point, rows, images))
+        sides.append(
+            _side(method.name, colours[method.name], run.folder, run.evaluation, point, rows, images)
+        )
     if not all(row for side in sides for row in side.rows):
         return None
     charts = [
         Chart(
             f"{describe(name, first.evaluation.settings).title} over reward",
             "reward",
-            [
-                Stroke(method.mean_curve(name), colour, marker="o")
-                for method, colour in zip(methods, PICTURE_COLOURS, strict=False)
-            ],
+            [Stroke(method.mean_curve(name), colours[method.name], marker="o") for method in methods],
         )
         for name in names[:2]
     ]
@@ -738,4 +741,8 @@ def check_out(out: Path) -> Path:
     """
     if out.is_dir() or out.suffix not in (".html", ".htm"):
         raise InputError(f"--out: expected an HTML file, such as report.html; got {out}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be written: {error.strerror or error}") from error
     return out

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sysconfig
 import threading
 import time
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -55,7 +58,7 @@ class GuardedReward:
                     raise
                 raise type(error)(f"{self.title}: {error}") from error
             except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem = f"{type(error).__name__}: {error}{_place(error)}"
         asked = list(dict.fromkeys(prompts))
         named = ", ".join(repr(p) for p in asked[:3]) + (
             f" and {len(asked) - 3} more" if len(asked) > 3 else ""
@@ -64,6 +67,16 @@ class GuardedReward:
         raise RunFailedError(f"the {self.title} failed {often} for {named}; the last time: {problem}")
 
     def _call(self, images: Tensor, prompts: Sequence[str]) -> object:
+        before = _writes(images)
+        answer = self._answer(images, prompts)
+        if _writes(images) != before:
+            raise InputError(
+                f"{self.title}: it changed the images that it was given, which training goes on with; expected a reward that "
+                "works on copies (x = images.clone(), x - mean in place of x.sub_(mean))"
+            )
+        return answer
+
+    def _answer(self, images: Tensor, prompts: Sequence[str]) -> object:
         if self.timeout is None:
             return self.reward(images, prompts)
         answer: list[object] = []
@@ -83,6 +96,22 @@ class GuardedReward:
         if failure:
             raise failure[0]
         return answer[0]
+
+
+def _writes(images: Tensor) -> int:
+    """How often a tensor was written to in place."""
+    return 0 if images.is_inference() else images._version
+
+
+def _place(error: Exception) -> str:
+    """Where in the user's code an error came up: the last place that is neither this package's nor an installed one's."""
+    package = str(Path(__file__).parents[1])
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((package, sysconfig.get_path("stdlib"), "<")) and (
+            "site-packages" not in frame.filename
+        ):
+            return f" ({frame.filename}, line {frame.lineno})"
+    return ""
 
 
 def _checked(value: object, count: int, title: str) -> Tensor:
