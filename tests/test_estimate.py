@@ -126,7 +126,9 @@ def test_the_probe_measures_one_pass(config, tmp_path):
     loop = build_loop(config(**ONE_PASS), tmp_path)
     plan = probe.plan_of(loop)
     assert plan.taught == 1 and plan.rollout_batch == loop.update_batch.now
-    drawn = loop._sample(loop.conditioning.rows(torch.arange(3)), [0, 1, 2], 0, Scoring((), [], False))
+    drawn = loop._sample(
+        loop.conditioning.rows(torch.arange(3)), [0, 1, 2], [0, 0, 0], 0, Scoring((), [], False)
+    )
     tensors = [getattr(drawn, field.name) for field in dataclasses.fields(drawn)]
     assert probe.stored_of(loop, plan) == sum(t.numel() * t.element_size() for t in tensors if t is not None)
     probe.fit(loop, 8.0, rollout=False, update=True)

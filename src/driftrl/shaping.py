@@ -106,7 +106,8 @@ def shape_at_reward(rewards: Tensor, bonus: Tensor, shaping: Shaping) -> Tensor:
     """
     if one_of("level", shaping.level, LEVELS) != "reward" or shaping.ratio == 0:
         return rewards
-    _warn_of_constant(bonus)
+    if shaping.measure != "clusters":  # which may well be of one size
+        _warn_of_constant(bonus)
     return shape_rewards(rewards, bonus, shaping.ratio, shaping.clip)
 
 
@@ -123,7 +124,8 @@ def shape_at_advantage(
     if one_of("level", shaping.level, LEVELS) == "reward" or shaping.ratio == 0:
         return advantages
     if shaping.level == "multiply":
-        _warn_of_constant(bonus)
+        if shaping.measure != "clusters":
+            _warn_of_constant(bonus)
         return reweight_above_average(advantages, bonus, shaping.ratio)
     if bonus.dim() == 2 or scored is None:
         return shape_advantages(advantages, intrinsic_advantage(bonus, shaping.clip), shaping.ratio)
