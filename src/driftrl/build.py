@@ -366,7 +366,8 @@ def _imported(name: str) -> Reward:
     try:
         reward = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever a user's module does at its import
-        here = isinstance(error, ModuleNotFoundError) and Path(f"{module}.py").is_file()
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module
+        here = missing and Path(f"{module}.py").is_file()
         hint = (
             f"; {module}.py is in this folder, where Python does not look of itself: PYTHONPATH=. driftrl ..."
         )
