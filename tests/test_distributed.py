@@ -88,11 +88,11 @@ class Launcher:
     def __call__(self, folder, processes, *arguments, send=0, whom=1, until=""):
         """Exit statuses by rank, and what was said.
 
-        Where glibc ends a process because the heap is spoilt, once more: seen once in some hundred runs over gloo, never
+        Where glibc ends a process with this very word of a spoilt heap, once more: seen once in some hundred runs over gloo, never
         in one process, and nothing in it is native code of ours (docs/log.md).
         """
         statuses, said = self._once(folder, processes, arguments, send, whom, until)
-        if processes > 1 and -signal.SIGABRT in statuses:
+        if processes > 1 and -signal.SIGABRT in statuses and "tcache chunk detected" in said:
             if "--out" in arguments:
                 shutil.rmtree(folder / arguments[arguments.index("--out") + 1])
             statuses, said = self._once(folder, processes, arguments, send, whom, until)
@@ -196,8 +196,7 @@ def test_two_processes_train_as_one(train, tmp_path, method):
 
 IN_PARTS = {
     "adapter__kind": "full", "adapter__shard": True, "prompts__per_iteration": 4, "optimizer__batch_size": 2,
-    "sampling__batch_size": 4, "sampling__candidates": 4, "sampling__steps": 3, "selection__keep": 3,
-    "objective__timestep_choice": "random", "objective__timesteps": 0.7,
+    "sampling__batch_size": 6, "objective__timestep_choice": "random", "objective__timesteps": 0.7,
     "reward": "smooth:reward", "optimizer__learning_rate": 2e-4,
 }  # fmt: skip
 
@@ -244,11 +243,11 @@ def test_weights_in_parts_train_as_whole_ones(train, launch, smooth, tmp_path, k
 
 def close_but_for_signs(one, two):
     """To 1e-5, but for the few weights whose gradient is so near 0 that rounding has a say in its sign: AdamW moves
-    those as far as any, by a learning rate (2e-4) a step, and so apart by two.
+    those as far as any, by a learning rate (2e-4) a step.
     """
     apart = (one - two).abs()
     assert (apart > 1e-5).double().mean() < 1e-4
-    assert apart.max() < 8e-4
+    assert apart.max() < 2e-4
 
 
 @pytest.mark.slow

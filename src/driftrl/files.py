@@ -109,3 +109,15 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: expected a JSON file: {error}") from error
+
+
+def make_parent(out: Path) -> None:
+    """Make the folder that a page or picture goes to, before the work that it shows is done.
+
+    Raises:
+        InputError: if that cannot be.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be written: {error.strerror or error}") from error

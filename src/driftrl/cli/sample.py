@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from driftrl.checks import InputError
+from driftrl.files import make_parent
 
 
 def sample(
@@ -24,10 +25,7 @@ def sample(
     console = Console(stderr=True, emoji=False)
     if out.is_dir() or out.suffix.lower() != ".png":
         raise InputError(f"--out: expected a PNG file, such as grid.png; got {out}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out: {out} cannot be written: {error.strerror or error}") from error
+    make_parent(out)
     with console.status("loading the model", spinner="dots"):
         from transformers.utils import logging
 

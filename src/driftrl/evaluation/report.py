@@ -35,7 +35,7 @@ from driftrl.evaluation.picture import COLOURS as PICTURE_COLOURS
 from driftrl.evaluation.picture import MUTED, Chart, Side, Stroke, draw
 from driftrl.evaluation.plots import Line, plot
 from driftrl.evaluation.results import read_metrics
-from driftrl.files import write_text
+from driftrl.files import make_parent, write_text
 from driftrl.prompts import prompt_sets
 
 COLOURS = 16
@@ -741,8 +741,5 @@ def check_out(out: Path) -> Path:
     """
     if out.is_dir() or out.suffix not in (".html", ".htm"):
         raise InputError(f"--out: expected an HTML file, such as report.html; got {out}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out: {out} cannot be written: {error.strerror or error}") from error
+    make_parent(out)
     return out
