@@ -203,7 +203,7 @@ def test_runs_and_their_parts_taken_for_each_other(settings, tmp_path):
     assert list(tmp_path.rglob("*.png")) == []
 
 
-@pytest.mark.parametrize("out", [".", "grid.jpg", "file.txt/grid.png"])
+@pytest.mark.parametrize("out", ["grid.jpg", "file.txt/grid.png", "file.txt/grid"])
 def test_a_picture_that_cannot_be_written(tmp_path, pipeline_folder, out):
     (tmp_path / "file.txt").write_text("")
     told = refused(
@@ -211,6 +211,27 @@ def test_a_picture_that_cannot_be_written(tmp_path, pipeline_folder, out):
     )
     assert f"--out: {out}" in told or f"got {out}" in told
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_prompt_set_into_a_folder_with_every_image(tmp_path, pipeline_folder):
+    (tmp_path / "two.txt").write_text("a cat\nan ink fox, on paper\n")
+    result = driftrl(
+        "sample", pipeline_folder, "--prompts", tmp_path / "two.txt", "-n", 2, "--steps", 2, "--base", "--out",
+        tmp_path / "v1.0",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    files = sorted(str(path.relative_to(tmp_path / "v1.0")) for path in tmp_path.rglob("*.png"))
+    folders = [
+        f"{side}/{name}" for side in ("base", "tuned") for name in ("000-a-cat", "001-an-ink-fox-on-paper")
+    ]
+    assert files == sorted([*(f"{folder}/{k:03d}.png" for folder in folders for k in range(2)), "grid.png"])
+    assert "expected --prompt TEXT or --prompts FILE" in refused("sample", pipeline_folder, cwd=tmp_path)
+
+
+def test_the_package_lists_what_it_has():
+    import driftrl as package
+
+    assert {"TrainConfig", "Trainer", "load_config", "InputError"} <= set(dir(package))
 
 
 def test_doctor_measures_the_ratio_of_an_untouched_policy(pipeline_folder, tmp_path):

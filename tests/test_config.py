@@ -76,6 +76,8 @@ def test_a_bad_base_is_one_message(tmp_path, files, message):
         (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas.1: expected less than 1; got 1.0"),
         (["optimizer.betas=[-0.1, 0.9]"], "optimizer.betas.0: expected greater than or equal to 0; got -0.1"),
         (["adapter.targets=[]"], "adapter.targets: "),
+        (["name=../elsewhere"], "name: expected a name without slashes"),
+        (["name=.."], "name: expected a name without slashes"),
         (["advantage.history=100000000000"], "advantage.history: expected less than or equal to 1000000"),
     ],
 )

@@ -123,6 +123,8 @@ def test_settings_that_differ():
         ({"set": {"logging.keep_last": 2}}, "logging.keep_last"),
         ({"set": {"logging.checkpoint_every": 30}}, "at most the 2 that 60"),
         ({"set": {"iterations": 0}}, "iterations: expected at least 1"),
+        ({"set": {"seed": 5}}, "set: expected no seed"),
+        ({"methods": [{"set": {"seed": 5}}]}, "a method's set: expected no seed"),
     ],
 )  # fmt: skip
 def test_bad_plans_are_named(changes, message):
@@ -143,6 +145,15 @@ def test_a_bad_plan_is_one_message_and_status_2(tmp_path):
     result = command_line(path, "--out", tmp_path / "out")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "name: is missing" in result.stderr and "did you mean 'name'" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_that_is_not_there_is_said_before_any_run(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text("name: x\nset: {reward: 'no_such_module:score', iterations: 8}\n")
+    for more in (["--dry-run"], ["--out", tmp_path / "out"]):
+        result = command_line(path, *more)
+        assert result.returncode == 2 and "'no_such_module:score' cannot be imported" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

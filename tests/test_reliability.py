@@ -400,6 +400,47 @@ def test_a_changed_configuration_is_refused_even_if_the_file_was_edited(config, 
         Trainer(edited, run, resume=True)
 
 
+def test_less_at_once_is_no_other_run(config, tmp_path):
+    run = Trainer(config(iterations=1, sampling__batch_size=8), tmp_path / "run").run()
+    smaller = config(iterations=2, sampling__batch_size=2)
+    with pytest.warns(RuntimeWarning, match=r"sampling\.batch_size: 8 -> 2: this rounds otherwise"):
+        resumed = Trainer(smaller, run, resume=True)
+    assert resumed.loop.rollout_batch.now == 2
+    resumed.run()
+    whole = Trainer(config(iterations=2, sampling__batch_size=8), tmp_path / "whole").run()
+    a, b = (
+        load_file(folder / "checkpoints/000002/pytorch_lora_weights.safetensors") for folder in (run, whole)
+    )
+    for key, tensor in a.items():
+        torch.testing.assert_close(tensor, b[key], rtol=1e-4, atol=1e-5)
+    assert Trainer(smaller, run, resume=True).loop.rollout_batch.now == 2  # now it is as the checkpoint says
+
+
+def test_a_run_that_learned_nothing_is_not_in_the_way(config, tmp_path):
+    def fails(images, prompts):
+        raise RuntimeError("the server is down")
+
+    trainer = Trainer(config(iterations=1), tmp_path / "run")
+    trainer.loop.reward = fails
+    with pytest.raises(RuntimeError, match="the server is down"):
+        trainer.run()
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["000000"]
+    run = Trainer(config(iterations=1, optimizer__learning_rate=0.5), tmp_path / "run").run()
+    assert load_config(run / "config.yaml").optimizer.learning_rate == 0.5
+    assert checkpoint.configuration(run / "checkpoints/000000")["optimizer"]["learning_rate"] == 0.5
+    with pytest.raises(InputError, match="is not empty"):  # this one has
+        Trainer(config(iterations=1), tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.yaml").write_text("somebody's own")
+    with pytest.raises(InputError, match="is not empty"):
+        Trainer(config(iterations=1), tmp_path / "mine")
+
+
+def test_the_last_iteration_has_its_picture(config, tmp_path):
+    run = Trainer(config(iterations=3, logging__images_every=100), tmp_path / "run").run()
+    assert sorted(path.name for path in (run / "images").glob("*.png")) == ["000001.png", "000003.png"]
+
+
 class Planted:
     """Runs code when it is unpickled."""
 

@@ -10,7 +10,7 @@ from PIL import Image
 from conftest import save_tokenizer, text_settings
 from driftrl.build import build_encoder, build_reward
 from driftrl.checks import InputError
-from driftrl.pictures import LONGEST, grid
+from driftrl.pictures import LONGEST, candidates_grid, grid
 from driftrl.preprocess import CLIP_MEAN, CLIP_STD, Preprocessing
 from driftrl.rewards.clip import CLIPReward
 from driftrl.rewards.compressibility import compressibility
@@ -124,6 +124,10 @@ def test_an_entry_point_that_cannot_be_loaded_is_bad_input(plugin):
         ("broken_reward:score", "SyntaxError"),
         ("gloomy_reward:score", "RuntimeError: no licence"),
         ("stateful_reward:State", r"is a class; expected .* an instance"),
+        (
+            "stateful_reward:alone",
+            r"expected \(images, prompts\) -> Tensor\[N\]; too many positional arguments",
+        ),
     ],
 )
 def test_rewards_that_cannot_be_imported_are_one_message(tmp_path, monkeypatch, name, message):
@@ -133,7 +137,7 @@ def test_rewards_that_cannot_be_imported_are_one_message(tmp_path, monkeypatch, 
     modules.mkdir()
     (modules / "broken_reward.py").write_text("x = (\n")
     (modules / "gloomy_reward.py").write_text("raise RuntimeError('no licence')\n")
-    (modules / "stateful_reward.py").write_text("class State:\n    pass\n")
+    (modules / "stateful_reward.py").write_text("class State:\n    pass\ndef alone(images):\n    pass\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [str(modules)])
     with pytest.raises(InputError, match=message):
@@ -143,3 +147,20 @@ def test_rewards_that_cannot_be_imported_are_one_message(tmp_path, monkeypatch, 
 def test_long_labels_leave_room_for_the_pictures():
     narrow, wide = (grid([torch.zeros(2, 3, 8, 8)], [label]) for label in ("m" * LONGEST, "m" * 2800))
     assert wide.width <= narrow.width + 8
+
+
+def test_pictures_keep_their_proportions_and_small_ones_are_enlarged():
+    for shape, cell in (
+        ((16, 16), (72, 72)),
+        ((64, 64), (72, 72)),
+        ((512, 256), (128, 256)),
+        ((90, 120), (120, 90)),
+    ):
+        images = [torch.zeros(2, 3, *shape)]
+        assert grid(images, [""]).size == (2 * (cell[0] + 4) + 8, cell[1] + 12)
+    assert (
+        candidates_grid(
+            torch.zeros(1, 1, 3, 512, 512), ["a"], torch.zeros(1, 1), torch.zeros(1, 1).long()
+        ).height
+        < 180
+    )

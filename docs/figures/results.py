@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from driftrl.evaluation import compare
 from driftrl.evaluation.compare import Method
+from driftrl.evaluation.page import percent
 from driftrl.evaluation.pareto import Interval
 from driftrl.evaluation.picture import COLOURS
 from driftrl.evaluation.report import METRICS, VARIETY
@@ -68,7 +69,7 @@ def tables(methods: list[Method]) -> str:
             if pair is not None:
                 gains = [shown(pair.diversity_gain, sign=True), shown(pair.reward_gain, sign=True)]
                 if pair.diversity_share is not None:
-                    gains[0] += f", {100 * pair.diversity_share.mean:+.0f}%"
+                    gains[0] += f", {percent(pair.diversity_share.mean)}".replace("\N{MINUS SIGN}", "-")
             lines.append(
                 f"| {method.name} | {title} | {gains[0]} | {gains[1]} | {shown(volumes[method.name], 2)} |"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import warnings
@@ -355,6 +356,17 @@ def build_reward(
     )
 
 
+def demand_reward(name: str) -> None:
+    """Refuse the name of a reward that is not there, as far as that is known without its weights or its server.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    known = name == "tiny-animals" or name.startswith(("http://", "https://"))
+    if not known and name.partition("@")[0] not in NETWORKS:
+        build_reward(name, torch.device("cpu"))
+
+
 def _imported(name: str) -> Reward:
     """The reward that ``module:function`` names."""
     module, _, function = name.partition(":")
@@ -382,6 +394,12 @@ def _imported(name: str) -> Reward:
             f"reward: {name} is a class; expected (images, prompts) -> Tensor[N], such as an instance of it that the module "
             f"holds: reward = {function}()"
         )
+    try:
+        inspect.signature(reward).bind(None, None)
+    except TypeError as error:
+        raise InputError(f"reward: {name}: expected (images, prompts) -> Tensor[N]; {error}") from None
+    except ValueError:  # compiled functions do not say what they take
+        pass
     found: Reward = reward
     return found
 

@@ -38,6 +38,17 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things in words.
+
+    Example:
+        >>> from driftrl.checks import counted
+        >>> counted(1, "run"), counted(2, "run")
+        ('1 run', '2 runs')
+    """
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
     """Return ``value`` if it is one of ``allowed``.
 

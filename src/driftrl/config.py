@@ -357,6 +357,15 @@ class TrainConfig(Section):
     guards: GuardsConfig = GuardsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @field_validator("name")
+    @classmethod
+    def _in_runs(cls, name: str) -> str:
+        if not name.strip(". ") or not name.isprintable() or set(name) & set("/\\"):
+            raise ValueError(
+                f"name: expected a name without slashes, for it names a folder too; got {name!r}"
+            )
+        return name
+
     @field_validator("reward")
     @classmethod
     def _different_rewards(cls, reward: str | list[RewardPart]) -> str | list[RewardPart]:

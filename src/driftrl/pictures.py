@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 LONGEST = 60
 """Letters of a label."""
+SMALLEST, LARGE, CANDIDATE = 72, 256, 128
+"""Pixels of a picture's longer side in a grid: at least; at most; at most where all candidates are shown."""
 KEPT, PAPER, INK, FAINT = (34, 139, 94), (255, 255, 255), (30, 30, 34), (120, 120, 128)
 
 
@@ -24,9 +27,9 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels(image).permute(1, 2, 0).cpu().numpy())
 
 
-def grid(rows: Sequence[Tensor], labels: Sequence[str], cell: int = 72, title: str = "") -> Image.Image:
+def grid(rows: Sequence[Tensor], labels: Sequence[str], title: str = "") -> Image.Image:
     """Rows of images [n, 3, H, W] with a label before each row."""
-    return _draw(rows, labels, cell, title, [set()] * len(rows), None)
+    return _draw(rows, labels, LARGE, title, [set()] * len(rows), None)
 
 
 def candidates_grid(images: Tensor, prompts: Sequence[str], rewards: Tensor, chosen: Tensor) -> Image.Image:
@@ -38,7 +41,9 @@ def candidates_grid(images: Tensor, prompts: Sequence[str], rewards: Tensor, cho
         kept = set(chosen[p].tolist())
         marks.append({k for k, n in enumerate(order[p].tolist()) if n in kept})
     figures = [[float(rewards[p, n]) for n in order[p].tolist()] for p in range(len(prompts))]
-    return _draw(rows, prompts, 72, "candidates, best reward first; framed: learned from", marks, figures)
+    return _draw(
+        rows, prompts, CANDIDATE, "candidates, best reward first; framed: learned from", marks, figures
+    )
 
 
 def beside(
@@ -50,6 +55,19 @@ def beside(
     sheet.paste(a, (0, 0))
     sheet.paste(b, (a.width, 0))
     return sheet
+
+
+def _cell(rows: Sequence[Tensor], largest: int) -> tuple[int, int]:
+    """Width and height of a picture in a grid, in the proportions that it has."""
+    height, width = next((row.shape[-2:] for row in rows if len(row)), (SMALLEST, SMALLEST))
+    scale = min(max(height, width, SMALLEST), largest) / max(height, width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def image_folder(place: int, prompt: str) -> str:
+    """Name of the folder of a prompt's images: its place, and what fits of its words."""
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60]
+    return f"{place:03d}-{words}"
 
 
 def _shortened(label: str) -> str:
@@ -68,7 +86,7 @@ def save_png(image: Image.Image, path: Path) -> None:
 def _draw(
     rows: Sequence[Tensor],
     labels: Sequence[str],
-    cell: int,
+    largest: int,
     title: str,
     marks: Sequence[set[int]],
     figures: Sequence[Sequence[float]] | None,
@@ -76,22 +94,23 @@ def _draw(
     font, small = ImageFont.load_default(13), ImageFont.load_default(10)
     labels = [_shortened(label) for label in labels]
     gap, top = 4, 26 if title else 4
-    line = cell + gap + (13 if figures else 0)
+    across, down = _cell(rows, largest)
+    line = down + gap + (13 if figures else 0)
     width = max((int(font.getlength(label)) for label in labels), default=0)
     left = width + 14 if width else gap
     columns = max((len(row) for row in rows), default=0)
-    sheet = Image.new("RGB", (left + columns * (cell + gap) + gap, top + len(rows) * line + gap), PAPER)
+    sheet = Image.new("RGB", (left + columns * (across + gap) + gap, top + len(rows) * line + gap), PAPER)
     pen = ImageDraw.Draw(sheet)
     if title:
         pen.text((gap + 2, 6), title, INK, font)
     for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
         y = top + r * line
-        pen.text((6, y + cell // 2 - 8), label, INK, font)
+        pen.text((6, y + down // 2 - 8), label, INK, font)
         for k, image in enumerate(row):
-            x = left + k * (cell + gap)
-            sheet.paste(to_pil(image).resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
+            x = left + k * (across + gap)
+            sheet.paste(to_pil(image).resize((across, down), Image.Resampling.LANCZOS), (x, y))
             if k in marks[r]:
-                pen.rectangle((x - 2, y - 2, x + cell + 1, y + cell + 1), outline=KEPT, width=2)
+                pen.rectangle((x - 2, y - 2, x + across + 1, y + down + 1), outline=KEPT, width=2)
             if figures:
-                pen.text((x, y + cell), f"{figures[r][k]:.2f}", KEPT if k in marks[r] else FAINT, small)
+                pen.text((x, y + down), f"{figures[r][k]:.2f}", KEPT if k in marks[r] else FAINT, small)
     return sheet

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from driftrl import checkpoint, probe
 from driftrl.build import build_loop, open_sizes
+from driftrl.checkpoint import Position
 from driftrl.checks import InputError, RunFailedError
 from driftrl.config import TrainConfig, dump_config, flat, load_config
 from driftrl.distributed import LostProcessError, join
@@ -35,6 +36,8 @@ PROMPTS = "prompts.json"
 """The prompts that a run draws from, as they were when it began."""
 RESUMABLE = {"iterations", "logging", "guards", "evaluation"}
 """What may differ when a run is resumed; everything else would change its meaning."""
+ROUNDING = {"sampling.batch_size", "optimizer.batch_size", "model.memory_budget", "model.device"}
+"""What may differ too, at the price of the same bits: a run may have to go on in less memory."""
 PAGE = 2048
 """Pixels of the longer side of a picture that goes to a tracker."""
 
@@ -71,6 +74,7 @@ class Trainer:
         self.stopped_by: int | None = None
         """The signal that ended the run, in whichever process it came."""
         self._asked = 0
+        self._rounded_otherwise = False
         self.on_stop: Callable[[], Any] | None = None
         """Called once when a signal asks the run to end."""
         self._check_trackers()
@@ -94,8 +98,12 @@ class Trainer:
                 )
             if self.resumed_from is not None:
                 self._refuse_changes(checkpoint.configuration(self.resumed_from), str(self.resumed_from))
+                asked = self.loop.sizes().tolist()
                 self.loop.resume(self.resumed_from)
-        if self.resumed_from is None or not checkpoint.batch_sizes(self.resumed_from):
+                if self._rounded_otherwise:
+                    self.loop.restored_sizes(asked)
+        known = self.resumed_from is not None and checkpoint.batch_sizes(self.resumed_from)
+        if not known or self._rounded_otherwise:
             self._fit()
 
     def _fit(self) -> None:
@@ -141,7 +149,8 @@ class Trainer:
 
     def _pictured(self, iteration: Iteration) -> Tensor | None:
         """The candidates of all processes for a grid, uint8 [P, N, 3, height, width], if it is time for one."""
-        wanted = iteration.number % self.config.logging.images_every == 0 or iteration.number == 1
+        ends = iteration.number in (1, self.config.iterations)
+        wanted = ends or iteration.number % self.config.logging.images_every == 0
         return (
             self.team.gather(pixels(iteration.images).cpu()) if wanted and iteration.images.numel() else None
         )
@@ -149,7 +158,7 @@ class Trainer:
     def _in_the_way(self) -> bool:
         """Whether the folder holds something; the first process looks, before any of them writes there."""
         full = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
-        return bool(self.team.first(full))
+        return bool(self.team.first(full and not _learned_nothing(self.folder)))
 
     def _stop(self, number: int) -> None:
         self._asked = number
@@ -181,11 +190,19 @@ class Trainer:
 
     def _refuse_changes(self, before: dict[str, Any] | None, place: str) -> None:
         differing = sorted(_differing(before or {}, self.config.model_dump(mode="json")), key=lambda d: d[0])
-        refused = [f"{k}: {a!r} -> {b!r}" for k, a, b in differing if k.split(".")[0] not in RESUMABLE]
+        told = {k: f"{k}: {a!r} -> {b!r}" for k, a, b in differing if k.split(".")[0] not in RESUMABLE}
+        refused = [text for key, text in told.items() if key not in ROUNDING]
         if refused:
             raise InputError(
                 f"--resume {place}: these settings differ and would change the run: {'; '.join(refused)}; "
-                f"only {', '.join(sorted(RESUMABLE))} may"
+                f"only {', '.join(sorted(RESUMABLE))} may, and {', '.join(sorted(ROUNDING))}"
+            )
+        if told and not self._rounded_otherwise:
+            self._rounded_otherwise = True
+            warnings.warn(
+                f"{'; '.join(told.values())}: this rounds otherwise, so the run will not have the bits that it would have had",
+                RuntimeWarning,
+                stacklevel=4,
             )
 
 
@@ -305,6 +322,13 @@ def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterat
             yield from _differing(value, b[key], f"{prefix}{key}.")
         elif value != b.get(key, value):  # a key that is newer than the checkpoint has its default
             yield f"{prefix}{key}", value, b[key]
+
+
+def _learned_nothing(folder: Path) -> bool:
+    """Whether it is a run that ended before its first iteration did, for its reward failed, say: nothing in it is missed."""
+    saved = [path.name for path in checkpoint.listing(folder / "checkpoints")]
+    begun = (folder / "config.yaml").is_file() and (folder / PROMPTS).is_file()
+    return begun and saved == [checkpoint.name_of(Position(0))] and not (folder / "metrics.jsonl").exists()
 
 
 def _free(path: Path) -> Path:

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from made import PROMPTS, make_run
 from PIL import Image
@@ -47,6 +48,17 @@ def pictures(page):
 def colour_of(file):
     red, _, blue = Image.open(io.BytesIO(file)).convert("RGB").getpixel((2, 2))
     return "red" if red > blue else "blue"
+
+
+def is_red(file):
+    red, green, blue = Image.open(io.BytesIO(file)).convert("RGB").getpixel((2, 2))
+    return red > 150 and green < 100 and blue < 100
+
+
+def nearly_equal(a, b):
+    """Whether two pictures are the same up to what WebP loses twice; those of two models are not."""
+    x, y = (np.asarray(Image.open(io.BytesIO(file)).convert("RGBA"), float) for file in (a, b))
+    return x.shape == y.shape and np.abs(x - y)[x[..., 3] > 0].mean() < 8
 
 
 def test_the_key_names_what_each_side_shows(tmp_path):
@@ -99,10 +111,9 @@ def test_refuses_what_cannot_be_judged(tmp_path):
     out = tmp_path / "kit"
     other = make_run(tmp_path / "other", "other", seed=3, images=8)
     for runs, message in (
-        ([zeta], "two runs"),
         ([zeta, omicron, other], "two runs"),
+        ([zeta, zeta], "nothing to choose"),
         ([zeta, other], r"differ in images \(4 and 8\)"),
-        ([zeta, make_run(tmp_path / "seed", "zeta", 1)], "are both 'zeta'"),
         ([zeta, tmp_path / "nowhere"], "driftrl evaluate"),
     ):
         with pytest.raises(InputError, match=message):
@@ -130,6 +141,33 @@ def test_a_checkpoint_may_be_chosen(tmp_path):
     assert [shown["checkpoint"] for shown in key["shown"]] == ["000020", "000010"]
 
 
+def test_one_run_stands_beside_its_base_model(tmp_path):
+    run = paint(make_run(tmp_path / "zeta", "zeta"), "red")
+    page = write_blind([run], tmp_path / "kit", seed=2)
+    key = json.loads((tmp_path / "kit/key.json").read_text())
+    assert [(s["method"], s["checkpoint"]) for s in key["shown"]] == [
+        ("base model", "base"),
+        ("zeta", "000020"),
+    ]
+    for trial, (_, sides) in zip(key["trials"], pictures(page), strict=True):
+        reds = [trial[side] for side, file in zip(("left", "right"), sides, strict=True) if is_red(file)]
+        assert reds == ["zeta"]
+
+
+def test_seeds_and_checkpoints_of_one_method_are_told_apart(tmp_path):
+    first, other = make_run(tmp_path / "a", "zeta"), make_run(tmp_path / "b", "zeta", seed=1)
+    early = first / "checkpoints/000010"
+    early.mkdir(parents=True)
+    (early / "manifest.json").write_text("{}")
+    for sources, names in (
+        ([first, other], ["zeta, seed 0", "zeta, seed 1"]),
+        ([early, first], ["zeta, 000010", "zeta, 000020"]),
+    ):
+        kit = tmp_path / f"kit-{names[1][-1]}"
+        write_blind(sources, kit)
+        assert [s["method"] for s in json.loads((kit / "key.json").read_text())["shown"]] == names
+
+
 def test_kept_images_and_images_drawn_again_are_the_same(config, tmp_path):
     from driftrl import Trainer
 
@@ -149,8 +187,12 @@ def test_kept_images_and_images_drawn_again_are_the_same(config, tmp_path):
         for (_, x), (_, y) in zip(pictures(kept), pictures(sheets), strict=True)
         for a, b in zip(x, y, strict=True)
     )
+    beside_base = write_blind(runs[:1], tmp_path / "base-sheets", seed=0)
     for run in runs:
         shutil.rmtree(run / "images")
+    alone = write_blind(runs[:1], tmp_path / "base-drawn", seed=0)
+    for (_, x), (_, y) in zip(pictures(beside_base), pictures(alone), strict=True):
+        assert all(nearly_equal(a, b) for a, b in zip(x, y, strict=True))
     assert write_blind(runs, tmp_path / "drawn", seed=0).read_bytes() == kept.read_bytes()
     (runs[1] / "checkpoints/000001/manifest.json").write_text("{}")
     with pytest.raises(InputError, match="not there as it was"):

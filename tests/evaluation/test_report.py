@@ -7,21 +7,44 @@ import re
 import shutil
 
 import pytest
-from made import make_run
+from made import PROMPTS, make_run
 from PIL import Image
 
 from driftrl.checks import InputError
 from driftrl.config import load_config
 from driftrl.evaluation import compare as comparing
 from driftrl.evaluation.evaluate import load_evaluation
+from driftrl.evaluation.page import percent
 from driftrl.evaluation.plots import Line, label, plot, ticks
 from driftrl.evaluation.report import (
+    _verdict,
     write_comparison,
     write_comparison_picture,
     write_picture,
     write_report,
 )
 from driftrl.evaluation.results import load_result, write_result
+
+
+def test_a_change_that_rounds_to_nothing_has_no_sign():
+    assert [percent(share) for share in (0.004, -0.004, 0.061, -0.061)] == ["0%", "0%", "+6%", "\u22126%"]
+
+
+def test_runs_are_found_in_the_folder_that_holds_them(tmp_path):
+    for name, seed in (("grpo", 0), ("drift", 0), ("drift", 1)):
+        run = make_run(tmp_path / f"all/runs/{name}-seed{seed}", name, seed)
+        write_result(run, tmp_path / f"all/results/{name}-seed{seed}.json")
+    (tmp_path / "all/runs/notes").mkdir()
+    for folder in ("all", "all/runs", "all/results"):  # of the whole experiment too
+        methods = comparing.load_methods([tmp_path / folder])
+        assert [(m.name, len(m.runs)) for m in methods] == [("drift", 2), ("grpo", 1)]
+
+
+def test_of_enough_prompts_the_verdict_says_what_happened(tmp_path):
+    evaluation = load_evaluation(make_run(tmp_path / "run"))
+    more = evaluation.settings.model_copy(update={"prompts": PROMPTS * 2})
+    told = _verdict(evaluation.model_copy(update={"settings": more}), evaluation.tuned[-1])
+    assert told.startswith("The reward rose, from 1.100 to 3.100.")
 
 
 def test_the_page_of_a_run_stands_alone(tmp_path):
@@ -31,7 +54,10 @@ def test_the_page_of_a_run_stands_alone(tmp_path):
     assert page.count("<img ") == 6 and page.count('<img src="data:image/webp;base64,') == 6
     assert all(alt.strip() for alt in re.findall(r'<img [^>]*alt="([^"]*)"', page))
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
-    assert "The reward rose" in page and 'aria-sort="ascending"' in page
+    assert (
+        "On 3 prompts, too few to tell much of any other: the reward rose" in page
+        and 'aria-sort="ascending"' in page
+    )
     assert "Groups whose rewards were all equal: 10, in 10 of 20 iterations" in page
     assert "shaping:" in page
 

@@ -134,12 +134,23 @@ def register(app: typer.Typer) -> None:
             ),
         ],
         prompt: Annotated[
-            list[str],
+            list[str] | None,
             typer.Option("--prompt", "-p", metavar="TEXT", help="What to draw; may be given several times."),
-        ],
+        ] = None,
+        prompts: Annotated[
+            str | None,
+            typer.Option(
+                metavar="FILE", help="A prompt set of the package, or a TXT or JSONL file, to draw."
+            ),
+        ] = None,
         count: Annotated[int, typer.Option("-n", metavar="N", help="Images per prompt.", min=1)] = 16,
         seed: Annotated[int, typer.Option(help="The same seed gives the same images.", min=0)] = 0,
-        out: Annotated[Path, typer.Option(metavar="FILE.png", help="The PNG to write.")] = Path("grid.png"),
+        out: Annotated[
+            Path,
+            typer.Option(
+                metavar="FILE.png|DIR", help="The PNG to write, or a folder for the grid and every image."
+            ),
+        ] = Path("grid.png"),
         base: Annotated[
             bool, _flag("--base", help="Show the base model beside it, on the same seeds.")
         ] = False,
@@ -159,17 +170,19 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Draw images with a fine-tuned model, or any model.
 
-        Writes one PNG, a row for each prompt.
+        Writes one PNG, a row for each prompt; into a folder also every image, in a folder for each prompt.
 
         Examples:
 
           driftrl sample runs/mine --prompt "a cat" -n 16 --out cats.png
 
           driftrl sample tiny-animals -p "an ink fox on a teal background" -p "a frog"
+
+          driftrl sample runs/mine --prompts animals8 -n 40 --out pictures/
         """
         from driftrl.cli.sample import sample as work
 
-        work(source, prompt, count, seed, out, base, steps, guidance_scale, deterministic)
+        work(source, prompt or [], prompts, count, seed, out, base, steps, guidance_scale, deterministic)
 
     @app.command()
     def evaluate(
@@ -261,8 +274,8 @@ def register(app: typer.Typer) -> None:
             list[Path],
             typer.Argument(
                 metavar="RUN",
-                help="Evaluated run folders, or the files that driftrl experiment collects, or folders of these; "
-                "runs of one name are its seeds.",
+                help="Evaluated run folders, or the files that driftrl experiment collects, or folders of these, such "
+                "as that of an experiment; runs of one name are its seeds.",
             ),
         ],
         out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path(
@@ -276,7 +289,7 @@ def register(app: typer.Typer) -> None:
             typer.Option(
                 metavar="DIR",
                 help="Write a blinded page for raters instead, with the key beside it; takes two runs, or "
-                "checkpoints in them.",
+                "checkpoints in them, or one, which is shown beside its base model.",
             ),
         ] = None,
         seed: Annotated[
@@ -296,7 +309,7 @@ def register(app: typer.Typer) -> None:
 
           driftrl compare runs/grpo-seed0 runs/drift-seed0 --blind human
 
-          driftrl compare runs/main/results --against grpo --out comparison.html
+          driftrl compare runs/main --against grpo --out comparison.html
         """
         from driftrl.cli.compare import compare as work
 

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from driftrl.checks import counted
 from driftrl.distributed import join, leads
 
 
@@ -65,7 +66,7 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
 
     evaluation = load_evaluation(folder)
     last = evaluation.tuned[-1] if evaluation.tuned else None
-    each = f"{len(evaluation.settings.prompts)} prompts x {evaluation.settings.images} images"
+    each = f"{counted(len(evaluation.settings.prompts), 'prompt')} x {evaluation.settings.images} images"
     table = Table(
         title=f"{escape(evaluation.name)}, {each}, mean over prompts",
         title_justify="left",

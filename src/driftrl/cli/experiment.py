@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from driftrl.checks import InputError, RunFailedError
-from driftrl.config import dump_config
+from driftrl.checks import InputError, RunFailedError, counted
+from driftrl.config import TrainConfig, dump_config
 from driftrl.experiment.plan import Plan, PlannedRun, differing, expand, load_plan
 from driftrl.experiment.pool import Failure, Pool, Task, slots
 from driftrl.prompts import load_prompts
@@ -26,6 +26,7 @@ def experiment(
     """Make, evaluate and compare the runs of a plan; exit 130 or 143 after Ctrl-C or SIGTERM, 3 if any failed."""
     plan = load_plan(path)
     runs = expand(plan, path)
+    _demand_rewards(plan, runs)
     out = out or Path("runs") / plan.name
     on_gpu = any(run.config.model.device != "cpu" for run in runs)
     places = slots(jobs or plan.jobs, plan.threads, on_gpu)
@@ -46,7 +47,7 @@ def experiment(
         tasks = _prepare(plan, runs, out)
         if tasks:
             console.print(
-                f"[bold]{plan.name}[/]: {len(tasks)} of {len(runs)} runs to do, {min(len(places), len(tasks))} at a "
+                f"[bold]{plan.name}[/]: {len(tasks)} of {counted(len(runs), 'run')} to do, {min(len(places), len(tasks))} at a "
                 f"time, CPU threads of each: {places[0]['OMP_NUM_THREADS']}, in {out}",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
@@ -73,6 +74,18 @@ def experiment(
             console.print(f"open {page}", highlight=False, soft_wrap=True, markup=False)
     if failures:
         raise RunFailedError(_told(failures, len(runs)))
+
+
+def _demand_rewards(plan: Plan, runs: Sequence[PlannedRun]) -> None:
+    """Refuse a reward that is not there, before every run fails for it."""
+    trained = runs[0].config.reward
+    names = [trained] if isinstance(trained, str) else [part.name for part in trained]
+    names = [name for name in (*names, *plan.evaluation.rewards) if name != TrainConfig().reward]
+    if names:
+        from driftrl.build import demand_reward
+
+        for name in names:
+            demand_reward(name)
 
 
 def _prepare(plan: Plan, runs: Sequence[PlannedRun], out: Path) -> list[Task]:
@@ -121,7 +134,7 @@ def _commands(plan: Plan, run: PlannedRun, folder: Path, trained: bool) -> list[
 
 
 def _told(failures: Sequence[Failure], count: int) -> str:
-    lines = [f"{len(failures)} of {count} runs failed; start again to go on with them"]
+    lines = [f"{len(failures)} of {counted(count, 'run')} failed; start again to go on with them"]
     for failure in failures:
         lines.append(
             f"{failure.task.name}: status {failure.status}: {failure.reason}\n    {failure.task.log}"
@@ -141,7 +154,7 @@ def _list(plan: Plan, runs: Sequence[PlannedRun], jobs: int, threads: int) -> No
         )
     evaluated = sum(_evaluation_images(plan, run) for run in runs)
     console.print(
-        f"{len(runs)} runs, {min(jobs, len(runs))} at a time, CPU threads of each: {threads}; images drawn: "
+        f"{counted(len(runs), 'run')}, {min(jobs, len(runs))} at a time, CPU threads of each: {threads}; images drawn: "
         f"{sum(run.images for run in runs):,} in training, {evaluated:,} in evaluation",
         highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from driftrl.checks import counted
+
 if TYPE_CHECKING:
     from driftrl.evaluation.judge import Rate
 
@@ -24,7 +26,7 @@ def judge(folder: Path, answers: Sequence[Path]) -> None:
         analysis = work(folder, answers)
     raters = len(analysis.raters)
     table = Table(
-        title=f"{analysis.prompts} prompts, {raters} rater{'s' if raters > 1 else ''}, {analysis.level:.0%} intervals",
+        title=f"{counted(analysis.prompts, 'prompt')}, {counted(raters, 'rater')}, {analysis.level:.0%} intervals",
         title_justify="left",
         header_style="bold",
     )

@@ -6,7 +6,7 @@ import math
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from driftrl.checks import InputError
+from driftrl.checks import InputError, counted
 from driftrl.config import load_config
 from driftrl.distributed import leads
 
@@ -57,30 +57,29 @@ def train(
     start = trainer.loop.position.iteration
     place = f" from iteration {start}" if start else ""
     console.print(
-        f"[bold]{escape(parsed.name)}[/] on {escape(parsed.model.path)}, {parsed.iterations} iteration{'s' * (parsed.iterations != 1)}{place}: "
+        f"[bold]{escape(parsed.name)}[/] on {escape(parsed.model.path)}, {counted(parsed.iterations, 'iteration')}{place}: "
         f"{escape(str(trainer.folder))}",
         soft_wrap=True,
     )
     progress = _progress(console, quiet)
     task = progress.add_task("train", total=parsed.iterations, completed=start, figures="")
-    first: dict[str, float] = {}
-    if start:  # gains are told from the run's beginning, not from where it goes on
-        from driftrl.evaluation.results import read_metrics
-
-        begun = next(iter(read_metrics(trainer.folder / "metrics.jsonl")), {})
-        first.update((key, value) for key, value in begun.items() if value is not None)
     # Of several rewards each: their sum may be 0 throughout, being normalised.
     several = (
         {} if isinstance(parsed.reward, str) else {p.name: f"reward/{p.name}/mean" for p in parsed.reward}
     )
-    shown = several or {"reward": "reward/mean"}
+    whole = -(-len(trainer.loop.prompt_set) // parsed.prompts.per_iteration)
+    passes = max(1, min(whole, parsed.iterations // 2))
+    gains = {title: Gain(key, passes) for title, key in (several or {"reward": "reward/mean"}).items()}
+    if start:  # gains are told from the run's beginning, not from where it goes on
+        from driftrl.evaluation.results import read_metrics
+
+        for line in read_metrics(trainer.folder / "metrics.jsonl"):
+            for gain in gains.values():
+                gain.told(line)
 
     def watch(iteration: Iteration) -> None:
         m = iteration.metrics
-        if not first:
-            first.update(m)
-        now = {title: m.get(key, math.nan) for title, key in shown.items()}
-        told = [f"{title} {x:.3f} ({x - first.get(shown[title], math.nan):+.3f})" for title, x in now.items()]
+        told = [f"{title} {gain.told(m)}" for title, gain in gains.items()]
         figures = "  ".join([*told, f"diversity {m['diversity/kept_mean']:.3f}"])
         progress.update(task, completed=iteration.number, figures=figures)
         if not quiet and not console.is_terminal:
@@ -107,6 +106,33 @@ def train(
         from driftrl.cli.evaluate import evaluate
 
         evaluate(trainer.folder, quiet=quiet)
+
+
+class Gain:
+    """How far a reward has risen: the last pass over the prompts beside the first, for prompts differ in what they give.
+
+    Example:
+        >>> from driftrl.cli.train import Gain
+        >>> gain = Gain("reward/mean", passes=2)
+        >>> [gain.told({"reward/mean": x}) for x in (1.0, 3.0, 1.5, 3.5)]
+        ['1.000', '3.000', '1.500 (+0.250)', '3.500 (+0.500)']
+    """
+
+    def __init__(self, key: str, passes: int) -> None:
+        """Of the metric ``key``; a pass over the prompts takes ``passes`` iterations."""
+        self.key, self.passes = key, passes
+        self.seen: list[float] = []
+
+    def told(self, metrics: Mapping[str, float | None]) -> str:
+        """One more iteration's value and, after the first pass, the gain."""
+        now = metrics.get(self.key)
+        if now is None or math.isnan(now):
+            return "nan"
+        self.seen.append(now)
+        if len(self.seen) <= self.passes:
+            return f"{now:.3f}"
+        gain = (sum(self.seen[-self.passes :]) - sum(self.seen[: self.passes])) / self.passes
+        return f"{now:.3f} ({gain:+.3f})"
 
 
 class _Figures(ProgressColumn):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -17,14 +18,15 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
-from driftrl import noise
 from driftrl.checks import InputError
-from driftrl.evaluation.compare import Run, load_methods
+from driftrl.evaluation.compare import Run, load_runs
 from driftrl.evaluation.evaluate import SHOWN, Point, Settings, sheet_cells, sheet_columns
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.evaluation.page import render, webp_uri
 from driftrl.files import new_folder, sha256, write_json, write_text
+from driftrl.noise import generator
 from driftrl.pictures import to_pil
+from driftrl.rollout import NO_NOISE
 
 FORMAT = 1
 PAGE, KEY = "index.html", "key.json"
@@ -104,31 +106,21 @@ def write_blind(sources: Sequence[Path], folder: Path, seed: int | None = None) 
     where both have them (``driftrl evaluate --keep-images``), else the sheets, else they are drawn again.
 
     Args:
-        sources: two evaluated run folders, or checkpoints in them; of a run the last one that was measured.
+        sources: two evaluated run folders, or checkpoints in them; of a run the last one that was measured. With one
+            source it is its base model that stands beside it.
         folder: not there yet, or empty.
         seed: of the order and the sides, recorded in the key; by default one that nobody can guess.
 
     Raises:
-        InputError: for anything but two methods that were measured alike, a folder that holds something, or
-            images that can neither be found nor drawn.
+        InputError: for more than two sources, two that were not measured alike or are the same checkpoint, a folder
+            that holds something, or images that can neither be found nor drawn.
     """
-    if len(sources) != 2:
-        raise InputError(f"--blind: expected two runs, shown side by side; got {len(sources)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(
             f"--blind: expected a new or empty folder; got {folder}, which is taken; answers that were given "
             "to a page need its key, so choose another one"
         )
-    places = [_run_and_checkpoint(source) for source in sources]
-    methods = load_methods([run for run, _ in places])
-    if len(methods) != 2:
-        raise InputError(
-            f"--blind: expected two methods; {sources[0]} and {sources[1]} are both '{methods[0].name}'"
-        )
-    sides = [
-        (method.runs[0], _point(method.runs[0], label))
-        for method, (_, label) in zip(methods, places, strict=True)
-    ]
+    names, sides = _sides(sources)
     settings = sides[0][0].evaluation.settings
     sets = _sets(sides)
     seed = secrets.randbits(32) if seed is None else seed
@@ -136,7 +128,6 @@ def write_blind(sources: Sequence[Path], folder: Path, seed: int | None = None) 
     first_left = [k % 2 == 0 for k in _shuffled(len(settings.prompts), seed, "sides")]
 
     trials, cards, digest = [], [], hashlib.sha256()
-    names = [method.name for method in methods]
     for number, place in enumerate(order):
         left = 0 if first_left[number] else 1
         prompt, shown = settings.prompts[place], [sets[left][place], sets[1 - left][place]]
@@ -153,12 +144,12 @@ def write_blind(sources: Sequence[Path], folder: Path, seed: int | None = None) 
         seed=seed,
         shown=[
             Shown(
-                method=run.evaluation.name,
+                method=name,
                 run=run.folder.resolve().name,
                 training_seed=run.seed,
                 checkpoint=point.label,
             )
-            for run, point in sides
+            for name, (run, point) in zip(names, sides, strict=True)
         ],
         trials=trials,
     )
@@ -169,6 +160,31 @@ def write_blind(sources: Sequence[Path], folder: Path, seed: int | None = None) 
         write_text(temporary / PAGE, page)
         write_json(temporary / KEY, key.model_dump(mode="json"))
     return folder / PAGE
+
+
+def _sides(sources: Sequence[Path]) -> tuple[list[str], list[tuple[Run, Point]]]:
+    """What the two sides are called, and what they show."""
+    if not 1 <= len(sources) <= 2:
+        raise InputError(
+            f"--blind: expected two runs, shown side by side, or one, beside its base model; got {len(sources)}"
+        )
+    places = [_run_and_checkpoint(source) for source in sources]
+    runs = load_runs([run for run, _ in places])
+    sides = [(run, _point(run, label)) for run, (_, label) in zip(runs, places, strict=True)]
+    if len(sides) == 1:
+        run, point = sides[0]
+        return ["base model", run.evaluation.name], [(run, run.evaluation.base), (run, point)]
+    calls: list[Callable[[Run, Point], str]] = [
+        lambda run, _: run.evaluation.name,
+        lambda run, _: f"{run.evaluation.name}, seed {run.seed}",
+        lambda run, point: f"{run.evaluation.name}, {point.label}",
+        lambda run, _: run.folder.resolve().name,
+    ]
+    for call in calls:  # the shortest that tells them apart
+        names = [call(*side) for side in sides]
+        if len(set(names)) == len(names):
+            return names, sides
+    raise InputError(f"--blind: {sources[0]} and {sources[1]} are the same, so there is nothing to choose")
 
 
 def _run_and_checkpoint(source: Path) -> tuple[Path, str | None]:
@@ -188,9 +204,7 @@ def _point(run: Run, label: str | None) -> Point:
 
 
 def _shuffled(count: int, seed: int, purpose: str) -> list[int]:
-    order: list[int] = torch.randperm(
-        count, generator=noise.generator(seed, 0, 0, 0, f"blind/{purpose}")
-    ).tolist()
+    order: list[int] = torch.randperm(count, generator=generator(seed, 0, 0, 0, f"blind/{purpose}")).tolist()
     return order
 
 
@@ -242,15 +256,25 @@ def _from_sheets(run: Run, point: Point) -> list[bytes]:
 
 
 def _drawn(run: Run, point: Point) -> list[bytes]:
-    """Drawn again on the evaluation's seeds, by the checkpoint that was measured."""
+    """Drawn again on the evaluation's seeds, by the checkpoint that was measured, or by the base model."""
     settings, path = run.evaluation.settings, run.folder / "checkpoints" / point.label
-    if not (path / "manifest.json").is_file() or sha256(path / "manifest.json") != point.identity:
+    base = point is run.evaluation.base
+    if not base and (
+        not (path / "manifest.json").is_file() or sha256(path / "manifest.json") != point.identity
+    ):
         raise InputError(
             f"{run.folder}: the images of {point.label} are gone, and that checkpoint is not there as it was "
             f"measured; run: driftrl evaluate {run.folder}"
         )
-    policy, prompt_noise = open_policy(path, settings.steps, settings.guidance_scale)
-    drawn = generate(policy, settings.prompts, _count(settings), settings.seed, prompt_noise=prompt_noise)
+    policy, noise = open_policy(run.folder if base else path, settings.steps, settings.guidance_scale)
+    with policy.reference() if base else nullcontext():
+        drawn = generate(
+            policy,
+            settings.prompts,
+            _count(settings),
+            settings.seed,
+            prompt_noise=NO_NOISE if base else noise,
+        )
     return [_picture([to_pil(image) for image in images]) for images in drawn]
 
 

@@ -115,6 +115,21 @@ def load_methods(paths: Sequence[Path]) -> list[Method]:
     folders = sources(paths)
     if len(folders) < 2:
         raise InputError(f"compare: expected at least two runs; got {len(folders)}")
+    runs = load_runs(folders)
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.evaluation.name, []).append(run)
+    for name, group in groups.items():
+        _check_group(name, group)
+    return [Method(name, tuple(sorted(group, key=lambda run: run.seed))) for name, group in groups.items()]
+
+
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read evaluated runs, or files of results.
+
+    Raises:
+        InputError: for runs that were not measured alike, or that have no checkpoint measured.
+    """
     runs = []
     for folder in folders:
         run = _load(folder)
@@ -125,12 +140,7 @@ def load_methods(paths: Sequence[Path]) -> list[Method]:
         runs.append(run)
     for other in runs[1:]:
         _check_alike(runs[0], other)
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.evaluation.name, []).append(run)
-    for name, group in groups.items():
-        _check_group(name, group)
-    return [Method(name, tuple(sorted(group, key=lambda run: run.seed))) for name, group in groups.items()]
+    return runs
 
 
 def diversity_metrics(methods: Sequence[Method], wanted: Sequence[str]) -> list[str]:

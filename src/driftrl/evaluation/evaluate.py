@@ -42,7 +42,7 @@ from driftrl.evaluation.generate import EVALUATION, open_policy, run_of
 from driftrl.evaluation.pareto import bootstrap_interval
 from driftrl.files import read_json, sha256, write_json, write_text
 from driftrl.mixture import mixed
-from driftrl.pictures import save_png, to_pil
+from driftrl.pictures import image_folder, save_png, to_pil
 from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.prompts import load_prompts
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
@@ -527,9 +527,10 @@ class _Studio:
                 for place, images in zip(places, drawn, strict=True):
                     _save_sheet(images, root / f"{place:03d}.webp")
                     if keep_images:
-                        slug = re.sub(r"[^\w]+", "-", prompts[place].lower()).strip("-")[:60]
                         for k, image in enumerate(images):
-                            save_png(to_pil(image), root / f"{place:03d}-{slug}" / f"{k:03d}.png")
+                            save_png(
+                                to_pil(image), root / image_folder(place, prompts[place]) / f"{k:03d}.png"
+                            )
 
     def _tell(self, label: str, count: int) -> None:
         self.done += count

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from driftrl.checks import InputError
+from driftrl.checks import InputError, counted
 from driftrl.evaluation.blind import FORMAT, KEY, QUESTIONS, Answers, Key, Record
 from driftrl.evaluation.choices import binomial_interval, cohen_kappa, fleiss_kappa, sign_test
 from driftrl.evaluation.pareto import bootstrap_interval
@@ -269,7 +269,7 @@ def _draw(analysis: Analysis, path: Path) -> None:
     figure.text(
         0.19,
         0.03,
-        f"{analysis.prompts} prompts, {raters} rater{'s' if raters > 1 else ''}; lines: {analysis.level:.0%} intervals "
+        f"{counted(analysis.prompts, 'prompt')}, {counted(raters, 'rater')}; lines: {analysis.level:.0%} intervals "
         "over prompts",
         color=muted,
         fontsize=8,

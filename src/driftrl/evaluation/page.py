@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 from driftrl import __version__
+from driftrl.checks import counted
 
 
 def minus(value: float, digits: int = 3, sign: bool = False) -> str:
@@ -15,6 +16,11 @@ def minus(value: float, digits: int = 3, sign: bool = False) -> str:
     if float(text) == 0:
         text = f"{0:.{digits}f}"
     return text.replace("-", "\N{MINUS SIGN}")
+
+
+def percent(share: float) -> str:
+    """A share's change in percent, with a true minus sign; none where it rounds to 0."""
+    return minus(100 * share, 0, sign=True) + "%"
 
 
 def webp_uri(picture: bytes) -> str:
@@ -34,4 +40,5 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["n"] = minus
+    environment.filters["counted"] = counted
     return environment.get_template(template).render(version=__version__, **values)

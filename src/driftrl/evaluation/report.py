@@ -16,7 +16,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from driftrl.checks import InputError
+from driftrl.checks import InputError, counted
 from driftrl.config import dump_config
 from driftrl.evaluation import compare as comparing
 from driftrl.evaluation.compare import Method
@@ -29,7 +29,7 @@ from driftrl.evaluation.evaluate import (
     load_evaluation,
     sheet_cells,
 )
-from driftrl.evaluation.page import minus, render, webp_uri
+from driftrl.evaluation.page import minus, percent, render, webp_uri
 from driftrl.evaluation.pareto import upper_envelope
 from driftrl.evaluation.picture import COLOURS as PICTURE_COLOURS
 from driftrl.evaluation.picture import MUTED, Chart, Side, Stroke, draw
@@ -42,6 +42,8 @@ COLOURS = 16
 """Colours of methods in the style sheet (look.css); beyond them colour and shape come again."""
 PART = re.compile(r"reward/.+/mean")
 """One of several rewards in metrics.jsonl."""
+FEW = 5
+"""Prompts below which an interval over prompts says little."""
 FIRST = 8
 """Prompts whose pictures are open; the others are one click away."""
 
@@ -252,6 +254,11 @@ def _verdict(evaluation: Evaluation, tuned: Point | None) -> str:
     how = {1: "rose", -1: "fell", 0: "did not change measurably"}[_direction(reward)]
     before = evaluation.base.figures["reward"].mean
     text = f"The reward {how}, from {minus(before)} to {minus(reward.mean)}"
+    prompts = len(evaluation.settings.prompts)
+    if prompts < FEW:
+        text = (
+            f"On {counted(prompts, 'prompt')}, too few to tell much of any other: {text[0].lower()}{text[1:]}"
+        )
     kept = []
     for name in ("diversity", "diversity/clip", "vendi"):
         if name in tuned.figures and evaluation.base.figures[name].mean > 0:
@@ -276,7 +283,7 @@ def _cards(evaluation: Evaluation, tuned: Point | None) -> list[dict[str, Any]]:
                 "metric": describe(name, evaluation.settings),
                 "base": base,
                 "now": now,
-                "relative": None if relative is None else f"{relative:+.0%}".replace("-", "\N{MINUS SIGN}"),
+                "relative": None if relative is None else percent(relative),
                 "direction": 0 if now is None else _direction(now),
                 "digits": metric.digits,
             }
@@ -321,7 +328,7 @@ def _notices(
         if fired:
             what, meaning = FIRED.get(key, (key.removeprefix("warning/").replace("_", " "), ""))
             total = int(sum(c for c in counts if isinstance(c, int | float) and math.isfinite(c)))
-            notices.append((f"{what}: {total}, in {fired} of {len(log)} iterations", meaning))
+            notices.append((f"{what}: {total}, in {fired} of {counted(len(log), 'iteration')}", meaning))
     return notices
 
 
@@ -376,7 +383,7 @@ def _training_curves(log: list[dict[str, float]]) -> list[tuple[str, Markup]]:
     curves = []
     for title, points in _series(log):
         smooth = _smoothed(points)
-        described = f"{title} over {len(points)} iterations of training, from {smooth[0][1]:.3f} to {smooth[-1][1]:.3f}"
+        described = f"{title} over {counted(len(points), 'iteration')} of training, from {smooth[0][1]:.3f} to {smooth[-1][1]:.3f}"
         lines = [Line(points, 0, "faint"), Line(smooth, 0, "bold")]
         curves.append((f"{title}, over training", plot(lines, "iteration", described, integer_x=True)))
     return curves
@@ -457,7 +464,7 @@ def _gallery(
                         "name": name,
                         "colour": (number - 1) % COLOURS if number else -1,
                         "uri": uri,
-                        "alt": f"{shown} images of \u201c{prompt}\u201d by {name}",
+                        "alt": f"{counted(shown, 'image')} of \u201c{prompt}\u201d by {name}",
                     }
                 )
         if len(pictures) == len(sides):
@@ -521,7 +528,7 @@ def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison]
         )
     if any(single for single, _ in alike):
         parts.append("More seeds would tell chance from effect.")
-    return parts or [f"Only one method, {rival}, with {len(methods[0].runs)} seeds."]
+    return parts or [f"Only one method, {rival}, with {counted(len(methods[0].runs), 'seed')}."]
 
 
 def _gained_reward(method: Method) -> bool:
@@ -628,7 +635,7 @@ def _comparison_gallery(methods: list[Method]) -> list[dict[str, Any]]:
                         "name": name,
                         "colour": (number - 1) % COLOURS if number else -1,
                         "uri": uri,
-                        "alt": f"{shown} images of \u201c{prompt}\u201d by {name}",
+                        "alt": f"{counted(shown, 'image')} of \u201c{prompt}\u201d by {name}",
                     }
                 )
         if len(pictures) == len(sides):
@@ -652,7 +659,7 @@ def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
     rows = _evenly(_prompt_rows(evaluation, tuned), prompts)
     sides = [_side("base model", MUTED, folder, evaluation, evaluation.base, rows, images)]
     if tuned:
-        name = f"after {tuned.iteration} iteration{'s' * (tuned.iteration != 1)}"
+        name = f"after {counted(tuned.iteration, 'iteration')}"
         sides.append(_side(name, PICTURE_COLOURS[0], folder, evaluation, tuned, rows, images))
     series = _series(read_metrics(folder / "metrics.jsonl"))
     series = [*series[:2], series[-1]] if len(series) > 3 else series  # three fit

@@ -108,12 +108,16 @@ def load_result(path: Path) -> Result:
 
 
 def sources(paths: Sequence[Path]) -> list[Path]:
-    """Run folders and files of results as they are, and in place of a folder of results the files in it."""
+    """Run folders and files of results as they are, and in place of another folder what it holds: the files that
+    ``driftrl experiment`` collected, or else the runs.
+    """
     found: list[Path] = []
     for path in paths:
-        files = sorted(path.glob("*.json")) if path.is_dir() else []
+        results = path / "results" if (path / "results").is_dir() else path
+        files = sorted(results.glob("*.json"))
+        runs = sorted({run.parent for name in (FILE, "config.yaml") for run in path.glob(f"*/{name}")})
         is_run = (path / FILE).is_file() or (path / "config.yaml").is_file()
-        found += [path] if is_run or not files else files
+        found += [path] if is_run or not (files or runs) else files or runs
     return found
 
 

@@ -187,6 +187,11 @@ def expand(plan: Plan, path: Path) -> list[PlannedRun]:
         file = method.file or plan.base
         data, source = ({}, "the defaults") if file is None else read_config(path.parent / file)
         data = merged(merged(data, nested(plan.set)), nested(method.set))
+        for place, settings in (("set", plan.set), ("a method's set", method.set)):
+            if "seed" in settings:
+                raise InputError(
+                    f"{path}: {place}: expected no seed, for runs have those of seeds; write seeds: [{settings['seed']}]"
+                )
         label = method.label or data.get("name") or TrainConfig().name
         for suffix, change in _cells(plan.grid if method.grid is None else method.grid):
             for turn, seed in enumerate(method.seeds or plan.seeds):
