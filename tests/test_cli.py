@@ -231,7 +231,8 @@ def test_a_prompt_set_into_a_folder_with_every_image(tmp_path, pipeline_folder):
 def test_the_package_lists_what_it_has():
     import driftrl as package
 
-    assert {"TrainConfig", "Trainer", "load_config", "InputError"} <= set(dir(package))
+    assert set(package.__all__) <= set(dir(package))
+    assert all(hasattr(package, name) for name in package.__all__)
 
 
 def test_doctor_measures_the_ratio_of_an_untouched_policy(pipeline_folder, tmp_path):

@@ -7,9 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+import driftrl
 from conftest import save_tokenizer, text_settings
+from driftrl import TrainConfig, Trainer
 from driftrl.build import build_encoder, build_reward
 from driftrl.checks import InputError
+from driftrl.config import load_config
 from driftrl.pictures import LONGEST, candidates_grid, grid
 from driftrl.preprocess import CLIP_MEAN, CLIP_STD, Preprocessing
 from driftrl.rewards.clip import CLIPReward
@@ -142,6 +145,33 @@ def test_rewards_that_cannot_be_imported_are_one_message(tmp_path, monkeypatch, 
     monkeypatch.setattr("sys.path", [str(modules)])
     with pytest.raises(InputError, match=message):
         build_reward(name, torch.device("cpu"))
+
+
+def brightness(images, prompts):
+    """A reward as one writes it in Python."""
+    return images.mean((1, 2, 3))
+
+
+def test_a_function_given_in_python_is_kept_by_its_name(config, tmp_path):
+    parts = [{"name": brightness, "weight": 0.5}, {"name": "compressibility"}]
+    assert [part.name for part in TrainConfig(reward=parts).reward] == [
+        f"{__name__}:brightness",
+        "compressibility",
+    ]
+    run = Trainer(config(iterations=1, reward=brightness), tmp_path / "run").run()
+    assert load_config(run / "config.yaml").reward == f"{__name__}:brightness"
+    for nameless in (lambda images, prompts: images.mean((1, 2, 3)), torch.nn.Identity()):
+        with pytest.raises(ValueError, match="stands in a module under its own name"):
+            TrainConfig(reward=nameless)
+    with pytest.raises(InputError, match="script or notebook that trained: put it into a module"):
+        build_reward("__main__:no_such_function", torch.device("cpu"))
+
+
+def test_a_run_made_in_python_is_evaluated_in_python(config, tmp_path):
+    (tmp_path / "one.txt").write_text("a cat\n")
+    run = Trainer(config(iterations=1), tmp_path / "run").run()
+    assert driftrl.evaluate(run, prompts=str(tmp_path / "one.txt"), images=2) == run
+    assert {"evaluation.json", "report.html", "report.png"} <= {path.name for path in run.iterdir()}
 
 
 def test_long_labels_leave_room_for_the_pictures():

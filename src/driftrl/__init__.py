@@ -5,14 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "TrainConfig", "Trainer", "load_config"]
+__all__ = ["InputError", "TrainConfig", "Trainer", "evaluate", "load_config"]
 
 if TYPE_CHECKING:
     from driftrl.checks import InputError
     from driftrl.config import TrainConfig, load_config
+    from driftrl.evaluation.report import evaluate
     from driftrl.run import Trainer
 
-_HOMES = {"InputError": "checks", "TrainConfig": "config", "load_config": "config", "Trainer": "run"}
+_HOMES = {
+    "InputError": "checks",
+    "TrainConfig": "config",
+    "load_config": "config",
+    "Trainer": "run",
+    "evaluate": "evaluation.report",
+}
 
 
 def __getattr__(name: str) -> Any:

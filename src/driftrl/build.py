@@ -378,15 +378,17 @@ def _imported(name: str) -> Reward:
     try:
         reward = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever a user's module does at its import
-        missing = isinstance(error, ModuleNotFoundError) and error.name == module
-        here = missing and Path(f"{module}.py").is_file()
-        hint = (
-            f"; {module}.py is in this folder, where Python does not look of itself: PYTHONPATH=. driftrl ..."
-        )
+        hint = ""
+        if module == "__main__":
+            hint = "; it is of the script or notebook that trained: put it into a module, and name that in config.yaml"
+        elif (
+            isinstance(error, ModuleNotFoundError) and error.name == module and Path(f"{module}.py").is_file()
+        ):
+            hint = f"; {module}.py is in this folder, where Python does not look of itself: PYTHONPATH=. driftrl ..."
         what = (
             error if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
         )
-        raise InputError(f"reward: {name!r} cannot be imported: {what}{hint * here}") from error
+        raise InputError(f"reward: {name!r} cannot be imported: {what}{hint}") from error
     if not callable(reward):
         raise InputError(f"reward: {name} is no function; expected (images, prompts) -> Tensor[N]")
     if isinstance(reward, type):

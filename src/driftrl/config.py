@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
@@ -31,6 +32,23 @@ Place = Annotated[
     str, AfterValidator(lambda text: re.sub("(^|@)~(?=/)", lambda m: m[1] + str(Path.home()), text))
 ]
 """A name, folder or file, or NAME@FOLDER; ~/ is the home directory, which a shell leaves alone after `--set key=`."""
+
+
+def _name_of(reward: Any) -> Any:
+    """A function given in Python as module:function, for a configuration is text; anything else as it is."""
+    if not callable(reward):
+        return reward
+    module, name = getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "")
+    if not name or getattr(sys.modules.get(module), name, None) is not reward:
+        raise ValueError(
+            f"reward: expected a function that stands in a module under its own name, so that the run can be resumed; got "
+            f"{reward!r}; give it a name there, or name it yourself as module:function"
+        )
+    return f"{module}:{name}"
+
+
+RewardName = Annotated[Place, BeforeValidator(_name_of)]
+"""A reward's name; in Python a function will do."""
 SectionKind = TypeVar("SectionKind", bound="Section")
 
 
@@ -124,7 +142,7 @@ class SamplingConfig(Section):
 class RewardPart(Section):
     """One of several rewards that are trained on together."""
 
-    name: Place
+    name: RewardName
     """As for a single reward."""
     weight: float = 1.0
     """What it is multiplied by once it is normalised. Below 0 training lowers it, at 0 it is only logged."""
@@ -149,11 +167,12 @@ _TAGS = ("<name>", "<parts>")
 
 
 def _kind_of_reward(value: Any) -> str | None:
-    return _TAGS[0] if isinstance(value, str) else _TAGS[1] if isinstance(value, list) else None
+    named = isinstance(value, str) or callable(value)
+    return _TAGS[0] if named else _TAGS[1] if isinstance(value, list) else None
 
 
 RewardSetting = Annotated[
-    Annotated[Place, Tag(_TAGS[0])] | Annotated[list[RewardPart], Tag(_TAGS[1])],
+    Annotated[RewardName, Tag(_TAGS[0])] | Annotated[list[RewardPart], Tag(_TAGS[1])],
     Discriminator(
         _kind_of_reward,
         custom_error_type="reward_kind",

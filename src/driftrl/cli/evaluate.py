@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from driftrl.checks import counted
-from driftrl.distributed import join, leads
+from driftrl.distributed import leads
 
 
 def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Path:
@@ -33,9 +33,9 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
     with console.status("loading the model", spinner="dots"):
         from transformers.utils import logging
 
-        from driftrl.evaluation.evaluate import evaluate as work
         from driftrl.evaluation.evaluate import load_evaluation
-        from driftrl.evaluation.report import METRICS, describe, write_picture, write_report
+        from driftrl.evaluation.report import METRICS, describe
+        from driftrl.evaluation.report import evaluate as work
 
     logging.disable_progress_bar()  # its bars for loading weights would come between ours
     progress = Progress(
@@ -56,11 +56,6 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
         warnings.showwarning = show  # type: ignore[assignment]
         with progress:
             folder = work(source, progress=watch, **settings)
-    with console.status("writing the report", spinner="dots"):
-        if leads():
-            page = write_report(folder)
-            write_picture(folder)
-        join().wait()
     if quiet or not leads():
         return folder
 
@@ -91,7 +86,7 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
         table.add_row(*row, style=style)
     console.print(table)
     console.print(
-        f"measured in {time.perf_counter() - start:.0f} s; open {page}",
+        f"measured in {time.perf_counter() - start:.0f} s; open {folder / 'report.html'}",
         highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
     return folder

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from driftrl.checks import InputError, counted
 from driftrl.config import dump_config
+from driftrl.distributed import join
 from driftrl.evaluation import compare as comparing
 from driftrl.evaluation.compare import Method
 from driftrl.evaluation.evaluate import (
@@ -29,6 +30,7 @@ from driftrl.evaluation.evaluate import (
     load_evaluation,
     sheet_cells,
 )
+from driftrl.evaluation.evaluate import evaluate as measured
 from driftrl.evaluation.page import minus, percent, render, webp_uri
 from driftrl.evaluation.pareto import upper_envelope
 from driftrl.evaluation.picture import COLOURS as PICTURE_COLOURS
@@ -137,6 +139,28 @@ def describe(name: str, settings: Settings) -> Metric:
 def _trained(settings: Settings) -> list[str]:
     """The figures of the rewards that training raised together, if they were several."""
     return [f"reward/{part.name}" for part in settings.mixture if part.weight]
+
+
+def evaluate(source: str | Path, **settings: Any) -> Path:
+    """Measure a run or model beside its base model and write ``report.html`` and ``report.png``; return the folder.
+
+    Args:
+        source: a run folder, one of its checkpoints, a pipeline folder, a hub name or 'tiny-animals'.
+        **settings: as `driftrl.evaluation.evaluate.evaluate` takes them: prompts, images, checkpoints, rewards and more.
+
+    Raises:
+        InputError: if anything cannot be used.
+
+    Example:
+        >>> import driftrl
+        >>> folder = driftrl.evaluate("runs/first", images=16, checkpoints="all")  # doctest: +SKIP
+    """
+    folder, team = measured(source, **settings), join()
+    if team.leads:
+        write_report(folder)
+        write_picture(folder)
+    team.wait()
+    return folder
 
 
 def write_report(folder: Path) -> Path:
