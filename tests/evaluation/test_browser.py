@@ -122,7 +122,7 @@ def test_sorting_a_comparison(opened, pages):
     """Each table by itself, by what is shown; what cannot be compared stays at the end."""
     page = opened(pages["comparison"])
     tables = page.evaluate("document.querySelectorAll('.sortable').length")
-    assert tables == 2
+    assert tables == 3
     for table in range(tables):
         this = f"document.querySelectorAll('.sortable')[{table}]"
         heads = page.evaluate(f"[...{this}.tHead.rows[0].cells].map((h) => h.textContent.trim())")
@@ -190,7 +190,7 @@ def contrast(one, other):
 
 
 def number(text):
-    return float(text.split("\u2192")[-1].replace("\N{MINUS SIGN}", "-"))
+    return float(text.split("\u2192")[-1].replace("\N{MINUS SIGN}", "-").removesuffix("%"))
 
 
 def test_pictures_are_enlarged_and_the_arrow_keys_go_on(opened, pages):

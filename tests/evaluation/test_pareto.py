@@ -12,7 +12,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from driftrl.checks import InputError
-from driftrl.evaluation.pareto import bootstrap_interval, gain_at_equal, hypervolume, upper_envelope
+from driftrl.evaluation.pareto import (
+    bootstrap_interval,
+    difference_at_equal,
+    gain_at_equal,
+    hypervolume,
+    upper_envelope,
+)
 
 POINTS = st.lists(st.tuples(st.integers(-6, 6), st.integers(-6, 6)), min_size=1, max_size=12)
 
@@ -150,6 +156,10 @@ def test_gain_is_antisymmetric_ignores_a_common_shift_and_equals_dense_sampling(
     sampled = [np.interp(middles, *np.array(f).T) for f in fronts]
     assert gain.absolute == pytest.approx((sampled[0] - sampled[1]).mean(), abs=2e-3 * (high - low + 1))
     assert gain.smallest - 1e-12 <= gain.absolute <= gain.largest + 1e-12
+    along = difference_at_equal(a, b, axis)
+    assert [along[0, 0], along[-1, 0]] == [gain.low, gain.high] and (np.diff(along[:, 0]) > 0).all()
+    assert [along[:, 1].min(), along[:, 1].max()] == [gain.smallest, gain.largest]
+    np.testing.assert_allclose(np.interp(middles, *along.T), sampled[0] - sampled[1], atol=1e-12)
 
 
 def test_records_are_frozen_and_of_plain_numbers():

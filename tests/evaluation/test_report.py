@@ -125,6 +125,34 @@ def test_a_single_seed_is_said_to_be_one(tmp_path):
     assert comparing.compare(comparing.load_methods(runs), ["diversity"], "drift")[0].diversity_gain.mean < 0
 
 
+def test_of_many_methods_a_board_says_who_has_more(tmp_path):
+    """More, less, a difference that rounds to 0%, and none."""
+    losses = {"grpo": 0.2, "drift": 0.05, "worse": 0.3, "close": 0.2005, "same": 0.2}
+    runs = [
+        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss) for n, loss in losses.items() for s in (0, 1)
+    ]
+    page = write_comparison(runs, tmp_path / "out.html").read_text()
+    assert "At equal reward more varied than grpo by most of 2 measures: drift (2)." in page
+    assert "At equal reward less varied than grpo by most of 2 measures: worse (2)." in page
+    assert "At equal reward no clear difference to grpo: close and same." in page
+    board = page[page.index('class="sortable board"') :]
+    board = board[: board.index("</table>")]
+    rows = re.findall(r"<tr><th scope=\"row\">.*?</tr>", board)
+    assert [re.search(r"</svg></span>(\w+)</th>", row)[1] for row in rows] == [
+        "drift",
+        "worse",
+        "close",
+        "same",
+    ]
+    tints = [[float(tint) for tint in re.findall(r"--tint:([\d.]+)", row)] for row in rows]
+    assert min(tints[0]) > 0 and min(tints[1]) > 0 and tints[2] == tints[3] == [0.0, 0.0]
+    assert ['class="more"' in rows[0], 'class="less"' in rows[1]] == [True, True]
+    # Half of what drift loses less, over the mean of 0.5 that grpo has, as in the test above.
+    share = float(re.search(r'data-value="([\d.]+)"', rows[0])[1])
+    assert share == pytest.approx(0.15, abs=0.02)
+    assert page.count("Where along the reward") == 1 and "at equal reward, over the reward" in page
+
+
 @pytest.mark.parametrize(("fallen", "against"), [("drift", "grpo"), ("drift", "drift")])
 def test_a_reward_that_only_fell_is_said_to_have(tmp_path, fallen, against):
     made = {"grpo": 2.0, "ddpo": 1.0, fallen: -1.0}

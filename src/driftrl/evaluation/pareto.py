@@ -103,6 +103,29 @@ def upper_envelope(points: Points) -> Tensor | Array:
     return values[front]
 
 
+def difference_at_equal(curve_a: Points, curve_b: Points, axis: str | int) -> Array:
+    """Curve A less curve B at every level of one axis that both cover: what `gain_at_equal` takes the mean of.
+
+    Args:
+        curve_a: [n, 2] points (reward, diversity), n >= 1.
+        curve_b: [m, 2] points likewise.
+        axis: the axis held equal, "reward" (or 0) or "diversity" (or 1).
+
+    Returns:
+        [k, 2], rows of (level, A - B) by rising level, between which it runs straight; k is 1 where the curves share
+        a single level.
+
+    Raises:
+        InputError: as in `gain_at_equal`.
+
+    Example:
+        >>> difference_at_equal([[0.0, 0.8], [1.0, 0.6]], [[0.0, 0.8], [1.0, 0.2]], axis="reward").tolist()
+        [[0.0, 0.0], [1.0, 0.39999999999999997]]
+    """
+    levels, on_a, on_b = _at_equal(curve_a, curve_b, _axis(axis))
+    return np.stack([levels, on_a - on_b], axis=1)
+
+
 def gain_at_equal(curve_a: Points, curve_b: Points, axis: str | int) -> Gain:
     """How much more curve A offers than curve B of the one quantity, at equal level of the other.
 
@@ -129,17 +152,8 @@ def gain_at_equal(curve_a: Points, curve_b: Points, axis: str | int) -> Gain:
         ('diversity', 0.2, 0.4)
     """
     held = _axis(axis)
-    a, b = (_curve(name, points, held) for name, points in (("curve_a", curve_a), ("curve_b", curve_b)))
-    low, high = max(a[0, 0], b[0, 0]), min(a[-1, 0], b[-1, 0])
-    if low > high:
-        raise InputError(
-            f"curve_a, curve_b: no {AXES[held]} at which both can be compared: the upper envelope of curve_a "
-            f"spans {_span(a)}, that of curve_b {_span(b)}; evaluate more checkpoints or compare hypervolumes"
-        )
-    knots = np.concatenate([a[:, 0], b[:, 0]])
-    levels = np.unique(np.concatenate([[low, high], knots[(knots > low) & (knots < high)]]))
-    on_b = np.interp(levels, b[:, 0], b[:, 1])
-    difference = np.interp(levels, a[:, 0], a[:, 1]) - on_b
+    levels, on_a, on_b = _at_equal(curve_a, curve_b, held)
+    difference = on_a - on_b
     absolute, baseline = _mean(levels, difference), abs(_mean(levels, on_b))
     return Gain(
         gained=AXES[1 - held],
@@ -148,8 +162,8 @@ def gain_at_equal(curve_a: Points, curve_b: Points, axis: str | int) -> Gain:
         relative=absolute / baseline if baseline > 0 else None,
         smallest=float(difference.min()),
         largest=float(difference.max()),
-        low=float(low),
-        high=float(high),
+        low=float(levels[0]),
+        high=float(levels[-1]),
     )
 
 
@@ -221,6 +235,20 @@ def bootstrap_interval(
     draws = np.random.default_rng(seed).integers(len(data), size=(resamples, len(data)))
     low, high = np.quantile(data[draws].mean(axis=1), [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return Interval(float(data.mean()), float(low), float(high), float(level), len(data))
+
+
+def _at_equal(curve_a: Points, curve_b: Points, held: int) -> tuple[Array, Array, Array]:
+    """Every knot of either envelope in the range of the held axis that both cover, and both curves there."""
+    a, b = (_curve(name, points, held) for name, points in (("curve_a", curve_a), ("curve_b", curve_b)))
+    low, high = max(a[0, 0], b[0, 0]), min(a[-1, 0], b[-1, 0])
+    if low > high:
+        raise InputError(
+            f"curve_a, curve_b: no {AXES[held]} at which both can be compared: the upper envelope of curve_a "
+            f"spans {_span(a)}, that of curve_b {_span(b)}; evaluate more checkpoints or compare hypervolumes"
+        )
+    knots = np.concatenate([a[:, 0], b[:, 0]])
+    levels = np.unique(np.concatenate([[low, high], knots[(knots > low) & (knots < high)]]))
+    return levels, np.interp(levels, a[:, 0], a[:, 1]), np.interp(levels, b[:, 0], b[:, 1])
 
 
 def _front(values: Array) -> NDArray[np.int64]:

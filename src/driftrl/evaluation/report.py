@@ -32,7 +32,7 @@ from driftrl.evaluation.evaluate import (
 )
 from driftrl.evaluation.evaluate import evaluate as measured
 from driftrl.evaluation.page import minus, percent, render, webp_uri
-from driftrl.evaluation.pareto import upper_envelope
+from driftrl.evaluation.pareto import difference_at_equal, upper_envelope
 from driftrl.evaluation.picture import COLOURS as PICTURE_COLOURS
 from driftrl.evaluation.picture import MUTED, Chart, Side, Stroke, draw
 from driftrl.evaluation.plots import Line, plot
@@ -44,6 +44,12 @@ COLOURS = 16
 """Colours of methods in the style sheet (look.css); beyond them colour and shape come again."""
 PART = re.compile(r"reward/.+/mean")
 """One of several rewards in metrics.jsonl."""
+SENTENCES = 3
+"""Methods up to which each has a sentence of its own."""
+LEAST = 0.005
+"""Change of variety, as a share, below which it rounds to 0%, and is not worth a word."""
+FULL_TINT = 0.25
+"""Change of variety, as a share, from which a cell is tinted fully."""
 FEW = 5
 """Prompts below which an interval over prompts says little."""
 FIRST = 8
@@ -241,6 +247,8 @@ def write_comparison(folders: Sequence[Path], out: Path, against: str | None = N
         several=max(len(m.runs) for m in methods) > 1,
         verdict=_comparison_verdict(methods, pairs, rival),
         summary=_summary(methods, metrics),
+        board=_board(methods, metrics, pairs, rival),
+        differences=_differences(methods, metrics, rival),
         tables=tables,
         fronts=_comparison_fronts(methods, metrics),
         curves=_checkpoint_curves(methods, metrics),
@@ -513,6 +521,8 @@ def _spread(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison], rival: str) -> list[str]:
     """Sentences, one for each thing that is said of methods of which it holds."""
+    if len(methods) > SENTENCES:
+        return _verdict_of_many(methods, pairs, rival)
     runs = {method.name: len(method.runs) for method in methods}
     alike: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
     fallen = [method.name for method in methods if not _gained_reward(method)]
@@ -553,6 +563,106 @@ def _comparison_verdict(methods: list[Method], pairs: list[comparing.Comparison]
     if any(single for single, _ in alike):
         parts.append("More seeds would tell chance from effect.")
     return parts or [f"Only one method, {rival}, with {counted(len(methods[0].runs), 'seed')}."]
+
+
+def _verdict_of_many(methods: list[Method], pairs: list[comparing.Comparison], rival: str) -> list[str]:
+    """Who has more variety by most measures, who less, and of whom that cannot be said."""
+    fallen = [method.name for method in methods if not _gained_reward(method)]
+    found: dict[str, list[tuple[int, str]]] = {"more": [], "less": [], "neither": []}
+    measures = len({pair.metric for pair in pairs})
+    for method in methods:
+        if method.name == rival or {method.name, rival} & set(fallen):
+            continue
+        ways = [_way(pair) for pair in pairs if pair.method == method.name]
+        most = next((way for way in (1, -1) if 2 * ways.count(way) > measures), 0)
+        kind = {1: "more", -1: "less", 0: "neither"}[most]
+        found[kind].append((-ways.count(most), method.name + (f" ({ways.count(most)})" if most else "")))
+    told = {
+        "more": f"more varied than {rival} by most of {measures} measures",
+        "less": f"less varied than {rival} by most of {measures} measures",
+        "neither": f"no clear difference to {rival}",
+    }
+    parts = [
+        f"At equal reward {told[kind]}: {_listed([name for _, name in sorted(which)])}."
+        for kind, which in found.items()
+        if which
+    ]
+    if fallen:
+        parts.append(
+            f"{_listed(fallen)} never got above the base model's reward, so there is nothing to compare at equal reward."
+        )
+    if min(len(method.runs) for method in methods) == 1:
+        parts.append("Of a single seed any of this may be chance.")
+    return parts
+
+
+def _way(pair: comparing.Comparison) -> int:
+    """1 where a method has more variety at equal reward than its rival beyond the interval, -1 where it has less, 0 where
+    that is not clear or rounds to 0%.
+    """
+    gain, share = pair.diversity_gain, pair.diversity_share
+    if gain is None or share is None or gain.low <= 0 <= gain.high or abs(share.mean) < LEAST:
+        return 0
+    return 1 if gain.mean > 0 else -1
+
+
+def _board(
+    methods: list[Method], metrics: list[str], pairs: list[comparing.Comparison], rival: str
+) -> list[dict[str, Any]]:
+    """For each method what variety it has at equal reward beyond the rival's, as a share, by each measure."""
+    runs = {method.name: len(method.runs) for method in methods}
+    rows = []
+    for number, method in enumerate(methods):
+        if method.name == rival:
+            continue
+        cells: list[dict[str, Any] | None] = []
+        for metric in metrics:
+            pair = next(p for p in pairs if (p.method, p.metric) == (method.name, metric))
+            gain, share = pair.diversity_gain, pair.diversity_share
+            if gain is None or share is None:
+                cells.append(None)
+                continue
+            single = min(runs[method.name], runs[rival]) == 1
+            sure = 0.0 if not _way(pair) else 0.6 if single else 1.0
+            cells.append(
+                {
+                    "value": share.mean,
+                    "text": percent(share.mean),
+                    "tint": round(sure * min(1.0, abs(share.mean) / FULL_TINT) ** 0.5, 3),
+                    "way": "more" if share.mean > 0 else "less",
+                    "tip": f"{minus(gain.mean, sign=True)}, {minus(gain.low, sign=True)} to {minus(gain.high, sign=True)}",
+                }
+            )
+        rows.append({"name": method.name, "colour": number % COLOURS, "cells": cells})
+    return rows
+
+
+def _differences(methods: list[Method], metrics: list[str], rival: str) -> list[tuple[str, Markup]]:
+    """For each measure a plot of how much more variety each method has than the rival, over the reward."""
+    against = next(method for method in methods if method.name == rival)
+    zero = methods.index(against) % COLOURS
+    plots = []
+    for metric in metrics:
+        title, lines = METRICS[metric].title, []
+        for number, method in enumerate(methods):
+            if method is against:
+                continue
+            try:
+                found = difference_at_equal(
+                    method.mean_curve(metric), against.mean_curve(metric), "reward"
+                ).tolist()
+            except InputError:
+                continue  # these two share no reward
+            points = [(level, gain) for level, gain in found]
+            tips = [f"{method.name}, reward {minus(x)}: {minus(y, sign=True)}" for x, y in points]
+            lines.append(Line(points, number % COLOURS, "bold", tips))
+        if not lines:
+            continue
+        ends = [x for line in lines for x, _ in line.points]
+        lines.insert(0, Line([(min(ends), 0.0), (max(ends), 0.0)], zero, "bold"))
+        described = f"{title} beyond that of {rival} at equal reward, over the reward"
+        plots.append((title, plot(lines, "reward", described, "more \N{UPWARDS ARROW}")))
+    return plots
 
 
 def _gained_reward(method: Method) -> bool:
