@@ -19,15 +19,18 @@ import flag_tables
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from driftrl.checks import InputError
 from driftrl.evaluation import compare
 from driftrl.evaluation.compare import Method
 from driftrl.evaluation.page import percent
-from driftrl.evaluation.pareto import Interval
+from driftrl.evaluation.pareto import Interval, difference_at_equal
 from driftrl.evaluation.picture import COLOURS
 from driftrl.evaluation.report import METRICS, VARIETY
 
 DOCS = Path(__file__).resolve().parents[1]
 AGAINST = "grpo"
+ALSO = {"rates": [DOCS / "results/methods/grpo-seed0.json"]}
+"""Runs of other folders that a table has too."""
 
 
 def shown(interval: Interval | None, digits: int = 3, sign: bool = False) -> str:
@@ -77,25 +80,42 @@ def tables(methods: list[Method]) -> str:
 
 
 def figure(methods: list[Method], path: Path) -> None:
-    """Variety over reward, a panel for each measure: means over seeds bold, seeds faint."""
+    """For each measure variety over reward (means over seeds bold, seeds faint), and below it how much more of it there is
+    than GRPO's at the same reward.
+    """
     metrics = compare.diversity_metrics(methods, VARIETY)
-    canvas = Figure(figsize=(2.9 * len(metrics), 2.9), dpi=130, layout="constrained")
+    canvas = Figure(figsize=(2.9 * len(metrics), 5.8), dpi=130, layout="constrained")
     FigureCanvasAgg(canvas)
-    for axes, name in zip(canvas.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        for number, method in enumerate(methods):
-            colour = COLOURS[number % len(COLOURS)]
-            for run in method.runs:
-                axes.plot(*zip(*run.curve(name), strict=True), color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(
-                *zip(*method.mean_curve(name), strict=True),
-                color=colour,
-                linestyle="--" if number >= len(COLOURS) else "-",
-                marker="o",
-                markersize=3,
-                label=method.name,
-            )
-        flag_tables.dressed(axes, METRICS[name].title)
-    canvas.axes[0].legend(fontsize=8, frameon=False)
+    panels = canvas.subplots(2, len(metrics), squeeze=False, sharex="col")
+    rival = next(method for method in methods if method.name == AGAINST)
+    others = [method for method in methods if method is not rival]
+    looks = {rival.name: {"color": flag_tables.INK, "linestyle": "-"}} | {
+        method.name: {"color": COLOURS[k % len(COLOURS)], "linestyle": ("-", "--", ":")[k // len(COLOURS)]}
+        for k, method in enumerate(others)
+    }
+    for above, below, name in zip(*panels, metrics, strict=True):
+        for method in methods:
+            look = looks[method.name]
+            if len(method.runs) > 1:
+                for run in method.runs:
+                    above.plot(*zip(*run.curve(name), strict=True), **look, alpha=0.25, linewidth=0.8)
+            mean = method.mean_curve(name)
+            above.plot(*zip(*mean, strict=True), **look, marker="o", markersize=3, label=method.name)
+            if method is rival:
+                below.axhline(0, **look, linewidth=1.2)
+                continue
+            try:
+                along = difference_at_equal(mean, rival.mean_curve(name), "reward")
+            except InputError:
+                continue  # these two share no reward
+            below.plot(along[:, 0], along[:, 1], **look)
+        flag_tables.dressed(above, METRICS[name].title)
+        above.set_xlabel("")
+        flag_tables.dressed(below, f"beside {AGAINST.upper()}'s")
+    handles, labels = canvas.axes[0].get_legend_handles_labels()
+    canvas.legend(
+        handles, labels, fontsize=9, frameon=False, loc="outside lower center", ncols=min(8, len(labels))
+    )
     canvas.savefig(path, metadata={"Software": None})
 
 
@@ -122,7 +142,10 @@ def result_blocks(check: bool) -> dict[str, str]:
     """Tables of the folders in docs/results, by name; draws their figures unless it is only to ``check``."""
     blocks = {}
     for folder in sorted((DOCS / "results").iterdir()):
-        methods = sorted(compare.load_methods([folder]), key=lambda method: method.name != AGAINST)
+        methods = sorted(
+            compare.load_methods([folder, *ALSO.get(folder.name, ())]),
+            key=lambda method: method.name != AGAINST,
+        )
         blocks[folder.name] = tables(methods)
         if not check:
             figure(methods, DOCS / "images" / f"results-{folder.name}.png")
