@@ -115,7 +115,7 @@ def _clear(x: float, y: float, text: str, marks: Sequence[tuple[float, float]]) 
 
 
 def _draw(
-    line: Line, place: Callable[[float, float], tuple[float, float]], marks: Sequence[tuple[float, float]]
+    line: Line, place: Callable[[float, float], tuple[float, float]], marks: list[tuple[float, float]]
 ) -> list[str]:
     colour = "cb" if line.colour < 0 else f"c{line.colour}"
     parts = []
@@ -158,6 +158,9 @@ def _draw(
             parts.append(
                 f'<text class="name" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(name)}</text>'
             )
+            wide = DIGIT * len(name)
+            left = x - wide * {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor]
+            marks += [(left + k * wide / 8, y - 5) for k in range(9)]  # the next name keeps clear of this one
     return parts
 
 

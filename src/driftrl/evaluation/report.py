@@ -44,6 +44,8 @@ COLOURS = 16
 """Colours of methods in the style sheet (look.css); beyond them colour and shape come again."""
 PART = re.compile(r"reward/.+/mean")
 """One of several rewards in metrics.jsonl."""
+AXIS = 34
+"""Letters that fit below a plot, beside its hint."""
 SENTENCES = 3
 """Methods up to which each has a sentence of its own."""
 LEAST = 0.005
@@ -387,10 +389,17 @@ def _run_fronts(evaluation: Evaluation) -> list[tuple[str, Markup]]:
         fronts.append(
             (
                 title,
-                plot(lines, f"reward ({settings.rewards[0]})", described, "better \N{NORTH EAST ARROW}"),
+                plot(lines, _reward_axis(settings), described, "better \N{NORTH EAST ARROW}"),
             )
         )
     return fronts
+
+
+def _reward_axis(settings: Settings) -> str:
+    """What the axis of the reward is called: by its name, if there is room for it."""
+    whole = f"reward ({settings.rewards[0]})"
+    parts = f"reward ({counted(len(settings.mixture), 'part')} together)" if settings.mixture else "reward"
+    return whole if len(whole) <= AXIS else parts
 
 
 def _named(point: Point) -> str:
