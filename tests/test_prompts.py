@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from driftrl.checks import InputError
-from driftrl.prompts import draw, earlier, load_prompts, prompt_sets
+from driftrl.prompts import draw, earlier, evaluated, load_prompts, prompt_sets
 
 
 def test_the_package_has_its_sets():
@@ -72,3 +72,20 @@ def test_what_came_before_in_an_iteration_is_counted():
     assert len(which) == 4
     assert earlier(which) == [which[:place].count(prompt) for place, prompt in enumerate(which)]
     assert earlier([3, 3, 1, 3]) == [0, 1, 0, 2]
+
+
+def test_a_users_own_prompts_are_what_the_run_is_measured_on(tmp_path):
+    assert evaluated(None, "animals8") == ("eval40", load_prompts("eval40"))
+    assert evaluated("animals5", str(tmp_path / "gone.txt")) == ("animals5", load_prompts("animals5"))
+    few, many = tmp_path / "few.txt", tmp_path / "many.txt"
+    few.write_text("a\nb\n")
+    many.write_text("".join(f"{k}\n" for k in range(400)))
+    assert evaluated(None, str(few)) == (str(few), ("a", "b"))
+    assert evaluated(None, str(many))[1] == tuple(str(10 * k) for k in range(40))
+    (tmp_path / "prompts.json").write_text('["x", "y"]')  # a run's own copy, whatever became of the file
+    assert evaluated(None, "gone.txt", tmp_path) == ("gone.txt", ("x", "y"))
+    (tmp_path / "prompts.json").write_text('{"a": 1}')
+    with pytest.raises(InputError, match="damaged"):
+        evaluated(None, "gone.txt", tmp_path)
+    with pytest.raises(InputError, match="gone"):
+        evaluated(None, "gone.txt", tmp_path / "other")

@@ -339,8 +339,9 @@ class GuardsConfig(Section):
 class EvaluationConfig(Section):
     """What is measured when training has ended."""
 
-    prompts: Place = "eval40"
-    """As prompts.set."""
+    prompts: Place | None = None
+    """As prompts.set. Null: eval40 after training on a prompt set of the package; else the prompts of the run, 40 of them
+    at most, evenly spread."""
     images: int = Field(16, ge=2)
     """Images per prompt; the paper has 40."""
     at_end: bool = True

@@ -11,9 +11,14 @@ import torch
 
 from driftrl import noise
 from driftrl.checks import InputError, nearest
+from driftrl.files import read_json
 
 _OTHER = {".json", ".csv", ".tsv", ".yaml", ".yml"}
 """Files whose lines are no prompts, though they could be read as if they were."""
+FILE = "prompts.json"
+"""In a run folder: the prompts that the run draws from, as they were when it began."""
+HELD_OUT, EVALUATED = "eval40", 40
+"""What a model is measured on, where nothing else was asked for; how many of a user's own prompts are."""
 _FOLDER = resources.files("driftrl") / "assets" / "prompts"
 
 
@@ -49,6 +54,28 @@ def load_prompts(name: str) -> tuple[str, ...]:
     return tuple(prompts)
 
 
+def evaluated(asked: str | None, trained: str, run: Path | None = None) -> tuple[str, tuple[str, ...]]:
+    """What a run is measured on: its prompt set's name, and the prompts.
+
+    Args:
+        asked: a prompt set; None for the package's held-out one after training on one of the package's, and for the
+            user's own after training on those: 40 of them at most, evenly spread, so that a large set is no surprise.
+        trained: the prompt set that was trained on.
+        run: a run folder; its copy of the prompts will do where the user's file is not there any more.
+
+    Raises:
+        InputError: as `load_prompts`.
+    """
+    if asked is not None:
+        return asked, load_prompts(asked)
+    if trained in prompt_sets():
+        return HELD_OUT, load_prompts(HELD_OUT)
+    copy = None if run is None else run / FILE
+    own = _copied(copy) if copy is not None and copy.is_file() else load_prompts(trained)
+    count = min(EVALUATED, len(own))
+    return trained, tuple(own[k * len(own) // count] for k in range(count))
+
+
 def draw(prompts: int, count: int, seed: int, iteration: int) -> list[int]:
     """The prompts of one iteration, as indices: each pass over the set is a new shuffle, keyed by the seed.
 
@@ -71,6 +98,13 @@ def earlier(which: Sequence[int]) -> list[int]:
         [0, 0, 1, 2]
     """
     return [list(which[:place]).count(prompt) for place, prompt in enumerate(which)]
+
+
+def _copied(file: Path) -> tuple[str, ...]:
+    prompts = read_json(file)
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(each, str) for each in prompts):
+        raise InputError(f"{file} is damaged: expected a list of prompts; name some by --prompts FILE")
+    return tuple(prompts)
 
 
 def _lines(text: str) -> list[str]:

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from driftrl import checkpoint, probe
+from driftrl import checkpoint, probe, prompts
 from driftrl.build import build_loop, open_sizes
 from driftrl.checkpoint import Position
 from driftrl.checks import InputError, RunFailedError
@@ -32,8 +32,6 @@ from driftrl.files import read_json, write_json, write_text
 from driftrl.pictures import candidates_grid, pixels, save_png
 from driftrl.trainer import Iteration, TrainingLoop
 
-PROMPTS = "prompts.json"
-"""The prompts that a run draws from, as they were when it began."""
 RESUMABLE = {"iterations", "logging", "guards", "evaluation"}
 """What may differ when a run is resumed; everything else would change its meaning."""
 ROUNDING = {"sampling.batch_size", "optimizer.batch_size", "model.memory_budget", "model.device"}
@@ -123,7 +121,7 @@ class Trainer:
                     stack.enter_context(locked(self.folder))
                     log = stack.enter_context(_Log(self))
                     write_text(self.folder / "config.yaml", dump_config(self.config))
-                    write_json(self.folder / PROMPTS, list(self.loop.prompt_set))
+                    write_json(self.folder / prompts.FILE, list(self.loop.prompt_set))
 
             def seen(iteration: Iteration) -> None:
                 images = self._pictured(iteration)
@@ -181,7 +179,7 @@ class Trainer:
 
     def _refuse_other_prompts(self) -> None:
         """A file of prompts may have other ones by now."""
-        path = self.folder / PROMPTS
+        path = self.folder / prompts.FILE
         if path.is_file() and read_json(path) != list(self.loop.prompt_set):
             raise InputError(
                 f"--resume {self.folder}: the prompts of {self.config.prompts.set} are others than it began with, which are in "
@@ -327,7 +325,7 @@ def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterat
 def _learned_nothing(folder: Path) -> bool:
     """Whether it is a run that ended before its first iteration did, for its reward failed, say: nothing in it is missed."""
     saved = [path.name for path in checkpoint.listing(folder / "checkpoints")]
-    begun = (folder / "config.yaml").is_file() and (folder / PROMPTS).is_file()
+    begun = (folder / "config.yaml").is_file() and (folder / prompts.FILE).is_file()
     return begun and saved == [checkpoint.name_of(Position(0))] and not (folder / "metrics.jsonl").exists()
 
 

@@ -30,7 +30,7 @@ def estimate(config: Path | None, settings: list[str], probed: bool) -> None:
 
         from driftrl import probe
         from driftrl.build import build_loop, open_sizes
-        from driftrl.prompts import load_prompts
+        from driftrl.prompts import evaluated
 
         logging.disable_progress_bar()
         with warnings.catch_warnings():
@@ -50,7 +50,8 @@ def estimate(config: Path | None, settings: list[str], probed: bool) -> None:
             standing, gradients = probe.standing_of(loop), probe.gradients_of(loop)
             stored, pictures = probe.stored_of(loop, plan), probe.pictures_of(loop, plan)
             costs = probe.measure(loop, lambda phase: status.update(f"trying {phase}")) if probed else None
-    texts = len(load_prompts(parsed.evaluation.prompts)) if parsed.evaluation.at_end else 0
+    _, asked = evaluated(parsed.evaluation.prompts, parsed.prompts.set)
+    texts = len(asked) if parsed.evaluation.at_end else 0
     console.print(_times(parsed, plan, costs, EVALUATED * texts * parsed.evaluation.images))
     working = Phases(0, 0, 0, 0, 0) if costs is None else costs.working
     console.print(_memory(plan, standing, stored, gradients, working, costs is not None))

@@ -41,9 +41,11 @@ def train(
     parsed = load_config(config, settings)
     console = Console(stderr=True, quiet=not leads())
     if parsed.evaluation.at_end:
-        from driftrl.prompts import load_prompts
+        from driftrl.prompts import evaluated
 
-        load_prompts(parsed.evaluation.prompts)  # a prompt set that is not there should not wait for the end
+        evaluated(
+            parsed.evaluation.prompts, parsed.prompts.set, resume
+        )  # a prompt set that is not there should not wait for the end
     with console.status("loading model, reward and encoder", spinner="dots"):
         from transformers.utils import logging
 

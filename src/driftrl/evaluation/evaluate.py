@@ -44,7 +44,7 @@ from driftrl.files import read_json, sha256, write_json, write_text
 from driftrl.mixture import mixed
 from driftrl.pictures import image_folder, save_png, to_pil
 from driftrl.policies.pipeline import PipelinePolicy
-from driftrl.prompts import load_prompts
+from driftrl.prompts import evaluated
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
 from driftrl.types import Encoder, Policy, Reward
 
@@ -305,7 +305,7 @@ def evaluate(
 
     Args:
         source: a run folder, one of its checkpoints, a pipeline folder, a hub name or 'tiny-animals'.
-        prompts: a prompt set of the package or a file; by default the run's ``evaluation.prompts``.
+        prompts: a prompt set of the package or a file; by default as the run's ``evaluation.prompts`` says.
         images: per prompt, at least 2; by default the run's ``evaluation.images``.
         checkpoints: 'last', 'all', or iterations with commas between them.
         rewards: more rewards by name, scored beside the one that was trained on.
@@ -327,7 +327,6 @@ def evaluate(
     config = load_config(found[0] / "config.yaml") if found else parse_config({})
     name = config.name if found else re.sub(r"[^\w.-]+", "-", Path(source).name) or "model"
     folder = out or (found[0] if found else Path("runs") / f"evaluate-{name}")
-    prompt_set = prompts or config.evaluation.prompts
     count = config.evaluation.images if images is None else images
     if count < 2:
         raise InputError(
@@ -338,7 +337,8 @@ def evaluate(
     has_clip = (clip_folder / "config.json").is_file()
     if clip is not None and not has_clip:
         raise InputError(f"{clip}: no CLIP model folder, for it has no config.json")
-    texts = load_prompts(prompt_set)
+    asked = prompts or config.evaluation.prompts
+    prompt_set, texts = evaluated(asked, config.prompts.set, found[0] if found else None)
     mixture = [] if isinstance(config.reward, str) else config.reward
     parts = {part.name for part in mixture}
     named = list(dict.fromkeys([formula(config.reward), *(name for name in rewards if name not in parts)]))
