@@ -93,3 +93,7 @@ def test_the_command_says_it_once(tmp_path, monkeypatch):
     result = driftrl("train", PAPER / "sd15-pickscore.yaml", "--out", tmp_path / "run")
     assert result.returncode == 2
     assert result.stderr.startswith("driftrl: the hub does not answer") and "Retrying" not in result.stderr
+    monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
+    result = driftrl("train", PAPER / "sd15-pickscore.yaml", "--out", tmp_path / "run")
+    assert result.returncode == 2
+    assert result.stderr.startswith("driftrl: the hub is switched off by HF_HUB_OFFLINE, and here are neither")

@@ -169,11 +169,15 @@ def _advice(path: str) -> str:
     """What to do where a hub name could not be loaded; nothing for a folder."""
     if Path(path).exists():
         return ""
-    off = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
     return (
-        f"; it is not a folder here, nor in this machine's cache of the hub{', which HF_HUB_OFFLINE switches off' * off}. "
+        f"; it is not a folder here, nor in this machine's cache of the hub{', which HF_HUB_OFFLINE switches off' * _off()}. "
         f"Where there is a network: hf download {path} --local-dir FOLDER; then name that folder instead"
     )
+
+
+def _off() -> bool:
+    """Whether the user has switched the hub off."""
+    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _of_hub(name: str) -> bool:
@@ -197,7 +201,7 @@ def _demand_reachable(config: TrainConfig) -> None:
     if missing:
         keys = [f"{key}{'' if key.endswith('@') else '='}FOLDER" for key, _ in missing]
         raise InputError(
-            f"the hub does not answer, and here are neither folders nor copies in its cache of "
+            f"the hub {'is switched off by HF_HUB_OFFLINE' if _off() else 'does not answer'}, and here are neither folders nor copies in its cache of "
             f"{', '.join(name for _, name in missing)}. Where there is a network: hf download NAME --local-dir FOLDER, "
             f"for each (docs/rewards.md has what to do for rewards that are converted); then --set "
             f"{' --set '.join(keys)}"

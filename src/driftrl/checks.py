@@ -32,7 +32,7 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
         "; did you mean 'learning_rate'?"
     """
     options = list(allowed)
-    close = get_close_matches(name, options, n=1, cutoff=0.5) or [
+    close = get_close_matches(name, options, n=1, cutoff=0.6) or [
         option for option in options if "".join(word[:1] for word in option.split("_")) == name
     ]
     return f"; did you mean '{close[0]}'?" if close else ""
