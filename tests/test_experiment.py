@@ -17,7 +17,7 @@ from driftrl.checks import InputError
 from driftrl.cli.experiment import experiment
 from driftrl.config import dump_config, load_config, parse
 from driftrl.evaluation.compare import compare, hypervolumes, load_methods
-from driftrl.evaluation.report import write_comparison
+from driftrl.evaluation.comparison import write_comparison
 from driftrl.evaluation.results import load_result
 from driftrl.experiment.plan import Plan, differing, expand, load_plan, nested
 from driftrl.experiment.pool import Pool, Task, slots

@@ -96,4 +96,6 @@ def test_the_command_says_it_once(tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
     result = driftrl("train", PAPER / "sd15-pickscore.yaml", "--out", tmp_path / "run")
     assert result.returncode == 2
-    assert result.stderr.startswith("driftrl: the hub is switched off by HF_HUB_OFFLINE, and here are neither")
+    assert result.stderr.startswith(
+        "driftrl: the hub is switched off by HF_HUB_OFFLINE, and here are neither"
+    )

@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 from driftrl.checks import InputError
 from driftrl.evaluation import compare
 from driftrl.evaluation.compare import Method
+from driftrl.evaluation.measures import METRICS, VARIETY
 from driftrl.evaluation.page import percent
 from driftrl.evaluation.pareto import Interval, difference_at_equal
 from driftrl.evaluation.picture import COLOURS
-from driftrl.evaluation.report import METRICS, VARIETY
 
 DOCS = Path(__file__).resolve().parents[1]
 AGAINST = "grpo"

@@ -14,8 +14,10 @@ from browser import Browser, find_chromium
 from made import PROMPTS, make_run
 
 from driftrl.evaluation.blind import write_blind
+from driftrl.evaluation.comparison import write_comparison
 from driftrl.evaluation.judge import judge
-from driftrl.evaluation.report import COLOURS, write_comparison, write_report
+from driftrl.evaluation.page import COLOURS
+from driftrl.evaluation.report import write_report
 
 WIDTHS = (360, 800, 1400)
 SHOWN = "Promise.all([...document.images].map((i) => i.decode())).then(() => [...document.images].map((i) => i.naturalWidth))"

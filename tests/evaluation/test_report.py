@@ -13,16 +13,11 @@ from PIL import Image
 from driftrl.checks import InputError
 from driftrl.config import load_config
 from driftrl.evaluation import compare as comparing
+from driftrl.evaluation.comparison import write_comparison, write_comparison_picture
 from driftrl.evaluation.evaluate import load_evaluation
 from driftrl.evaluation.page import percent
 from driftrl.evaluation.plots import Line, label, plot, ticks
-from driftrl.evaluation.report import (
-    _verdict,
-    write_comparison,
-    write_comparison_picture,
-    write_picture,
-    write_report,
-)
+from driftrl.evaluation.report import _verdict, write_picture, write_report
 from driftrl.evaluation.results import load_result, write_result
 
 

@@ -18,7 +18,8 @@ from driftrl.evaluation.evaluate import (
     load_evaluation,
     with_mixture,
 )
-from driftrl.evaluation.report import describe, write_picture, write_report
+from driftrl.evaluation.measures import describe
+from driftrl.evaluation.report import write_picture, write_report
 from driftrl.mixture import Part, mixed
 from driftrl.rewards.guarded import GuardedReward
 from driftrl.rewards.several import SeveralRewards

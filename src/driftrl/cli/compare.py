@@ -21,7 +21,8 @@ def compare(
     if seed is not None:
         raise InputError("--seed: shuffles the page of --blind, which was not asked for")
     with console.status("comparing", spinner="dots"):
-        from driftrl.evaluation.report import check_out, write_comparison, write_comparison_picture
+        from driftrl.evaluation.comparison import write_comparison, write_comparison_picture
+        from driftrl.evaluation.page import check_out
 
         page = write_comparison(runs, check_out(out), against)
         picture = write_comparison_picture(runs, out.with_suffix(".png"), against)

@@ -34,7 +34,7 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
         from transformers.utils import logging
 
         from driftrl.evaluation.evaluate import load_evaluation
-        from driftrl.evaluation.report import METRICS, describe
+        from driftrl.evaluation.measures import METRICS, describe
         from driftrl.evaluation.report import evaluate as work
 
     logging.disable_progress_bar()  # its bars for loading weights would come between ours

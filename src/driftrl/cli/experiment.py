@@ -40,7 +40,7 @@ def experiment(
     except OSError as error:
         raise InputError(f"{out}: cannot be written to: {error.strerror}") from error
     with console.status("looking at what is there", spinner="dots"):
-        from driftrl.evaluation.report import write_comparison
+        from driftrl.evaluation.comparison import write_comparison
         from driftrl.run import locked, signals
 
     with locked(out):

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from driftrl import __version__
-from driftrl.checks import counted
+from driftrl.checks import InputError, counted
+from driftrl.files import make_parent
+
+COLOURS = 16
+"""Colours of methods in the style sheet (look.css); beyond them colour and shape come again."""
 
 
 def minus(value: float, digits: int = 3, sign: bool = False) -> str:
@@ -42,3 +48,25 @@ def render(template: str, **values: Any) -> str:
     environment.filters["n"] = minus
     environment.filters["counted"] = counted
     return environment.get_template(template).render(version=__version__, **values)
+
+
+def short(path: str | None) -> str:
+    """A model's name without the folders of this machine, for a report travels."""
+    return Path(path or "").name if Path(path or "").is_absolute() else path or ""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def check_out(out: Path) -> Path:
+    """Return ``out`` if a page can be written there.
+
+    Raises:
+        InputError: if it is a folder, or is not named like a page.
+    """
+    if out.is_dir() or out.suffix not in (".html", ".htm"):
+        raise InputError(f"--out: expected an HTML file, such as report.html; got {out}")
+    make_parent(out)
+    return out

@@ -1,0 +1,380 @@
+"""The comparison of methods: one self-contained page, and one picture for a README, from evaluated runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from driftrl.checks import InputError, counted
+from driftrl.config import dump_config
+from driftrl.evaluation import compare as comparing
+from driftrl.evaluation.compare import Method
+from driftrl.evaluation.evaluate import SHOWN, Point
+from driftrl.evaluation.gallery import FIRST, data_uri, evenly, prompt_rows, side, spread
+from driftrl.evaluation.measures import METRICS, VARIETY, asked, describe
+from driftrl.evaluation.page import COLOURS, listed, minus, percent, render, short
+from driftrl.evaluation.pareto import difference_at_equal, upper_envelope
+from driftrl.evaluation.picture import COLOURS as PICTURE_COLOURS
+from driftrl.evaluation.picture import MUTED, Chart, Stroke, draw
+from driftrl.evaluation.plots import Line, plot
+from driftrl.files import write_text
+
+SENTENCES = 3
+"""Methods up to which each has a sentence of its own."""
+LEAST = 0.005
+"""Change of variety, as a share, below which it rounds to 0%, and is not worth a word."""
+FULL_TINT = 0.25
+"""Change of variety, as a share, from which a cell is tinted fully."""
+
+
+def write_comparison(folders: Sequence[Path], out: Path, against: str | None = None) -> Path:
+    """Write one page that compares evaluated runs, and return its path.
+
+    Args:
+        folders: two or more run folders with ``evaluation.json``; runs of one name are seeds of one method.
+        out: the HTML file.
+        against: the method that others are compared with; by default that of the first folder.
+
+    Raises:
+        InputError: for runs that were not measured alike, or anything as in `compare.load_methods`.
+    """
+    methods = comparing.load_methods(folders)
+    metrics = comparing.diversity_metrics(methods, VARIETY)
+    pairs = comparing.compare(methods, metrics, against)
+    evaluation = methods[0].runs[0].evaluation
+    settings = evaluation.settings
+    names, rival = [m.name for m in methods], against or methods[0].name
+    tables = []
+    for name in metrics:
+        volumes = comparing.hypervolumes(methods, name)
+        gains = {pair.method: pair for pair in pairs if pair.metric == name}
+        tables.append(
+            (describe(name, settings), [(m.name, gains.get(m.name), volumes[m.name]) for m in methods])
+        )
+    page = render(
+        "report.html.j2",
+        colours=COLOURS,
+        describe=describe,
+        first=FIRST,
+        short=short,
+        kind="comparison",
+        title=listed(names) if len(names) < 4 else f"{len(names) - 1} methods beside {rival}",
+        evaluation=evaluation,
+        settings=settings,
+        asked=asked(settings),
+        methods=methods,
+        rival=rival,
+        single=min(len(m.runs) for m in methods) == 1,
+        several=max(len(m.runs) for m in methods) > 1,
+        verdict=_verdict(methods, pairs, rival),
+        summary=_summary(methods, metrics),
+        board=_board(methods, metrics, pairs, rival),
+        differences=_differences(methods, metrics, rival),
+        tables=tables,
+        fronts=_fronts(methods, metrics),
+        curves=_checkpoint_curves(methods, metrics),
+        gallery=_gallery(methods),
+        differing=comparing.differing_settings(methods),
+        configs=[(run.folder.name, dump_config(run.config)) for m in methods for run in m.runs if run.config],
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, page)
+    return out
+
+
+def write_comparison_picture(
+    folders: Sequence[Path], out: Path, against: str | None = None, prompts: int = 6, images: int = 4
+) -> Path | None:
+    """Write a PNG of a comparison: base model and methods on the same seeds, and diversity over reward.
+
+    It shows the last checkpoint that all seeds of a method have, of its first seed, and prompts as `write_picture`
+    chooses them, by what the first method lost.
+
+    Returns:
+        ``out``, or None where the runs kept no pictures.
+
+    Raises:
+        InputError: as `write_comparison`.
+    """
+    methods = comparing.load_methods(folders)
+    names = comparing.diversity_metrics(methods, VARIETY)
+    colours = {
+        method.name: colour for method, colour in zip(methods, itertools.cycle(PICTURE_COLOURS), strict=False)
+    }  # those of the page
+    methods = sorted(methods, key=lambda method: method.name != (against or methods[0].name))
+    methods = methods[: len(PICTURE_COLOURS)]
+    first = methods[0].runs[0]
+    lasts = [_last(method) for method in methods]
+    rows = evenly(prompt_rows(first.evaluation, lasts[0]), prompts)
+    sides = [side("base model", MUTED, first.folder, first.evaluation, first.evaluation.base, rows, images)]
+    for method, point in zip(methods, lasts, strict=True):
+        run = method.runs[0]
+        sides.append(side(method.name, colours[method.name], run.folder, run.evaluation, point, rows, images))
+    if not all(row for side in sides for row in side.rows):
+        return None
+    charts = [
+        Chart(
+            f"{describe(name, first.evaluation.settings).title} over reward",
+            "reward",
+            [Stroke(method.mean_curve(name), colours[method.name], marker="o") for method in methods],
+        )
+        for name in names[:2]
+    ]
+    return draw(out, [row["prompt"] for row in rows], sides, charts)
+
+
+def _verdict(methods: list[Method], pairs: list[comparing.Comparison], rival: str) -> list[str]:
+    """Sentences, one for each thing that is said of methods of which it holds."""
+    if len(methods) > SENTENCES:
+        return _verdict_of_many(methods, pairs, rival)
+    runs = {method.name: len(method.runs) for method in methods}
+    alike: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
+    fallen = [method.name for method in methods if not _gained_reward(method)]
+    for method in methods:
+        if method.name == rival or {method.name, rival} & set(fallen):
+            continue
+        ahead, behind = [], []
+        for pair in pairs:
+            gain = pair.diversity_gain
+            if pair.method != method.name or gain is None:
+                continue
+            title = METRICS[pair.metric].title
+            if gain.low > 0:
+                ahead.append(title)
+            elif gain.high < 0:
+                behind.append(title)
+        told = [f"more than {rival} of: {', '.join(ahead)}"] if ahead else []
+        told += [f"less{'' if ahead else f' than {rival}'} of: {', '.join(behind)}"] if behind else []
+        single = min(runs[method.name], runs[rival]) == 1
+        alike.setdefault((single, tuple(told)), []).append(method.name)
+    parts = []
+    for (single, found), names in alike.items():
+        who, level = listed(names), "At equal reward, on a single seed," if single else "At equal reward"
+        has = "has" if len(names) == 1 else "have"
+        if found:
+            parts.append(f"{level} {who} {has} {'; '.join(found)}.")
+        else:
+            both = (
+                f"{who} and {rival} cannot be told apart"
+                if len(names) == 1
+                else f"{who} cannot be told apart from {rival}"
+            )
+            parts.append(f"{level} {both} in variety.")
+    if fallen:
+        parts.append(
+            f"{listed(fallen)} never got above the base model's reward, so there is nothing to compare at equal reward."
+        )
+    if any(single for single, _ in alike):
+        parts.append("More seeds would tell chance from effect.")
+    return parts or [f"Only one method, {rival}, with {counted(len(methods[0].runs), 'seed')}."]
+
+
+def _verdict_of_many(methods: list[Method], pairs: list[comparing.Comparison], rival: str) -> list[str]:
+    """Who has more variety by most measures, who less, and of whom that cannot be said."""
+    fallen = [method.name for method in methods if not _gained_reward(method)]
+    found: dict[str, list[tuple[int, str]]] = {"more": [], "less": [], "neither": []}
+    measures = len({pair.metric for pair in pairs})
+    for method in methods:
+        if method.name == rival or {method.name, rival} & set(fallen):
+            continue
+        ways = [_way(pair) for pair in pairs if pair.method == method.name]
+        most = next((way for way in (1, -1) if 2 * ways.count(way) > measures), 0)
+        kind = {1: "more", -1: "less", 0: "neither"}[most]
+        found[kind].append((-ways.count(most), method.name + (f" ({ways.count(most)})" if most else "")))
+    told = {
+        "more": f"more varied than {rival} by most of {measures} measures",
+        "less": f"less varied than {rival} by most of {measures} measures",
+        "neither": f"no clear difference to {rival}",
+    }
+    parts = [
+        f"At equal reward {told[kind]}: {listed([name for _, name in sorted(which)])}."
+        for kind, which in found.items()
+        if which
+    ]
+    if fallen:
+        parts.append(
+            f"{listed(fallen)} never got above the base model's reward, so there is nothing to compare at equal reward."
+        )
+    if min(len(method.runs) for method in methods) == 1:
+        parts.append("Of a single seed any of this may be chance.")
+    return parts
+
+
+def _way(pair: comparing.Comparison) -> int:
+    """1 where a method has more variety at equal reward than its rival beyond the interval, -1 where it has less, 0 where
+    that is not clear or rounds to 0%.
+    """
+    gain, share = pair.diversity_gain, pair.diversity_share
+    if gain is None or share is None or gain.low <= 0 <= gain.high or abs(share.mean) < LEAST:
+        return 0
+    return 1 if gain.mean > 0 else -1
+
+
+def _gained_reward(method: Method) -> bool:
+    """Whether any checkpoint of any seed has more reward than the base model."""
+    return any(
+        max(rewards) > rewards[0] for rewards in ([x for x, _ in run.curve("reward")] for run in method.runs)
+    )
+
+
+def _summary(methods: list[Method], metrics: list[str]) -> list[dict[str, Any]]:
+    """Base model, then each method's last shared checkpoint: mean and interval over seeds."""
+    names = ["reward", *metrics]
+    base = methods[0].runs[0].evaluation.base
+    rows: list[dict[str, Any]] = [
+        {
+            "name": "base model",
+            "colour": -1,
+            "seeds": "",
+            "at": "",
+            "cells": [(base.figures[n].mean, None) for n in names],
+        }
+    ]
+    for number, method in enumerate(methods):
+        last = [method.over_time(name)[-1] for name in names]
+        cells = [(i.mean, i if len(method.runs) > 1 else None) for i in last]
+        rows.append(
+            {
+                "name": method.name,
+                "colour": number % COLOURS,
+                "seeds": len(method.runs),
+                "at": method.shared()[-1],
+                "cells": cells,
+            }
+        )
+    return rows
+
+
+def _board(
+    methods: list[Method], metrics: list[str], pairs: list[comparing.Comparison], rival: str
+) -> list[dict[str, Any]]:
+    """For each method what variety it has at equal reward beyond the rival's, as a share, by each measure."""
+    runs = {method.name: len(method.runs) for method in methods}
+    rows = []
+    for number, method in enumerate(methods):
+        if method.name == rival:
+            continue
+        cells: list[dict[str, Any] | None] = []
+        for metric in metrics:
+            pair = next(p for p in pairs if (p.method, p.metric) == (method.name, metric))
+            gain, share = pair.diversity_gain, pair.diversity_share
+            if gain is None or share is None:
+                cells.append(None)
+                continue
+            single = min(runs[method.name], runs[rival]) == 1
+            sure = 0.0 if not _way(pair) else 0.6 if single else 1.0
+            cells.append(
+                {
+                    "value": share.mean,
+                    "text": percent(share.mean),
+                    "tint": round(sure * min(1.0, abs(share.mean) / FULL_TINT) ** 0.5, 3),
+                    "way": "more" if share.mean > 0 else "less",
+                    "tip": f"{minus(gain.mean, sign=True)}, {minus(gain.low, sign=True)} to {minus(gain.high, sign=True)}",
+                }
+            )
+        rows.append({"name": method.name, "colour": number % COLOURS, "cells": cells})
+    return rows
+
+
+def _differences(methods: list[Method], metrics: list[str], rival: str) -> list[tuple[str, Markup]]:
+    """For each measure a plot of how much more variety each method has than the rival, over the reward."""
+    against = next(method for method in methods if method.name == rival)
+    zero = methods.index(against) % COLOURS
+    plots = []
+    for metric in metrics:
+        title, lines = METRICS[metric].title, []
+        for number, method in enumerate(methods):
+            if method is against:
+                continue
+            try:
+                found = difference_at_equal(
+                    method.mean_curve(metric), against.mean_curve(metric), "reward"
+                ).tolist()
+            except InputError:
+                continue  # these two share no reward
+            points = [(level, gain) for level, gain in found]
+            tips = [f"{method.name}, reward {minus(x)}: {minus(y, sign=True)}" for x, y in points]
+            lines.append(Line(points, number % COLOURS, "bold", tips))
+        if not lines:
+            continue
+        ends = [x for line in lines for x, _ in line.points]
+        lines.insert(0, Line([(min(ends), 0.0), (max(ends), 0.0)], zero, "bold"))
+        described = f"{title} beyond that of {rival} at equal reward, over the reward"
+        plots.append((title, plot(lines, "reward", described, "more \N{UPWARDS ARROW}")))
+    return plots
+
+
+def _fronts(methods: list[Method], metrics: list[str]) -> list[tuple[str, Markup]]:
+    fronts = []
+    for name in metrics:
+        title, lines, told = METRICS[name].title, [], []
+        for number, method in enumerate(methods):
+            colour = number % COLOURS
+            if len(method.runs) > 1:
+                lines += [Line(run.curve(name), colour, "faint") for run in method.runs]
+            mean, at = method.mean_curve(name), method.shared()
+            envelope = upper_envelope(mean).tolist()
+            lines.append(Line([(p[0], p[1]) for p in envelope], colour, "bold"))
+            tips = [
+                f"{method.name}, iteration {i}: reward {minus(r)}, {minus(v)}"
+                for i, (r, v) in zip(at, mean, strict=True)
+            ]
+            lines.append(Line(mean[1:], colour, "none", tips[1:]))
+            told.append(tips[-1])
+        base = methods[0].runs[0].curve(name)[:1]
+        lines.append(Line(base, -1, "none", ["base model"], {0: "base"}))
+        described = f"{title} against reward, upper envelopes of {len(methods)} methods: {'; '.join(told)}"
+        fronts.append((title, plot(lines, "reward", described, "better \N{NORTH EAST ARROW}")))
+    return fronts
+
+
+def _checkpoint_curves(methods: list[Method], metrics: list[str]) -> list[tuple[str, Markup]]:
+    curves = []
+    for name in ["reward", *metrics]:
+        title, lines = METRICS[name].title, []
+        for number, method in enumerate(methods):
+            at, over = method.shared(), method.over_time(name)
+            points = [(float(i), o.mean) for i, o in zip(at, over, strict=True)]
+            tips = [f"{method.name}, iteration {i}: {minus(o.mean)}" for i, o in zip(at, over, strict=True)]
+            band = [(o.low, o.high) for o in over] if len(method.runs) > 1 else ()
+            lines.append(Line(points, number % COLOURS, "bold", tips, band=band))
+        described = f"{title} over checkpoints of {', '.join(m.name for m in methods)}"
+        curves.append((title, plot(lines, "iteration", described, integer_x=True)))
+    return curves
+
+
+def _last(method: Method) -> Point:
+    """The last checkpoint that all runs of a method have, of its first run."""
+    at = method.shared()[-1]
+    return next(p for p in method.runs[0].evaluation.points if p.iteration == at)
+
+
+def _gallery(methods: list[Method]) -> list[dict[str, Any]]:
+    """Base model and the last checkpoint of each method's first seed, on the same seeds of noise."""
+    first = methods[0].runs[0]
+    sides = [("base model", first.folder, first.evaluation, first.evaluation.base)]
+    for method in methods:
+        run = method.runs[0]
+        sides.append((method.name, run.folder, run.evaluation, _last(method)))
+    cards = []
+    shown = min(SHOWN, first.evaluation.settings.images)
+    for place, prompt in enumerate(first.evaluation.settings.prompts):
+        pictures = []
+        for number, (name, folder, evaluation, point) in enumerate(sides):
+            uri = data_uri(evaluation.sheet(folder, point, place))
+            if uri is not None:
+                pictures.append(
+                    {
+                        "name": name,
+                        "colour": (number - 1) % COLOURS if number else -1,
+                        "uri": uri,
+                        "alt": f"{counted(shown, 'image')} of \u201c{prompt}\u201d by {name}",
+                    }
+                )
+        if len(pictures) == len(sides):
+            cards.append({"prompt": prompt, "pictures": pictures, "note": ""})
+    return spread(cards)
