@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import families
@@ -17,6 +18,7 @@ from driftrl.checks import InputError
 from driftrl.cli.sample import sample
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.pictures import grid
+from driftrl.policies.long_prompts import LongPromptWarning
 from driftrl.ratio import replay_untouched
 from driftrl.rollout import PromptNoise, rollout, score_step
 from driftrl.transitions import gaussian
@@ -249,7 +251,7 @@ def test_one_iteration_and_the_adapter_in_the_stock_pipeline(settings, family, f
     theirs = stock(pipeline, family, 2.0, draw())
     torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=0)
     assert (theirs - before).abs().max() > 1e-4
-    sample(str(run), PROMPTS, 2, 0, tmp_path / "grid.png", False, None, None, deterministic=True)
+    sample(str(run), PROMPTS, None, 2, 0, tmp_path / "grid.png", False, None, None, deterministic=True)
     ours, theirs = (np.asarray(picture, np.int16) for picture in (
         Image.open(tmp_path / "grid.png"), grid(list(theirs.unflatten(0, (2, 2))), PROMPTS)))  # fmt: skip
     assert np.abs(ours - theirs).max() <= 1
@@ -607,3 +609,18 @@ def test_the_network_computes_as_many_rows_as_estimated(settings, family):
     assert rows == [4 * policy.branches] * 4
     assert policy.branches == 1 + (family != "flux")
     assert drawn.images.shape[2:] == policy.image_shape
+
+
+def test_a_prompt_longer_than_the_model_reads_is_said_once_in_our_words(settings, family, recwarn, capfd):
+    """Not where only an encoder that reads less than another one is at its end."""
+    policy = build_policy(settings(family))
+    long = ["a cat", " ".join(["a cat and a dog"] * 200), " ".join(["a dog"] * 60)]
+    policy.encode(long)
+    policy.encode(long)
+    told = [str(one.message) for one in recwarn if one.category is LongPromptWarning]
+    assert len(told) == 1 and re.match(r"[12] of 3 prompts (is|are) longer than the \d+ tokens", told[0])
+    assert "'a cat and a dog" in told[0] and capfd.readouterr().err == ""
+    policy = build_policy(settings(family))
+    recwarn.clear()
+    policy.encode(["a cat", "a dog"])
+    assert not recwarn.list

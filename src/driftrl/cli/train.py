@@ -43,9 +43,8 @@ def train(
     if parsed.evaluation.at_end:
         from driftrl.prompts import evaluated
 
-        evaluated(
-            parsed.evaluation.prompts, parsed.prompts.set, resume
-        )  # a prompt set that is not there should not wait for the end
+        # A prompt set that is not there should not wait for the end.
+        evaluated(parsed.evaluation.prompts, parsed.prompts.set, resume)
     with console.status("loading model, reward and encoder", spinner="dots"):
         from transformers.utils import logging
 
@@ -75,8 +74,9 @@ def train(
     if start:  # gains are told from the run's beginning, not from where it goes on
         from driftrl.evaluation.results import read_metrics
 
-        for line in read_metrics(trainer.folder / "metrics.jsonl"):
-            for gain in gains.values():
+        done = [line for line in read_metrics(trainer.folder / "metrics.jsonl") if line["iteration"] <= start]
+        for gain in gains.values():
+            for line in done:
                 gain.told(line)
 
     def watch(iteration: Iteration) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from driftrl.checks import InputError
-from driftrl.policies import fast_linear, fast_unet
+from driftrl.policies import fast_linear, fast_unet, long_prompts
 from driftrl.policies.full import FullWeights
 from driftrl.policies.lora import LoRA
 from driftrl.types import Conditioning, Transition
@@ -58,6 +58,8 @@ class PipelinePolicy:
     prompts_at_once = 64
     """Prompts that the text encoders read together: more take memory, and no less time."""
     num_train_timesteps: int
+    _said_long = False
+    """Whether it was said that prompts are too long."""
 
     def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
         """Take over ``pipeline`` and freeze it.
@@ -165,12 +167,16 @@ class PipelinePolicy:
             prompts: one or more.
             at_once: how many the text encoders read together; by default what suits them.
         """
+        if not self._said_long and (message := long_prompts.told(self.pipeline, self.text_encoders, prompts)):
+            self._said_long = True
+            warnings.warn(message, long_prompts.LongPromptWarning, stacklevel=2)
         encoders = [e for e in (getattr(self.pipeline, n, None) for n in self.text_encoders) if e is not None]
         for encoder in encoders:
             encoder.to(self.device)
         size = at_once or self.prompts_at_once
         try:
-            return _joined([self._encode(prompts[at : at + size]) for at in range(0, len(prompts), size)])
+            with long_prompts.quiet():
+                return _joined([self._encode(prompts[at : at + size]) for at in range(0, len(prompts), size)])
         finally:
             for encoder in encoders:
                 encoder.to("cpu")
