@@ -122,6 +122,7 @@ COMMANDS = (
     "sample",
     "evaluate",
     "compare",
+    "export",
     "judge",
     "experiment",
     "serve-reward",

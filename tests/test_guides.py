@@ -14,6 +14,7 @@ import yaml
 from driftrl import TrainConfig, Trainer
 from driftrl.build import load_pipeline
 from driftrl.config import load_config, parse_config
+from driftrl.evaluation.card import export
 
 GUIDES = Path(__file__).parents[1] / "docs" / "guide"
 ROOT = Path(__file__).parents[1]
@@ -67,7 +68,8 @@ def test_use_the_adapter(here):
         "base": picture(load_pipeline(model)),
         "merged": picture(type(names["pipe"]).from_pretrained("merged")),
     }
-    for name, source in {"ours": checkpoint, "kohya": "first-kohya.safetensors"}.items():
+    export(Path("runs/first"), Path("first"), comfyui=True)
+    for name, source in {"ours": checkpoint, "kohya": "first/comfyui.safetensors"}.items():
         pipe = load_pipeline(model)
         pipe.load_lora_weights(source)
         pictures[name] = picture(pipe)

@@ -125,7 +125,7 @@ def load_pipeline(model: ModelConfig) -> Any:
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise InputError(f"model.path: {path} is no diffusers pipeline folder: it has no model_index.json")
     _demand_parts(folder)
-    if not folder.exists() and not _of_hub(path):
+    if not folder.exists() and not of_hub(path):
         raise InputError(
             f"model.path: expected 'tiny-animals', a pipeline folder or a hub name; {path!r} is none"
             f"{nearest(path, ['tiny-animals'])}"
@@ -180,7 +180,7 @@ def _off() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _of_hub(name: str) -> bool:
+def of_hub(name: str) -> bool:
     """Whether it has the form of a hub name and is not there as a path."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
@@ -194,7 +194,7 @@ def _demand_reachable(config: TrainConfig) -> None:
         if kind in NETWORKS:
             asked.append((f"reward={kind}@", weights or WEIGHTS.get(kind, ""), "config.json", None))
     asked.append(("shaping.encoder", config.shaping.encoder, "config.json", None))
-    asked = [one for one in asked if _of_hub(one[1])]
+    asked = [one for one in asked if of_hub(one[1])]
     if not asked or hub.answers():
         return
     missing = [(key, name) for key, name, file, revision in asked if not hub.has(name, file, revision)]
@@ -420,7 +420,7 @@ def _model_reward(kind: str, weights: str, device: torch.device, dtype: str, tow
             f"reward: {kind} has no weights on the hub in a format that is safe to load; expected {kind}@FOLDER "
             "(docs/rewards.md says how to make one)"
         )
-    if _of_hub(weights):
+    if of_hub(weights):
         hub.answers()
     try:
         if kind == "imagereward":
@@ -531,7 +531,7 @@ def build_encoder(name: str, device: torch.device, policy: Policy | None = None)
             f"shaping.encoder: expected one of {', '.join(known)}, a folder or a hub name as owner/model; got "
             f"{name!r}{nearest(name, known)}"
         )
-    if _of_hub(path):
+    if of_hub(path):
         hub.answers()
     try:
         return TransformersEncoder(path, device)

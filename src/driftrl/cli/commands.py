@@ -316,6 +316,29 @@ def register(app: typer.Typer) -> None:
         work(runs, out, against, blind, seed)
 
     @app.command()
+    def export(
+        source: Annotated[
+            Path,
+            typer.Argument(metavar="RUN", help="A run folder, or a checkpoint; of a run the newest one."),
+        ],
+        out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder.")],
+        comfyui: Annotated[bool, _flag("--comfyui", help="Also the LoRA as ComfyUI reads it.")] = False,
+    ) -> None:
+        """Write the adapter with a model card, for others to use.
+
+        The card has how it is loaded, what was measured, a picture, and the settings; no folder of this machine is in it.
+
+        Examples:
+
+          driftrl export runs/mine --out mine
+
+          driftrl export runs/mine/checkpoints/000040 --out mine --comfyui
+        """
+        from driftrl.cli.export import export as work
+
+        work(source, out, comfyui)
+
+    @app.command()
     def judge(
         folder: Annotated[
             Path, typer.Argument(metavar="DIR", help="What driftrl compare --blind DIR wrote.")

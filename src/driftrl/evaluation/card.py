@@ -1,0 +1,179 @@
+"""A folder for others: the adapter of a checkpoint and a model card, as the Hugging Face hub shows it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from driftrl import __version__, checkpoint
+from driftrl.build import of_hub
+from driftrl.checks import InputError, counted
+from driftrl.config import TrainConfig, flat, load_config
+from driftrl.evaluation.evaluate import FILE, Evaluation, Point, formula, load_evaluation
+from driftrl.evaluation.generate import run_of
+from driftrl.evaluation.measures import describe
+from driftrl.evaluation.page import minus
+from driftrl.files import new_folder, read_json, write_text
+from driftrl.policies.kohya import write_kohya
+
+LORA = "pytorch_lora_weights.safetensors"
+COMFYUI = "comfyui.safetensors"
+PICTURE = "comparison.png"
+STATE = {"manifest.json", "state.json", "training.safetensors", checkpoint.MEMORY}
+"""What a checkpoint has for going on with the run, and nobody else needs."""
+OWN = {"name", "seed", "logging", "guards", "evaluation"}
+"""Settings that say nothing of the method."""
+
+
+def export(source: Path, out: Path, comfyui: bool = False) -> Path:
+    """Write the adapter and a card into ``out``, and return it.
+
+    Args:
+        source: a run folder, whose newest checkpoint is taken, or a checkpoint.
+        out: a new or empty folder.
+        comfyui: write the LoRA under the names that ComfyUI reads too.
+
+    Raises:
+        InputError: if ``source`` is no run with a whole checkpoint, ``out`` holds something, or a full network should be
+            written for ComfyUI.
+    """
+    run, path = run_of(source) or (source, None)
+    if path is None:
+        raise InputError(f"{source}: expected a run folder with a checkpoint, or a checkpoint")
+    problem = checkpoint.damage(path)
+    if problem:
+        raise InputError(f"{path}: {problem}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out: expected a new or empty folder; got {out}, which is taken")
+    config = load_config(run / "config.yaml")
+    if comfyui and config.adapter.kind != "lora":
+        raise InputError("--comfyui: expected a LoRA; this run trained the whole network")
+    evaluation = load_evaluation(run) if (run / FILE).is_file() else None
+    point = next((p for p in evaluation.tuned if p.label == path.name), None) if evaluation else None
+    picture = run / "report.png"
+    shown = (
+        point is not None and evaluation is not None and point is evaluation.tuned[-1] and picture.is_file()
+    )
+    with new_folder(out) as place:
+        for file in sorted(path.iterdir()):
+            if file.name not in STATE:
+                shutil.copyfile(file, place / file.name)
+        if shown:
+            shutil.copyfile(picture, place / PICTURE)
+        if comfyui:
+            write_kohya(path / LORA, place / COMFYUI)
+        card = _card(config, int(path.name), _network(path), evaluation, point, shown, comfyui)
+        write_text(place / "README.md", card)
+    return out
+
+
+def _card(
+    config: TrainConfig,
+    iteration: int,
+    network: str,
+    evaluation: Evaluation | None,
+    point: Point | None,
+    shown: bool,
+    comfyui: bool,
+) -> str:
+    from huggingface_hub import ModelCardData
+
+    lora, base = config.adapter.kind == "lora", config.model.path
+    tags = [*(["lora"] if lora else []), "text-to-image", "diffusers", "reinforcement-learning", "driftrl"]
+    data = ModelCardData(
+        base_model=base if of_hub(base) else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=tags,
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n# {config.name}",
+        f"{'A LoRA for' if lora else 'The network of'} `{_bare(base)}`, fine-tuned by reinforcement learning towards "
+        f"`{_bare(formula(config.reward))}`: {counted(iteration, 'iteration')} with driftrl {__version__}.",
+    ]
+    if shown:
+        parts.append(f"![Base model and tuned model from the same noise]({PICTURE})")
+    parts += ["## Use", _use(config, network)]
+    if comfyui:
+        parts.append(
+            f"`{COMFYUI}` is the same LoRA under the names that ComfyUI reads: into `models/loras`, clip strength 0."
+        )
+    parts += ["## What it changes", _measured(evaluation, point)]
+    parts += ["## How it was trained", "What differs from driftrl's defaults:", _settings(config)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _bare(value: Any) -> Any:
+    """A setting without the folders of this machine, for a card travels."""
+    if isinstance(value, list):
+        return [_bare(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _bare(each) for key, each in value.items()}
+    return re.sub(r"[/~][^\s@]*/", "", value) if isinstance(value, str) and "://" not in value else value
+
+
+def _network(path: Path) -> str:
+    """Which class a checkpoint is of: of a LoRA the pipeline's part, of a whole network its own."""
+    if (path / "config.json").is_file():
+        return str(read_json(path / "config.json").get("_class_name", ""))
+    with safe_open(path / LORA, "pt") as file:
+        return next(iter(file.keys())).partition(".")[0]
+
+
+def _use(config: TrainConfig, network: str) -> str:
+    """Python that draws with it."""
+    base, lora, sampling = config.model.path, config.adapter.kind == "lora", config.sampling
+    flow = "ransformer" in network
+    lines = [
+        "import torch",
+        "from diffusers import DiffusionPipeline" + (f", {network}" if not lora else ""),
+        "",
+    ]
+    load = f'DiffusionPipeline.from_pretrained("{_bare(base)}", torch_dtype=torch.float16)'
+    if base == "tiny-animals":
+        lines = ["from driftrl import TrainConfig", "from driftrl.build import load_pipeline", ""]
+        lines += [f"from diffusers import {network}"] * (not lora)
+        load = "load_pipeline(TrainConfig().model)"
+    lines.append(f"pipe = {load}")
+    if lora:
+        lines.append(f'pipe.load_lora_weights("FOLDER_OR_REPOSITORY", weight_name="{LORA}")')
+    else:
+        lines.append(
+            f'pipe.{"transformer" if flow else "unet"} = {network}.from_pretrained("FOLDER_OR_REPOSITORY")'
+        )
+    noise = "" if flow else f", eta={sampling.eta}"
+    lines.append(
+        f'image = pipe("a cat", num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance_scale}{noise}).images[0]'
+    )
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _measured(evaluation: Evaluation | None, point: Point | None) -> str:
+    if evaluation is None or point is None:
+        return "Not measured: `driftrl evaluate` was not run on this checkpoint."
+    settings = evaluation.settings
+    rows = ["| | base model | this one | change (95% interval) |", "| --- | --- | --- | --- |"]
+    for name, figure in point.figures.items():
+        change = figure.change
+        assert change is not None  # evaluations are checked when they are read
+        told = f"{minus(change.mean, sign=True)} ({minus(change.low, sign=True)} to {minus(change.high, sign=True)})"
+        rows.append(
+            f"| {describe(name, settings).title} | {minus(evaluation.base.figures[name].mean)} | {minus(figure.mean)} | {told} |"
+        )
+    each = f"{counted(settings.images, 'image')} of each of {counted(len(settings.prompts), 'prompt')}"
+    return (
+        "\n".join(rows)
+        + f"\n\nMeans over prompts, of {each}, the same seeds for both; intervals bootstrapped over prompts."
+    )
+
+
+def _settings(config: TrainConfig) -> str:
+    usual, lines = flat(TrainConfig()), []
+    for key, value in flat(config).items():
+        if value != usual.get(key) and key.split(".")[0] not in OWN:
+            lines.append(f"{key}: {_bare(formula(config.reward) if key == 'reward' else value)}")
+    return "```yaml\n" + "\n".join(lines or ["# nothing"]) + "\n```"

@@ -1,0 +1,100 @@
+"""What others get of a run: weights that load, a card that is true, and nothing of this machine."""
+
+from __future__ import annotations
+
+import re
+
+import families
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import driftrl
+from driftrl import Trainer
+from driftrl.checks import InputError
+from driftrl.evaluation.card import export
+from driftrl.evaluation.evaluate import load_evaluation
+
+
+def trained(config, folder, **changes):
+    return Trainer(config(iterations=1, optimizer__learning_rate=0.05, **changes), folder).run()
+
+
+def run_card(folder, names=()):
+    """Run the Python of a card as a reader would, with the folder in the place of its name."""
+    text = (folder / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("FOLDER_OR_REPOSITORY", str(folder))
+    for old, new in names:
+        assert old in code
+        code = code.replace(old, new)
+    found = {}
+    exec(compile(code, "card", "exec"), found)
+    return found["pipe"], text
+
+
+@pytest.mark.filterwarnings("ignore")  # what diffusers says of its own loading
+def test_a_card_says_what_was_measured_and_its_python_draws(config, tmp_path, pipeline_folder):
+    (tmp_path / "two.txt").write_text("a cat\na dog\n")
+    run = trained(config, tmp_path / "run", evaluation__prompts=str(tmp_path / "two.txt"))
+    driftrl.evaluate(run, images=3)
+    out = export(run, tmp_path / "out", comfyui=True)
+    assert sorted(file.name for file in out.iterdir()) == [
+        "README.md", "comfyui.safetensors", "comparison.png", "pytorch_lora_weights.safetensors",
+    ]  # fmt: skip
+    half = ("torch_dtype=torch.float16", "torch_dtype=torch.float32")
+    pipe, text = run_card(out, [(f'"{pipeline_folder.name}"', f'"{pipeline_folder}"'), half])
+    ours = load_file(run / "checkpoints/000001/pytorch_lora_weights.safetensors")
+    theirs = {k: v for k, v in pipe.unet.named_parameters() if "lora" in k}
+    assert len(theirs) == len(ours) and sum(float(v.abs().sum()) for v in theirs.values()) > 0
+    assert yaml.safe_load(text.split("---")[1])["tags"][0] == "lora"
+    evaluation = load_evaluation(run)
+    reward = evaluation.tuned[-1].figures["reward"]
+    row = next(line for line in text.splitlines() if line.startswith("| reward"))
+    for value in (evaluation.base.figures["reward"].mean, reward.mean, reward.change.low):
+        assert f"{value:.3f}".replace("-", "\N{MINUS SIGN}").replace("\N{MINUS SIGN}0.000", "0.000") in row
+    assert "3 images of each of 2 prompts" in text and "optimizer.learning_rate: 0.05" in text
+    assert str(tmp_path) not in text and str(pipeline_folder.parent) not in text
+
+
+def test_without_an_evaluation_the_card_says_so(config, tmp_path):
+    run = trained(config, tmp_path / "run")
+    out = export(run / "checkpoints/000000", tmp_path / "out")
+    text = (out / "README.md").read_text()
+    assert "Not measured" in text and "0 iterations" in text and "comparison.png" not in text
+    assert not (out / "comfyui.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_a_whole_network_is_loaded_by_its_class(config, tmp_path, epsilon_folder, family):
+    folder = epsilon_folder if family == "sd" else families.make_flux(tmp_path / "flux")
+    size = dict.fromkeys(("sampling__height", "sampling__width"), 16)
+    run = trained(config, tmp_path / "run", adapter__kind="full", model__path=str(folder), **size)
+    out = export(run, tmp_path / "out")
+    assert sorted(file.name for file in out.iterdir()) == [
+        "README.md", "config.json", "diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    small = ("guidance_scale", "height=16, width=16, guidance_scale")
+    half = ("torch_dtype=torch.float16", "torch_dtype=torch.float32")
+    pipe, text = run_card(out, [(f'"{folder.name}"', f'"{folder}"'), half, small])
+    assert ("eta=" in text) == (family == "sd")
+    network = pipe.unet if family == "sd" else pipe.transformer
+    loaded = load_file(run / "checkpoints/000001/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, loaded[name]) for name, value in network.state_dict().items())
+    with pytest.raises(InputError, match="--comfyui: expected a LoRA"):
+        export(run, tmp_path / "more", comfyui=True)
+
+
+def test_what_cannot_be_exported_is_refused(config, tmp_path):
+    run = trained(config, tmp_path / "run")
+    for source, out, message in (
+        (tmp_path / "nowhere", tmp_path / "out", "expected a run folder"),
+        (run, run, "which is taken"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export(source, out)
+    (run / "checkpoints/000001/pytorch_lora_weights.safetensors").write_bytes(b"torn")
+    with pytest.raises(InputError):
+        export(run / "checkpoints/000001", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
