@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from markupsafe import Markup
 
 from driftrl.checks import counted
 from driftrl.distributed import join
-from driftrl.evaluation.evaluate import SHOWN, Evaluation, Figure, Point, Settings, load_evaluation
+from driftrl.evaluation.evaluate import SHOWN, Evaluation, Figure, Point, Progress, Settings, load_evaluation
 from driftrl.evaluation.evaluate import evaluate as measured
 from driftrl.evaluation.gallery import FIRST, data_uri, evenly, prompt_rows, side, spread
 from driftrl.evaluation.measures import METRICS, VARIETY, Metric, asked, describe, trained
@@ -53,11 +55,12 @@ FIRED = {
 }
 
 
-def evaluate(source: str | Path, **settings: Any) -> Path:
+def evaluate(source: str | Path, *, progress: Progress | None = None, **settings: Any) -> Path:
     """Measure a run or model beside its base model and write ``report.html`` and ``report.png``; return the folder.
 
     Args:
         source: a run folder, one of its checkpoints, a pipeline folder, a hub name or 'tiny-animals'.
+        progress: told how far it is, as (what is being drawn, images done, images in all); by default a bar of tqdm.
         **settings: as `driftrl.evaluation.evaluate.evaluate` takes them: prompts, images, checkpoints, rewards and more.
 
     Raises:
@@ -67,12 +70,28 @@ def evaluate(source: str | Path, **settings: Any) -> Path:
         >>> import driftrl
         >>> folder = driftrl.evaluate("runs/first", images=16, checkpoints="all")  # doctest: +SKIP
     """
-    folder, team = measured(source, **settings), join()
+    team = join()
+    with nullcontext(progress) if progress is not None else _bar(not team.leads) as shown:
+        folder = measured(source, progress=shown, **settings)
     if team.leads:
         write_report(folder)
         write_picture(folder)
     team.wait()
     return folder
+
+
+@contextmanager
+def _bar(hidden: bool) -> Iterator[Progress]:
+    from tqdm.auto import tqdm
+
+    with tqdm(desc="evaluating", unit="image", disable=hidden) as bar:
+
+        def tell(label: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_description(f"evaluating {label}", refresh=False)
+            bar.update(done - bar.n)
+
+        yield tell
 
 
 def write_report(folder: Path) -> Path:
