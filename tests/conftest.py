@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
 import string
+import sys
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -146,3 +150,21 @@ def config(pipeline_folder, encoder_folder):
         return parse_config(data)
 
     return make
+
+
+def run_command(*arguments):
+    """Exit status and message of the command line, in this process."""
+    from driftrl.cli import main as command_line
+
+    out = io.StringIO()
+    before = sys.argv
+    sys.argv = ["driftrl", *map(str, arguments)]
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
+            warnings.simplefilter("default")  # as a user has it
+            command_line.main()
+        return 0, out.getvalue()
+    except SystemExit as end:
+        return end.code or 0, out.getvalue()
+    finally:
+        sys.argv = before

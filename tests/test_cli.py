@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from conftest import run_command
 from driftrl import __version__
+from driftrl.checks import InputError
+from driftrl.cli.sample import sample
 from driftrl.config import dump_config, flat
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -61,10 +64,9 @@ def test_bad_input(settings, tmp_path, override, message):
     override = override.replace("EMPTY_FOLDER", str(tmp_path / "folder")).replace(
         "EMPTY", str(tmp_path / "empty.txt")
     )
-    result = driftrl("train", settings, "--set", override, "--out", tmp_path / "run")
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    status, told = run_command("train", settings, "--set", override, "--out", tmp_path / "run")
+    assert status == 2, told
+    assert message in told
     assert not (tmp_path / "run").exists()
 
 
@@ -215,18 +217,14 @@ def test_a_picture_that_cannot_be_written(tmp_path, pipeline_folder, out):
 
 
 def test_a_prompt_set_into_a_folder_with_every_image(tmp_path, pipeline_folder):
-    (tmp_path / "two.txt").write_text("a cat\nan ink fox, on paper\n")
-    result = driftrl(
-        "sample", pipeline_folder, "--prompts", tmp_path / "two.txt", "-n", 2, "--steps", 2, "--base", "--out",
-        tmp_path / "v1.0",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    files = sorted(str(path.relative_to(tmp_path / "v1.0")) for path in tmp_path.rglob("*.png"))
-    folders = [
-        f"{side}/{name}" for side in ("base", "tuned") for name in ("000-a-cat", "001-an-ink-fox-on-paper")
-    ]
+    prompts, out, model = tmp_path / "two.txt", tmp_path / "v1.0", str(pipeline_folder)
+    prompts.write_text("a cat\na fox, red\n")
+    sample(model, [], str(prompts), 2, 0, out, base=True, steps=2, guidance_scale=None)
+    files = sorted(str(path.relative_to(out)) for path in tmp_path.rglob("*.png"))
+    folders = [f"{side}/{name}" for side in ("base", "tuned") for name in ("000-a-cat", "001-a-fox-red")]
     assert files == sorted([*(f"{folder}/{k:03d}.png" for folder in folders for k in range(2)), "grid.png"])
-    assert "expected --prompt TEXT or --prompts FILE" in refused("sample", pipeline_folder, cwd=tmp_path)
+    with pytest.raises(InputError, match="expected --prompt TEXT or --prompts FILE"):
+        sample(model, [], None, 2, 0, out, base=False, steps=2, guidance_scale=None)
 
 
 def test_the_package_lists_what_it_has():

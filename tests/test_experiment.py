@@ -151,9 +151,9 @@ def test_a_bad_plan_is_one_message_and_status_2(tmp_path):
 def test_a_reward_that_is_not_there_is_said_before_any_run(tmp_path):
     path = tmp_path / "plan.yaml"
     path.write_text("name: x\nset: {reward: 'no_such_module:score', iterations: 8}\n")
-    for more in (["--dry-run"], ["--out", tmp_path / "out"]):
-        result = command_line(path, *more)
-        assert result.returncode == 2 and "'no_such_module:score' cannot be imported" in result.stderr
+    for dry in (True, False):
+        with pytest.raises(InputError, match="'no_such_module:score' cannot be imported"):
+            experiment(path, tmp_path / "out", 1, 1, dry, True)
     assert not (tmp_path / "out").exists()
 
 

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import constants, is_offline_mode
 
 from driftrl import Trainer, hub
+from driftrl.build import _demand_reachable
 from driftrl.checks import InputError
 from driftrl.config import load_config
 from test_cli import driftrl
@@ -93,9 +94,10 @@ def test_the_command_says_it_once(tmp_path, monkeypatch):
     result = driftrl("train", PAPER / "sd15-pickscore.yaml", "--out", tmp_path / "run")
     assert result.returncode == 2
     assert result.stderr.startswith("driftrl: the hub does not answer") and "Retrying" not in result.stderr
+
+
+def test_a_hub_that_is_switched_off_is_said_to_be(monkeypatch):
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
-    result = driftrl("train", PAPER / "sd15-pickscore.yaml", "--out", tmp_path / "run")
-    assert result.returncode == 2
-    assert result.stderr.startswith(
-        "driftrl: the hub is switched off by HF_HUB_OFFLINE, and here are neither"
-    )
+    monkeypatch.setattr(hub, "answers", lambda: False)
+    with pytest.raises(InputError, match="the hub is switched off by HF_HUB_OFFLINE, and here are neither"):
+        _demand_reachable(load_config(PAPER / "sd15-pickscore.yaml"))

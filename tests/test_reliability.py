@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
+from conftest import run_command
 from driftrl import Trainer, checkpoint
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
-from driftrl.cli import main as command_line
 from driftrl.config import TrainConfig, dump_config, load_config, parse_config
 from driftrl.files import sha256, write_json
 from driftrl.rewards.guarded import GuardedReward
@@ -327,8 +326,8 @@ def test_a_run_of_wandb_is_named_after_the_folder_and_goes_on_when_resumed(confi
     assert first.settings["id"] == second.settings["id"] and second.settings["resume"] == "allow"
     assert [step for step, _ in first.logged + second.logged] == [1, 2]
     assert "reward/mean" in first.logged[0][1]
-    ((step, pictures),) = first.shown  # of the first iteration, and then of every tenth
-    assert step == 1 and not second.shown
+    (step, pictures), *more = first.shown + second.shown  # of the first iteration, every tenth and the last
+    assert step == 1 and [step for step, _ in more] == [2]
     count, height, width, channels = pictures["candidates"].shape
     assert (count, channels) == (1, 3) and max(height, width) <= 2048
 
@@ -339,8 +338,8 @@ def test_tensorboard_gets_the_pictures_of_the_run(config, tmp_path):
     found = events.EventAccumulator(str(run / "tensorboard"))
     found.Reload()
     (name,) = found.Tags()["images"]
-    (picture,) = found.Images(name)
-    assert name.startswith("candidates")
+    picture, last = found.Images(name)
+    assert name.startswith("candidates") and last.step == 2
     with Image.open(run / "images/000001.png") as drawn:
         assert (picture.step, picture.width, picture.height) == (1, *drawn.size)
     assert [event.step for event in found.Scalars("reward/mean")] == [1, 2]
@@ -441,6 +440,19 @@ def test_the_last_iteration_has_its_picture(config, tmp_path):
     assert sorted(path.name for path in (run / "images").glob("*.png")) == ["000001.png", "000003.png"]
 
 
+def test_a_folder_in_the_place_of_a_file_is_one_message(config, tmp_path):
+    run = Trainer(config(iterations=1), tmp_path / "run").run()
+    (run / "prompts.json").unlink()
+    (run / "prompts.json").mkdir()
+    with pytest.raises(InputError, match=r"prompts\.json: expected a file"):
+        Trainer(config(iterations=2), run, resume=True)
+    trainer = Trainer(config(iterations=1), tmp_path / "new")
+    (tmp_path / "new/prompts.json").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"prompts\.json: cannot be written to: Is a directory"):
+        trainer.run()
+    assert not list((tmp_path / "new").glob(".*.tmp"))
+
+
 class Planted:
     """Runs code when it is unpickled."""
 
@@ -480,24 +492,6 @@ def test_a_planted_pickle_is_not_run(config, tmp_path, pipeline_folder):
     with pytest.raises(InputError):
         Trainer(config(model__path=str(model)), tmp_path / "third")
     assert not struck.exists()
-
-
-def run_command(*arguments):
-    """Exit status and message of the command line, in this process."""
-    import io
-
-    out = io.StringIO()
-    before = sys.argv
-    sys.argv = ["driftrl", *map(str, arguments)]
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
-            warnings.simplefilter("default")  # as a user has it
-            command_line.main()
-        return 0, out.getvalue()
-    except SystemExit as end:
-        return end.code or 0, out.getvalue()
-    finally:
-        sys.argv = before
 
 
 JUNK = st.one_of(

@@ -26,9 +26,13 @@ def _flush(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace the file at ``path`` by one that holds ``text``, atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     _flush(path.parent)
 
 

@@ -120,8 +120,7 @@ class Trainer:
                     _make(self.folder)
                     stack.enter_context(locked(self.folder))
                     log = stack.enter_context(_Log(self))
-                    write_text(self.folder / "config.yaml", dump_config(self.config))
-                    write_json(self.folder / prompts.FILE, list(self.loop.prompt_set))
+                    self._describe()
 
             def seen(iteration: Iteration) -> None:
                 images = self._pictured(iteration)
@@ -139,6 +138,16 @@ class Trainer:
                 kept = f"{last} is whole" if last else "there is no checkpoint yet"
                 raise RunFailedError(f"{what}{error}; {kept}") from error
         return self.folder
+
+    def _describe(self) -> None:
+        """Write what the run is: its configuration and its prompts."""
+        try:
+            write_text(self.folder / "config.yaml", dump_config(self.config))
+            write_json(self.folder / prompts.FILE, list(self.loop.prompt_set))
+        except OSError as error:
+            raise InputError(
+                f"{error.filename2 or error.filename}: cannot be written to: {error.strerror}"
+            ) from error
 
     def _stopped(self) -> bool:
         """Whether any process was asked to end: then all do, after the same iteration."""
@@ -180,6 +189,8 @@ class Trainer:
     def _refuse_other_prompts(self) -> None:
         """A file of prompts may have other ones by now."""
         path = self.folder / prompts.FILE
+        if path.is_dir():
+            raise InputError(f"{path}: expected a file, which a run writes there; got a folder: move it away")
         if path.is_file() and read_json(path) != list(self.loop.prompt_set):
             raise InputError(
                 f"--resume {self.folder}: the prompts of {self.config.prompts.set} are others than it began with, which are in "

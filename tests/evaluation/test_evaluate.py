@@ -19,7 +19,7 @@ from driftrl.evaluation.generate import generate, open_policy
 @pytest.fixture(scope="session")
 def prompts_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("prompts") / "three.txt"
-    file.write_text("a cat\na dog\na <b>bold</b> fox\n")
+    file.write_text("a cat\na dog\n<b>a</b> fox\n")
     return str(file)
 
 
