@@ -29,7 +29,7 @@ from driftrl.evaluation.picture import COLOURS
 
 DOCS = Path(__file__).resolve().parents[1]
 AGAINST = "grpo"
-ALSO = {"rates": [DOCS / "results/methods/grpo-seed0.json"]}
+ALSO = {"rates": sorted((DOCS / "results/methods").glob("grpo-seed*.json"))}
 """Runs of other folders that a table has too."""
 
 
