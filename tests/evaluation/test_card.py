@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import driftrl
 from driftrl import Trainer
 from driftrl.checks import InputError
-from driftrl.evaluation.card import export
+from driftrl.evaluation.card import _bare, export
 from driftrl.evaluation.evaluate import load_evaluation
 
 
@@ -98,3 +98,10 @@ def test_what_cannot_be_exported_is_refused(config, tmp_path):
     with pytest.raises(InputError):
         export(run / "checkpoints/000001", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_lose_the_folders_of_this_machine_and_nothing_else():
+    told = _bare(
+        ["/home/me/sd15", "pickscore@/home/me/ps", "models/sub/x", "owner/name", "http://a:1/b/c", "~/x/y"]
+    )
+    assert told == ["sd15", "pickscore@ps", "models/sub/x", "owner/name", "http://a:1/b/c", "y"]

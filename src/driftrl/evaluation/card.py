@@ -113,7 +113,11 @@ def _bare(value: Any) -> Any:
         return [_bare(each) for each in value]
     if isinstance(value, dict):
         return {key: _bare(each) for key, each in value.items()}
-    return re.sub(r"[/~][^\s@]*/", "", value) if isinstance(value, str) and "://" not in value else value
+    return (
+        re.sub(r"(?<![^\s@])[/~][^\s@]*/", "", value)
+        if isinstance(value, str) and "://" not in value
+        else value
+    )
 
 
 def _network(path: Path) -> str:
@@ -156,7 +160,10 @@ def _measured(evaluation: Evaluation | None, point: Point | None) -> str:
     if evaluation is None or point is None:
         return "Not measured: `driftrl evaluate` was not run on this checkpoint."
     settings = evaluation.settings
-    rows = ["| | base model | this one | change (95% interval) |", "| --- | --- | --- | --- |"]
+    rows = [
+        f"| | base model | this one | change ({evaluation.level:.0%} interval) |",
+        "| --- | --- | --- | --- |",
+    ]
     for name, figure in point.figures.items():
         change = figure.change
         assert change is not None  # evaluations are checked when they are read

@@ -13,8 +13,8 @@ from driftrl.checks import InputError, counted
 from driftrl.config import dump_config
 from driftrl.evaluation import compare as comparing
 from driftrl.evaluation.compare import Method
-from driftrl.evaluation.evaluate import SHOWN, Point
-from driftrl.evaluation.gallery import FIRST, data_uri, evenly, prompt_rows, side, spread
+from driftrl.evaluation.evaluate import Point
+from driftrl.evaluation.gallery import FIRST, evenly, pictures, prompt_rows, side, spread
 from driftrl.evaluation.measures import METRICS, VARIETY, asked, describe
 from driftrl.evaluation.page import COLOURS, listed, minus, percent, render, short
 from driftrl.evaluation.pareto import difference_at_equal, upper_envelope
@@ -361,20 +361,7 @@ def _gallery(methods: list[Method]) -> list[dict[str, Any]]:
         run = method.runs[0]
         sides.append((method.name, run.folder, run.evaluation, _last(method)))
     cards = []
-    shown = min(SHOWN, first.evaluation.settings.images)
     for place, prompt in enumerate(first.evaluation.settings.prompts):
-        pictures = []
-        for number, (name, folder, evaluation, point) in enumerate(sides):
-            uri = data_uri(evaluation.sheet(folder, point, place))
-            if uri is not None:
-                pictures.append(
-                    {
-                        "name": name,
-                        "colour": (number - 1) % COLOURS if number else -1,
-                        "uri": uri,
-                        "alt": f"{counted(shown, 'image')} of \u201c{prompt}\u201d by {name}",
-                    }
-                )
-        if len(pictures) == len(sides):
-            cards.append({"prompt": prompt, "pictures": pictures, "note": ""})
+        if shown := pictures(sides, place):
+            cards.append({"prompt": prompt, "pictures": shown, "note": ""})
     return spread(cards)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from driftrl.evaluation.evaluate import Evaluation, Point, sheet_cells
-from driftrl.evaluation.page import webp_uri
+from driftrl.checks import counted
+from driftrl.evaluation.evaluate import SHOWN, Evaluation, Point, sheet_cells
+from driftrl.evaluation.page import COLOURS, webp_uri
 from driftrl.evaluation.picture import Side
 
 FIRST = 8
@@ -43,6 +44,25 @@ def data_uri(path: Path) -> str | None:
         return webp_uri(path.read_bytes())
     except OSError:
         return None
+
+
+def pictures(sides: Sequence[tuple[str, Path, Evaluation, Point]], place: int) -> list[dict[str, Any]]:
+    """The sheets of one prompt, the base model's first; none where any is missing."""
+    found = []
+    for number, (name, folder, evaluation, point) in enumerate(sides):
+        uri = data_uri(evaluation.sheet(folder, point, place))
+        if uri is None:
+            return []
+        shown = counted(min(SHOWN, evaluation.settings.images), "image")
+        found.append(
+            {
+                "name": name,
+                "colour": (number - 1) % COLOURS if number else -1,
+                "uri": uri,
+                "alt": f"{shown} of \u201c{evaluation.settings.prompts[place]}\u201d by {name}",
+            }
+        )
+    return found
 
 
 def spread(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:

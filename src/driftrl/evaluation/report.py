@@ -17,9 +17,9 @@ from markupsafe import Markup
 
 from driftrl.checks import counted
 from driftrl.distributed import join
-from driftrl.evaluation.evaluate import SHOWN, Evaluation, Figure, Point, Progress, Settings, load_evaluation
+from driftrl.evaluation.evaluate import Evaluation, Figure, Point, Progress, Settings, load_evaluation
 from driftrl.evaluation.evaluate import evaluate as measured
-from driftrl.evaluation.gallery import FIRST, data_uri, evenly, prompt_rows, side, spread
+from driftrl.evaluation.gallery import FIRST, evenly, pictures, prompt_rows, side, spread
 from driftrl.evaluation.measures import METRICS, VARIETY, Metric, asked, describe, trained
 from driftrl.evaluation.page import COLOURS, listed, minus, percent, render, short
 from driftrl.evaluation.picture import COLOURS as PICTURE_COLOURS
@@ -320,24 +320,12 @@ def _gallery(
     evaluation: Evaluation, sides: list[tuple[str, Path, Point]], tuned: Point | None, folder: Path
 ) -> list[dict[str, Any]]:
     """Sheets of each prompt, side by side; the order is that of the table, greatest loss first."""
-    sides = [*sides, (f"tuned, {_named(tuned)}", folder, tuned)] if tuned else sides
-    rows, cards = prompt_rows(evaluation, tuned), []
-    shown = min(SHOWN, evaluation.settings.images)
-    for row in rows:
-        pictures = []
-        for number, (name, where, point) in enumerate(sides):
-            uri = data_uri(evaluation.sheet(where, point, row["place"]))
-            if uri is not None:
-                prompt = row["prompt"]
-                pictures.append(
-                    {
-                        "name": name,
-                        "colour": (number - 1) % COLOURS if number else -1,
-                        "uri": uri,
-                        "alt": f"{counted(shown, 'image')} of \u201c{prompt}\u201d by {name}",
-                    }
-                )
-        if len(pictures) == len(sides):
+    shown = [(name, where, evaluation, point) for name, where, point in sides]
+    if tuned:
+        shown.append((f"tuned, {_named(tuned)}", folder, evaluation, tuned))
+    cards = []
+    for row in prompt_rows(evaluation, tuned):
+        if sheets := pictures(shown, row["place"]):
             note = ""
             if tuned:
                 reward, diversity = row["cells"][0], row["cells"][1]
@@ -345,7 +333,7 @@ def _gallery(
                     f"reward {minus(reward['base'])} \u2192 {minus(reward['now'])}, "
                     f"diversity {minus(diversity['base'])} \u2192 {minus(diversity['now'])}"
                 )
-            cards.append({"prompt": row["prompt"], "pictures": pictures, "note": note})
+            cards.append({"prompt": row["prompt"], "pictures": sheets, "note": note})
     return spread(cards)
 
 
