@@ -449,24 +449,35 @@ def test_launches_that_shard_weights_are_refused(monkeypatch, what):
         join()
 
 
+@pytest.fixture(params=[False, True], ids=["first", "after a run in this Python"])
+def accelerate_state(request, monkeypatch):
+    """accelerate's state of this process: none yet, or the one that an earlier run alone left behind."""
+    from accelerate import PartialState
+
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    PartialState._reset_state()
+    if request.param:
+        PartialState()
+    yield
+    PartialState._reset_state()
+
+
+@pytest.mark.usefixtures("accelerate_state")
 def test_processes_that_no_launcher_started_are_refused(monkeypatch):
     """Each would train alone, and think that it is all there is."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(InputError, match="start them with torchrun or accelerate launch"):
+    with pytest.raises(InputError, match=r"WORLD_SIZE is 2, but .*; start them with torchrun or accelerate launch"):
         join()
 
 
+@pytest.mark.usefixtures("accelerate_state")
 def test_a_launch_that_failed_is_not_in_the_way_of_the_next_run(monkeypatch):
     from accelerate import PartialState
 
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="start them with torchrun"):
         join()
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert join() == ALONE
     assert PartialState().is_main_process
-    PartialState._reset_state()

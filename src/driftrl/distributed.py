@@ -201,11 +201,11 @@ def join() -> Team:
             f"WORLD_SIZE is {size}, but the processes cannot meet: {str(error).splitlines()[0]}; start them with "
             "torchrun or accelerate launch"
         ) from error
-    if state.num_processes != size:
+    here = state.num_processes
+    if here != size:
         _forget(environment)
         raise InputError(
-            f"WORLD_SIZE is {size}, but {state.num_processes} process is here; start them with torchrun or "
-            "accelerate launch"
+            f"WORLD_SIZE is {size}, but {here} came; start them with torchrun or accelerate launch"
         )
     if not met:  # left to the interpreter's end, its threads may be in the way
         atexit.register(state.destroy_process_group)
