@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench figures tiny-animals clean
+.PHONY: help demo test test-slow test-gpu lint format bench figures tiny-animals clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -27,6 +27,9 @@ test: $(VENV)/installed  ## every test that takes less than a minute, a file at 
 
 test-slow: $(VENV)/installed  ## the longer ones
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+test-gpu: $(VENV)/installed  ## training, resuming and evaluation on a GPU against the CPU
+	DRIFTRL_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "" tests/device/check.py
 
 lint: $(VENV)/installed  ## style, types, and who may import whom
 	$(BIN)/ruff check .
