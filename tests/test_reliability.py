@@ -674,7 +674,7 @@ def killed_and_whole(config, tmp_path, kills, iterations):
 
 
 def test_killed_at_any_moment_and_resumed_ends_the_same(config, tmp_path):
-    killed_and_whole(config, tmp_path, kills=6, iterations=6)
+    killed_and_whole(config, tmp_path, kills=4, iterations=4)
 
 
 @pytest.mark.slow
