@@ -96,19 +96,18 @@ def test_the_sizes_of_the_large_models(here, capsys):
     run_python("sdxl-and-flux.md")
     printed = dict(re.findall(r"^(.+): .* ([\d.]+ GiB) in bf16$", capsys.readouterr().out, re.MULTILINE))
     text = (GUIDES / "sdxl-and-flux.md").read_text()
-    assert all(
-        f"| {name} | {printed[name]} |" in text for name in ("SDXL", "SD3 medium", "FLUX.1", "SANA 1.6B")
-    )
-    assert all(f"{printed[name]} ({name})" in text for name in ("T5-XXL", "Gemma 2"))
+    networks = ("SDXL", "SD3 medium", "FLUX.1", "SANA 1.6B", "Qwen-Image")
+    assert all(f"| {name} | {printed[name]} |" in text for name in networks)
+    assert all(f"{printed[name]} ({name})" in text for name in ("T5-XXL", "Gemma 2", "Qwen2.5-VL"))
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 def test_the_configurations_of_the_large_models(here, encoder_folder, number):
     """As they stand they are valid; on a tiny pipeline of their classes they train."""
     data = yaml.safe_load(blocks("sdxl-and-flux.md", "yaml")[number])
     parse_config(data)
-    make = (families.make_sdxl, families.make_sd3, families.make_flux, families.make_sana)[number]
-    data["model"]["path"] = str(make(here / "pipeline"))
+    make = ("sdxl", "sd3", "flux", "sana", "qwen")[number]
+    data["model"]["path"] = str(getattr(families, f"make_{make}")(here / "pipeline"))
     data |= {"iterations": 1, "reward": "incompressibility", "shaping": {"encoder": str(encoder_folder)}}
     data |= {"selection": {"keep": 3}, "logging": {"trackers": []}}
     data["prompts"]["per_iteration"] = 1

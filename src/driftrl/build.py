@@ -24,7 +24,7 @@ from driftrl.files import numbers_in, read_json
 from driftrl.loading import demand_words
 from driftrl.mixture import Part
 from driftrl.objectives.gate import Anchor
-from driftrl.policies.flow import FluxPolicy, SanaPolicy, StableDiffusion3Policy
+from driftrl.policies.flow import FluxPolicy, QwenImagePolicy, SanaPolicy, StableDiffusion3Policy
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from driftrl.prompts import load_prompts
@@ -58,6 +58,7 @@ PIPELINES: dict[str, type[PipelinePolicy]] = {
     "StableDiffusion3Pipeline": StableDiffusion3Policy,
     "FluxPipeline": FluxPolicy,
     "SanaPipeline": SanaPolicy,
+    "QwenImagePipeline": QwenImagePolicy,
 }
 
 NEVER_ASKED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -69,6 +70,7 @@ USUAL_SAMPLING = {
     "StableDiffusion3Pipeline": (28, 4.5),
     "FluxPipeline": (28, 3.5),
     "SanaPipeline": (20, 4.5),
+    "QwenImagePipeline": (50, 4.0),
 }
 """Steps and guidance scale of a model that no run has settings for."""
 SCHNELL = (4, 1.0)

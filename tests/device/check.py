@@ -31,7 +31,7 @@ METHODS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 MAKERS = {
     "sd2": families.make_sd2, "sdxl": families.make_sdxl, "sd3": families.make_sd3,
     "sd35": functools.partial(families.make_sd3, medium35=True), "flux": families.make_flux,
-    "schnell": functools.partial(families.make_flux, guidance=False), "sana": families.make_sana,
+    "schnell": functools.partial(families.make_flux, guidance=False), "sana": families.make_sana, "qwen": families.make_qwen,
 }  # fmt: skip
 
 MORE = pytest.mark.slow

@@ -86,6 +86,18 @@ def test_a_whole_network_is_loaded_by_its_class(config, tmp_path, epsilon_folder
         export(run, tmp_path / "more", comfyui=True)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_guidance_has_the_name_that_the_pipeline_gives_it(config, tmp_path):
+    """Qwen-Image's own ``guidance_scale`` would be ignored."""
+    folder = families.make_qwen(tmp_path / "qwen")
+    size = dict.fromkeys(("sampling__height", "sampling__width"), 16)
+    out = export(trained(config, tmp_path / "run", model__path=str(folder), **size), tmp_path / "out")
+    small = ("true_cfg_scale=2.0", "height=16, width=16, true_cfg_scale=2.0")
+    half = ("torch_dtype=torch.float16", "torch_dtype=torch.float32")
+    _, text = run_card(out, [(f'"{folder.name}"', f'"{folder}"'), half, small])
+    assert 'negative_prompt=" "' in text and "guidance_scale" not in text.split("```")[1]
+
+
 def test_what_cannot_be_exported_is_refused(config, tmp_path):
     run = trained(config, tmp_path / "run")
     for source, out, message in (

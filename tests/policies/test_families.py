@@ -16,6 +16,7 @@ from driftrl import Trainer, noise
 from driftrl.build import GuidanceWarning, build_encoder, build_policy
 from driftrl.checks import InputError
 from driftrl.cli.sample import sample
+from driftrl.diversity.encoders import encode_latents
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.pictures import grid
 from driftrl.policies.long_prompts import LongPromptWarning
@@ -27,7 +28,7 @@ from driftrl.update import Objective, update
 PROMPTS = ["a cat", "a dog"]
 KEYS = [(0, 3, 0), (0, 3, 1)]
 DIFFUSION = ("sd", "sd2", "sdxl")
-FAMILIES = (*DIFFUSION, "sd3", "sd35", "flux", "schnell", "sana")
+FAMILIES = (*DIFFUSION, "sd3", "sd35", "flux", "schnell", "sana", "qwen")
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -35,6 +36,7 @@ TARGETS = {
     "sd": ["to_q", "to_out.0"], "sd2": [*ATTENTION, "conv1", "proj_in"], "sdxl": [*ATTENTION, "ff.net.0.proj", "conv2"],
     "sd3": [*ATTENTION, "add_k_proj", "ff.net.2"], "sd35": ATTENTION, "flux": ATTENTION,
     "schnell": [*ATTENTION, "add_q_proj", "proj_mlp"], "sana": [*ATTENTION, "conv_inverted"],
+    "qwen": [*ATTENTION, "add_k_proj", "net.2"],
 }  # fmt: skip
 """Layers that get an adapter where it is taken to the stock pipeline: not only attention projections."""
 
@@ -55,6 +57,7 @@ def folders(tmp_path_factory, epsilon_folder):
         "flux": families.make_flux(root / "flux"),
         "schnell": families.make_flux(root / "schnell", guidance=False),
         "sana": families.make_sana(root / "sana"),
+        "qwen": families.make_qwen(root / "qwen"),
     }
 
 
@@ -159,6 +162,21 @@ def test_guidance_and_every_condition_reach_the_network(settings, family):
         assert (rollout(policy, moved, KEYS, 2, 4).images - base).abs().max() > 1e-6, name
 
 
+def test_images_are_encoded_on_the_scale_that_latents_are_decoded_from(settings, family):
+    """As diversity by the policy's latents sees them."""
+    policy = build_policy(settings(family), adapter=False)
+    vae, images = (
+        policy.pipeline.vae,
+        torch.rand(2, *policy.image_shape, generator=torch.Generator().manual_seed(0)),
+    )
+    with torch.no_grad():
+        latents = encode_latents(vae, images)
+        found = vae.encode((2 * images - 1).unsqueeze(2) if family == "qwen" else 2 * images - 1)
+    raw = found.latent if family == "sana" else found.latent_dist.mode()
+    assert latents.shape[1:] == policy.latent_shape
+    torch.testing.assert_close(policy._unscaled(latents), raw[:, :, 0] if family == "qwen" else raw)
+
+
 def test_prompts_are_read_a_few_at_a_time(settings, family):
     """As many as memory is sure to suffice for, whatever the size of the prompt set; they come out the same."""
     policy, counts = build_policy(settings(family)), []
@@ -191,6 +209,8 @@ def stock(pipeline, family, guidance, draw, extra=None):
     arguments = {"true_cfg_scale": guidance, "negative_prompt": [""] * 4} if family == "schnell" else {}
     if family == "sdxl":
         arguments["negative_prompt"] = None
+    if family == "qwen":
+        return qwen_images(pipeline, guidance, draw, extra or {})
     if family == "sana":
         arguments["use_resolution_binning"] = False
     side = PIXELS.get(family, 16)
@@ -198,6 +218,18 @@ def stock(pipeline, family, guidance, draw, extra=None):
         [p for p in PROMPTS for _ in range(2)], num_inference_steps=4, guidance_scale=guidance, height=side, width=side,
         generator=draw, output_type="pt", **arguments, **(extra or {}),
     ).images  # fmt: skip
+
+
+def qwen_images(pipeline, guidance, draw, extra):
+    """One prompt at a time, which is never padded; the pipeline would draw latents of its own order."""
+    images = []
+    for at, prompt in enumerate(p for p in PROMPTS for _ in range(2)):
+        latents = torch.randn(1, 4, 8, 8, generator=draw[at])
+        images.append(pipeline(
+            prompt, negative_prompt=" ", true_cfg_scale=guidance, num_inference_steps=4, height=16, width=16,
+            latents=pipeline._pack_latents(latents, 1, 4, 8, 8), output_type="pt", **extra,
+        ).images)  # fmt: skip
+    return torch.cat(images)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
@@ -615,6 +647,7 @@ def test_a_prompt_longer_than_the_model_reads_is_said_once_in_our_words(settings
     """Not where only an encoder that reads less than another one is at its end."""
     policy = build_policy(settings(family))
     long = ["a cat", " ".join(["a cat and a dog"] * 200), " ".join(["a dog"] * 60)]
+    capfd.readouterr()  # what loading said
     policy.encode(long)
     policy.encode(long)
     told = [str(one.message) for one in recwarn if one.category is LongPromptWarning]

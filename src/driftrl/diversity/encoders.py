@@ -174,6 +174,11 @@ def encode_latents(vae: Any, images: Tensor) -> Tensor:
     """Scaled mean latents float32 [N, C, h, w] of images [N, 3, H, W] in 0..1; some autoencoders have no others."""
     parameter = next(vae.parameters())
     x = (images * 2 - 1).to(parameter.device, parameter.dtype)
+    if hasattr(vae.config, "z_dim"):  # an autoencoder of films, whose channels are scaled one by one
+        scales = (vae.config.latents_mean, vae.config.latents_std)
+        centre, spread = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in scales)
+        still: Tensor = vae.encode(x.unsqueeze(2)).latent_dist.mode()[:, :, 0].float()
+        return (still - centre) / spread
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     found = vae.encode(x)
     mean: Tensor = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,15 @@ def _network(path: Path) -> str:
         return next(iter(file.keys())).partition(".")[0]
 
 
+def _pipeline(path: str) -> str | None:
+    """The class of a model's pipeline, if the model is on this machine."""
+    from diffusers import DiffusionPipeline
+
+    with suppress(OSError, ValueError):
+        return str(DiffusionPipeline.load_config(path, local_files_only=True).get("_class_name"))
+    return None
+
+
 def _use(config: TrainConfig, network: str) -> str:
     """Python that draws with it."""
     base, lora, sampling = config.model.path, config.adapter.kind == "lora", config.sampling
@@ -149,10 +159,12 @@ def _use(config: TrainConfig, network: str) -> str:
         lines.append(
             f'pipe.{"transformer" if flow else "unet"} = {network}.from_pretrained("FOLDER_OR_REPOSITORY")'
         )
-    noise = "" if flow else f", eta={sampling.eta}"
-    lines.append(
-        f'image = pipe("a cat", num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance_scale}{noise}).images[0]'
-    )
+    arguments = [f"num_inference_steps={sampling.steps}"]
+    if _pipeline(base) == "QwenImagePipeline":
+        arguments += ['negative_prompt=" "', f"true_cfg_scale={sampling.guidance_scale}"]
+    else:
+        arguments += [f"guidance_scale={sampling.guidance_scale}", *[f"eta={sampling.eta}"] * (not flow)]
+    lines.append(f'image = pipe("a cat", {", ".join(arguments)}).images[0]')
     return "\n".join(["```python", *lines, "```"])
 
 

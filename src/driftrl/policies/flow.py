@@ -1,4 +1,4 @@
-"""Flow-matching models as policies: SD3, FLUX and SANA with the Flow-GRPO SDE or coefficients-preserving sampling."""
+"""Flow-matching models as policies: SD3, FLUX, SANA and Qwen-Image with the Flow-GRPO SDE or coefficients-preserving sampling."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from driftrl.checks import InputError, one_of
@@ -223,3 +224,76 @@ class SanaPolicy(FlowPolicy):
             timestep=timesteps * self.network.config.timestep_scale, return_dict=False,
         )[0]  # fmt: skip
         return output
+
+
+class QwenImagePolicy(FlowPolicy):
+    """`diffusers.QwenImagePipeline`: Qwen-Image.
+
+    Guidance keeps the length that each token has on the branch with the prompt, as the pipeline does. The other branch's
+    prompt is a space, as in the model's own examples. Prompts are padded, for their embeddings must be equally long, and
+    attention to padding is masked, so noise on it does nothing.
+    """
+
+    blocks = ("QwenImageTransformerBlock",)
+    prompts_at_once = 8
+    longest = 256
+    _null_prompt = " "
+
+    def _own_size(self) -> tuple[int, int]:
+        return self.pipeline.default_sample_size, self.pipeline.default_sample_size
+
+    def _channels(self) -> int:
+        return int(self.network.config.in_channels) // 4
+
+    def _autoencoder_channels(self) -> int:
+        return int(self.pipeline.vae.config.z_dim)
+
+    def _sigmas(self, steps: int) -> list[float] | None:
+        sigmas: list[float] = np.linspace(1.0, 1 / steps, steps).tolist()
+        return sigmas
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, mask = self._padded(list(prompts))
+        null, null_mask = self._padded([self._null_prompt])
+        return Conditioning(embeds, null, {"mask": mask, "null_mask": null_mask.repeat(len(embeds), 1)})
+
+    def _padded(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings float32 [n, `longest`, D] and which tokens are the prompt's, as float32 [n, `longest`]."""
+        embeds, mask = self.pipeline.encode_prompt(
+            prompts, device=self.device, max_sequence_length=self.longest
+        )
+        mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask.float()
+        missing = self.longest - embeds.shape[1]
+        return F.pad(embeds.float(), (0, 0, 0, missing)), F.pad(mask, (0, missing))
+
+    def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        n, channels, height, width = latents.shape
+        output = self.network(
+            hidden_states=self.pipeline._pack_latents(latents, n, channels, height, width),
+            timestep=timesteps.to(latents.dtype) / 1000,
+            encoder_hidden_states=embeds,
+            encoder_hidden_states_mask=extra["mask"].bool(),
+            img_shapes=[[(1, height // 2, width // 2)]] * n,
+            return_dict=False,
+        )[0]
+        factor = self.pipeline.vae_scale_factor
+        unpacked: Tensor = self.pipeline._unpack_latents(output, height * factor, width * factor, factor)
+        return unpacked[:, :, 0]
+
+    def _combined(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+        guided = super()._combined(unconditional, conditional, scale)
+        return guided * (_token_norms(conditional) / _token_norms(guided))
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
+        mean, std = (latents.new_tensor(v).view(-1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        return latents * std + mean
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        return super()._decoded(latents.unsqueeze(2))[:, :, 0]
+
+
+def _token_norms(latents: Tensor) -> Tensor:
+    """The length of each token of 2 x 2 latents, at each of its places: [n, C, H, W] to [n, 1, H, W]."""
+    squares = 4 * F.avg_pool2d(latents.square().sum(1, keepdim=True), 2)
+    return F.interpolate(squares.sqrt(), scale_factor=2.0)

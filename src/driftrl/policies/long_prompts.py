@@ -15,8 +15,11 @@ class LongPromptWarning(UserWarning):
     """The end of a prompt is not read."""
 
 
-def told(pipeline: Any, text_encoders: Sequence[str], prompts: Sequence[str]) -> str | None:
-    """A message about prompts whose ends the model does not read; None where it reads them all.
+def told(
+    pipeline: Any, text_encoders: Sequence[str], prompts: Sequence[str], longest: int | None = None
+) -> str | None:
+    """A message about prompts whose ends the model does not read, more than ``longest`` tokens or what the pipeline takes;
+    None where it reads them all.
 
     What counts is the encoder that reads most, which comes last in every pipeline: FLUX's CLIP sees 77 tokens of a prompt
     that its T5 reads whole.
@@ -26,7 +29,7 @@ def told(pipeline: Any, text_encoders: Sequence[str], prompts: Sequence[str]) ->
     if not there:
         return None
     parameter = inspect.signature(pipeline.encode_prompt).parameters.get("max_sequence_length")
-    limits = [there[-1].model_max_length, *([] if parameter is None else [parameter.default])]
+    limits = [longest, there[-1].model_max_length, *([] if parameter is None else [parameter.default])]
     limit = min(limit for limit in limits if isinstance(limit, int))
     with quiet():
         lengths = [len(there[-1](prompt).input_ids) for prompt in prompts]

@@ -55,6 +55,8 @@ class PipelinePolicy:
     """Classes of the network's layers that are compiled."""
     dispensable: tuple[str, ...] = ()
     """Text encoders and tokenizers that the model also draws without."""
+    longest: int | None = None
+    """Tokens of a prompt that are read, where neither tokenizer nor pipeline says it."""
     prompts_at_once = 64
     """Prompts that the text encoders read together: more take memory, and no less time."""
     num_train_timesteps: int
@@ -77,9 +79,10 @@ class PipelinePolicy:
                 module.requires_grad_(False).eval()
         if getattr(pipeline.vae.config, "force_upcast", False) and pipeline.vae.dtype == torch.float16:
             torch.nn.Module.to(pipeline.vae, torch.float32)  # SDXL's overflows in half precision
-        # Convolutions are faster so: oneDNN and cuDNN need not reorder what comes in and goes out.
-        self.network.to(device, memory_format=torch.channels_last)
-        pipeline.vae.to(device, memory_format=torch.channels_last)
+        for module in (self.network, pipeline.vae):
+            # Convolutions are faster so: oneDNN and cuDNN need not reorder what comes in and goes out. Of volumes none are.
+            flat = all(p.dim() < 5 for p in module.parameters())
+            module.to(device, memory_format=torch.channels_last if flat else torch.preserve_format)
         self.weights: LoRA | FullWeights | None = None
         self.fast: fast_unet.FastUNet | None = None
         """What computes the network's output in its place, where that is possible."""
@@ -98,9 +101,9 @@ class PipelinePolicy:
                     f"sampling.{name}: expected a multiple of {factor * self._patch()} pixels; got {pixels}"
                 )
             sides.append(side if pixels is None else pixels // factor)
-        if self._channels() != self.pipeline.vae.config.latent_channels:
+        if self._channels() != self._autoencoder_channels():
             raise InputError(
-                f"model.path: expected a {self.component} of latents with {self.pipeline.vae.config.latent_channels} "
+                f"model.path: expected a {self.component} of latents with {self._autoencoder_channels()} "
                 f"channels, which the autoencoder has; got {self._channels()} (is it one for inpainting?)"
             )
         return self._channels(), sides[0], sides[1]
@@ -117,6 +120,9 @@ class PipelinePolicy:
 
     def _channels(self) -> int:
         return int(self.network.config.in_channels)
+
+    def _autoencoder_channels(self) -> int:
+        return int(self.pipeline.vae.config.latent_channels)
 
     def _patch(self) -> int:
         """Latents per side that the network takes together."""
@@ -167,7 +173,9 @@ class PipelinePolicy:
             prompts: one or more.
             at_once: how many the text encoders read together; by default what suits them.
         """
-        if not self._said_long and (message := long_prompts.told(self.pipeline, self.text_encoders, prompts)):
+        if not self._said_long and (
+            message := long_prompts.told(self.pipeline, self.text_encoders, prompts, self.longest)
+        ):
             self._said_long = True
             warnings.warn(message, long_prompts.LongPromptWarning, stacklevel=2)
         encoders = [e for e in (getattr(self.pipeline, n, None) for n in self.text_encoders) if e is not None]
@@ -216,8 +224,12 @@ class PipelinePolicy:
                 output = fast(inputs, timesteps, embeds)
         if guidance_scale != 1.0:
             unconditional, conditional = output.chunk(2)
-            output = unconditional + guidance_scale * (conditional - unconditional)
+            output = self._combined(unconditional, conditional, guidance_scale)
         return output
+
+    def _combined(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance, of outputs float32 [n, C, H, W]."""
+        return unconditional + scale * (conditional - unconditional)
 
     def _fast(self, latents: Tensor) -> fast_unet.FastUNet | None:
         """What computes the network's output for ``latents`` in its place."""
@@ -229,13 +241,20 @@ class PipelinePolicy:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [n, C, H, W] as images float32 [n, 3, height, width] in 0..1."""
-        vae = self.pipeline.vae
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + shift
+        scaled = self._unscaled(latents.to(self.pipeline.vae.dtype))
         pixels = latents.shape[-2] * latents.shape[-1] * self.pipeline.vae_scale_factor**2
         chunk = max(1, DECODED_PIXELS // pixels)
-        images = torch.cat([vae.decode(part, return_dict=False)[0].float() for part in scaled.split(chunk)])
+        images = torch.cat([self._decoded(part).float() for part in scaled.split(chunk)])
         return (images / 2 + 0.5).clamp(0, 1)
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """Latents as the autoencoder has them."""
+        config = self.pipeline.vae.config
+        return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        images: Tensor = self.pipeline.vae.decode(latents, return_dict=False)[0]
+        return images
 
     def add_lora(self, rank: int, alpha: float, targets: list[str], seed: int) -> None:
         """Train a LoRA.
