@@ -286,8 +286,11 @@ class QwenImagePolicy(FlowPolicy):
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         config = self.pipeline.vae.config
-        mean, std = (latents.new_tensor(v).view(-1, 1, 1) for v in (config.latents_mean, config.latents_std))
-        return latents * std + mean
+        centre, spread = (
+            torch.tensor(values, dtype=latents.dtype, device=latents.device).view(-1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return latents * spread + centre
 
     def _decoded(self, latents: Tensor) -> Tensor:
         return super()._decoded(latents.unsqueeze(2))[:, :, 0]
