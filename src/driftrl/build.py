@@ -24,7 +24,13 @@ from driftrl.files import numbers_in, read_json
 from driftrl.loading import demand_words
 from driftrl.mixture import Part
 from driftrl.objectives.gate import Anchor
-from driftrl.policies.flow import FluxPolicy, QwenImagePolicy, SanaPolicy, StableDiffusion3Policy
+from driftrl.policies.flow import (
+    FluxPolicy,
+    QwenImagePolicy,
+    SanaPolicy,
+    StableDiffusion3Policy,
+    ZImagePolicy,
+)
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from driftrl.prompts import load_prompts
@@ -59,6 +65,7 @@ PIPELINES: dict[str, type[PipelinePolicy]] = {
     "FluxPipeline": FluxPolicy,
     "SanaPipeline": SanaPolicy,
     "QwenImagePipeline": QwenImagePolicy,
+    "ZImagePipeline": ZImagePolicy,
 }
 
 NEVER_ASKED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -71,10 +78,13 @@ USUAL_SAMPLING = {
     "FluxPipeline": (28, 3.5),
     "SanaPipeline": (20, 4.5),
     "QwenImagePipeline": (50, 4.0),
+    "ZImagePipeline": (50, 4.0),
 }
 """Steps and guidance scale of a model that no run has settings for."""
 SCHNELL = (4, 1.0)
 """The same of a FLUX that takes no guidance."""
+TURBO = (9, 0.0)
+"""And of a Z-Image that takes none, which only its name says."""
 
 
 class GuidanceWarning(UserWarning):
@@ -86,6 +96,8 @@ def usual_sampling(pipeline: Any) -> tuple[int, float]:
     kind = type(pipeline).__name__
     if kind == "FluxPipeline" and not pipeline.transformer.config.guidance_embeds:
         return SCHNELL
+    if kind == "ZImagePipeline" and "turbo" in str(pipeline.config.get("_name_or_path")).lower():
+        return TURBO
     return USUAL_SAMPLING[kind]
 
 
@@ -588,7 +600,8 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
             "expected more sampling.steps, and sampling.eta or sampling.noise_level above 0"
         )
     _, usual = usual_sampling(policy.pipeline)
-    if config.model.path != "tiny-animals" and config.sampling.guidance_scale <= 1.0 < usual:
+    unguided = policy.branches == 1 and config.sampling.guidance_scale <= 1.0 < usual
+    if config.model.path != "tiny-animals" and unguided:
         warnings.warn(
             f"sampling.guidance_scale is {config.sampling.guidance_scale:g}, which is no guidance; models such as "
             f"{config.model.path} usually need about {usual}",

@@ -32,6 +32,7 @@ MAKERS = {
     "sd2": families.make_sd2, "sdxl": families.make_sdxl, "sd3": families.make_sd3,
     "sd35": functools.partial(families.make_sd3, medium35=True), "flux": families.make_flux,
     "schnell": functools.partial(families.make_flux, guidance=False), "sana": families.make_sana, "qwen": families.make_qwen,
+    "zimage": families.make_zimage,
 }  # fmt: skip
 
 MORE = pytest.mark.slow

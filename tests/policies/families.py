@@ -253,6 +253,48 @@ def make_qwen(folder: Path) -> Path:
     return folder
 
 
+def qwen3(folder: Path):
+    """Qwen3, as it reads prompts for Z-Image, and a tokenizer that spells everything out."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+    words = {word: place for place, word in enumerate(["<pad>", "<unk>", *sorted(set(string.printable))])}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for one in messages %}[{{ one.role }}] {{ one.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    model = Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, pad_token_id=0,
+        )
+    )  # fmt: skip
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def make_zimage(folder: Path) -> Path:
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    torch.manual_seed(0)
+    encoder, tokenizer = qwen3(folder / "tokenizer")
+    network = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 6, 6], axes_lens=[512, 32, 32],
+    )  # fmt: skip
+    with torch.no_grad():
+        for token in (network.x_pad_token, network.cap_pad_token):
+            token.normal_()  # which a published one has learned
+    ZImagePipeline(
+        vae=autoencoder(4, 0.1),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=network,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)
+    return folder
+
+
 def make_sd15(folder: Path) -> Path:
     """Stable Diffusion 1.5 at full size: the published configurations of its parts, the tokenizer but for."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel

@@ -19,6 +19,7 @@ from driftrl.cli.sample import sample
 from driftrl.diversity.encoders import encode_latents
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.pictures import grid
+from driftrl.policies.kohya import write_kohya
 from driftrl.policies.long_prompts import LongPromptWarning
 from driftrl.ratio import replay_untouched
 from driftrl.rollout import PromptNoise, rollout, score_step
@@ -28,7 +29,7 @@ from driftrl.update import Objective, update
 PROMPTS = ["a cat", "a dog"]
 KEYS = [(0, 3, 0), (0, 3, 1)]
 DIFFUSION = ("sd", "sd2", "sdxl")
-FAMILIES = (*DIFFUSION, "sd3", "sd35", "flux", "schnell", "sana", "qwen")
+FAMILIES = (*DIFFUSION, "sd3", "sd35", "flux", "schnell", "sana", "qwen", "zimage")
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -36,7 +37,7 @@ TARGETS = {
     "sd": ["to_q", "to_out.0"], "sd2": [*ATTENTION, "conv1", "proj_in"], "sdxl": [*ATTENTION, "ff.net.0.proj", "conv2"],
     "sd3": [*ATTENTION, "add_k_proj", "ff.net.2"], "sd35": ATTENTION, "flux": ATTENTION,
     "schnell": [*ATTENTION, "add_q_proj", "proj_mlp"], "sana": [*ATTENTION, "conv_inverted"],
-    "qwen": [*ATTENTION, "add_k_proj", "net.2"],
+    "qwen": [*ATTENTION, "add_k_proj", "net.2"], "zimage": [*ATTENTION, "w1"],
 }  # fmt: skip
 """Layers that get an adapter where it is taken to the stock pipeline: not only attention projections."""
 
@@ -58,6 +59,7 @@ def folders(tmp_path_factory, epsilon_folder):
         "schnell": families.make_flux(root / "schnell", guidance=False),
         "sana": families.make_sana(root / "sana"),
         "qwen": families.make_qwen(root / "qwen"),
+        "zimage": families.make_zimage(root / "zimage"),
     }
 
 
@@ -462,8 +464,8 @@ def test_warns_of_training_without_guidance(settings, tmp_path):
     Trainer(settings("schnell", iterations=0, sampling__guidance_scale=0.0), tmp_path / "schnell").run()
 
 
-def test_a_model_without_a_run_is_sampled_as_people_do(folders, monkeypatch):
-    """By its pipeline, wherever it comes from, and FLUX by whether it takes guidance."""
+def test_a_model_without_a_run_is_sampled_as_people_do(folders, monkeypatch, tmp_path):
+    """By its pipeline, wherever it comes from, FLUX by whether it takes guidance, and Z-Image by its name."""
     import diffusers
 
     def usual(source, **asked):
@@ -474,11 +476,38 @@ def test_a_model_without_a_run_is_sampled_as_people_do(folders, monkeypatch):
     assert usual(folders["sd3"], steps=3) == (3, 4.5, 2)
     assert usual(folders["flux"]) == (28, 3.5, 1)
     assert usual(folders["schnell"]) == (4, 1.0, 1)
+    assert usual(folders["zimage"]) == (50, 4.0, 2)
+    (tmp_path / "Z-Image-Turbo").symlink_to(folders["zimage"])
+    assert usual(tmp_path / "Z-Image-Turbo") == (9, 0.0, 1)
     own = diffusers.DiffusionPipeline.from_pretrained
     monkeypatch.setattr(
         diffusers.DiffusionPipeline, "from_pretrained", lambda name, **named: own(folders["sd"], **named)
     )
     assert usual("someone/a-model-of-the-hub") == (50, 5.0, 2)
+
+
+@pytest.mark.parametrize("family", ["sd", "qwen"])
+def test_names_that_comfyui_knows(settings, family, tmp_path):
+    """Of UNets with underscores, of transformers diffusers' own; alpha is a tensor beside each pair."""
+    policy = build_policy(settings(family))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.normal_()
+    policy.save_adapter(tmp_path)
+    ours = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    theirs = load_file(
+        write_kohya(tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "comfyui.safetensors")
+    )
+    layer = {"sd": "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+             "qwen": "transformer.transformer_blocks.0.attn.to_q"}[family]  # fmt: skip
+    place = f"lora_{layer.replace('.', '_')}" if family == "sd" else layer
+    down = next(
+        value
+        for name, value in ours.items()
+        if name.startswith(layer) and ("down" in name or "lora_A" in name)
+    )
+    assert torch.equal(theirs[f"{place}.lora_down.weight"], down)
+    assert theirs[f"{place}.alpha"] == 2.0 and len(theirs) == len(ours) * 3 / 2
 
 
 def test_refuses_to_train_without_noise(settings, tmp_path):

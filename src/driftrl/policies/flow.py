@@ -1,4 +1,4 @@
-"""Flow-matching models as policies: SD3, FLUX, SANA and Qwen-Image with the Flow-GRPO SDE or coefficients-preserving sampling."""
+"""Flow-matching models as policies: SD3, FLUX, SANA, Qwen-Image and Z-Image with the Flow-GRPO SDE or coefficients-preserving sampling."""
 
 from __future__ import annotations
 
@@ -294,6 +294,55 @@ class QwenImagePolicy(FlowPolicy):
 
     def _decoded(self, latents: Tensor) -> Tensor:
         return super()._decoded(latents.unsqueeze(2))[:, :, 0]
+
+
+class ZImagePolicy(FlowPolicy):
+    """`diffusers.ZImagePipeline`: Z-Image and Z-Image-Turbo.
+
+    The guidance scale is the pipeline's: what goes beyond the branch with the prompt, so 0 is no guidance and 1 is what
+    others call 2. The network wants prompts without padding, each of its own length.
+    """
+
+    blocks = ("ZImageTransformerBlock",)
+    prompts_at_once = 16
+    longest = 256
+
+    def _own_size(self) -> tuple[int, int]:
+        return 1024 // self.pipeline.vae_scale_factor, 1024 // self.pipeline.vae_scale_factor
+
+    def _scale(self) -> float:
+        return 1.0 + max(0.0, self.sampler.guidance_scale)
+
+    def _sigmas(self, steps: int) -> list[float] | None:
+        sigmas: list[float] = np.linspace(1.0, 1 / steps, steps).tolist()
+        return sigmas
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        found, null = self.pipeline.encode_prompt(
+            list(prompts),
+            device=self.device,
+            negative_prompt=[""] * len(prompts),
+            max_sequence_length=self.longest,
+        )
+        extra = {
+            name: torch.tensor([float(len(own)) for own in one], device=self.device)
+            for name, one in (("length", found), ("null_length", null))
+        }
+        return Conditioning(self._padded(found), self._padded(null[:1]), extra)
+
+    def _padded(self, found: list[Tensor]) -> Tensor:
+        """Embeddings float32 [n, `longest`, D], with zeros where a prompt has ended."""
+        return torch.stack([F.pad(one.float(), (0, 0, 0, self.longest - len(one))) for one in found])
+
+    def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        lengths = extra["length"].int().tolist()  # the host waits here, once for a batch
+        output = self.network(
+            list(latents.unsqueeze(2)),
+            1 - timesteps / 1000,
+            [own[:length] for own, length in zip(embeds, lengths, strict=True)],
+            return_dict=False,
+        )[0]
+        return -torch.stack(output)[:, :, 0]
 
 
 def _token_norms(latents: Tensor) -> Tensor:

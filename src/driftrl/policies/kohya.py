@@ -21,7 +21,8 @@ def write_kohya(source: Path, target: Path) -> Path:
     """Rename the tensors of a diffusers LoRA, and put the alpha of its metadata into a tensor beside each pair.
 
     ``unet.down_blocks.0.attn.to_q.lora.down.weight`` becomes ``lora_unet_down_blocks_0_attn_to_q.lora_down.weight``, with a
-    scalar ``lora_unet_down_blocks_0_attn_to_q.alpha``. Names as in ComfyUI's ``comfy/lora.py``.
+    scalar ``lora_unet_down_blocks_0_attn_to_q.alpha``. Layers of transformers keep their names, which ComfyUI knows for SD3,
+    FLUX, Qwen-Image and Z-Image: ``transformer.layers.0.attn.to_q.lora_down.weight``. Names as in its ``comfy/lora.py``.
 
     Args:
         source: ``pytorch_lora_weights.safetensors`` of a checkpoint.
@@ -45,7 +46,7 @@ def write_kohya(source: Path, target: Path) -> Path:
         if ending is None:
             raise InputError(f"{source}: {name} is no part of a LoRA that can be renamed")
         part, _, layer = name.removesuffix(ending).partition(".")
-        place = f"lora_{part}_{layer.replace('.', '_')}"
+        place = f"lora_unet_{layer.replace('.', '_')}" if part == "unet" else f"{part}.{layer}"
         renamed[f"{place}.{_NAMES[ending]}"] = value
         renamed[f"{place}.alpha"] = torch.tensor(float(settings[f"{part}.lora_alpha"]))
     save_file(renamed, target)
