@@ -96,8 +96,10 @@ def compute(operation, args, kwargs):
             return x
         given = outside.get(id(x))  # by an operation in place, or one that had nothing to do
         if given is not None and isinstance(given, OnDevice) == stays:
+            if given.shape != x.shape:  # it was resized for the result
+                torch.Tensor.data.__set__(given, OnDevice(x))
             return given
-        x = x if given is None else x.clone()
+        x = x.resolve_conj() if given is None else x.clone()  # kernels called from here take no lazy conjugate
         return OnDevice(x) if stays else x
 
     return tree_map(wrap, operation(*tree_map(unwrap, args), **tree_map(unwrap, kwargs)))
