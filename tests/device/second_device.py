@@ -99,7 +99,9 @@ def compute(operation, args, kwargs):
             if given.shape != x.shape:  # it was resized for the result
                 torch.Tensor.data.__set__(given, OnDevice(x))
             return given
-        x = x.resolve_conj() if given is None else x.clone()  # kernels called from here take no lazy conjugate
+        x = (
+            x.resolve_conj() if given is None else x.clone()
+        )  # kernels called from here take no lazy conjugate
         return OnDevice(x) if stays else x
 
     return tree_map(wrap, operation(*tree_map(unwrap, args), **tree_map(unwrap, kwargs)))

@@ -1,4 +1,4 @@
-"""Flow-matching models as policies: SD3, FLUX, SANA, Qwen-Image and Z-Image with the Flow-GRPO SDE or coefficients-preserving sampling."""
+"""Flow-matching models as policies: SD3, FLUX, SANA, Qwen-Image and Z-Image, with the SDE of Flow-GRPO or the steps of CPS."""
 
 from __future__ import annotations
 
@@ -122,7 +122,30 @@ class StableDiffusion3Policy(FlowPolicy):
         return output
 
 
-class FluxPolicy(FlowPolicy):
+class PackedPolicy(FlowPolicy):
+    """A network that is given tokens of 2 x 2 latents, packed by its pipeline, which knows the model's own size."""
+
+    def _own_size(self) -> tuple[int, int]:
+        return self.pipeline.default_sample_size, self.pipeline.default_sample_size
+
+    def _channels(self) -> int:
+        return int(self.network.config.in_channels) // 4
+
+    def _sigmas(self, steps: int) -> list[float] | None:
+        return _even(steps)
+
+    def _packed(self, latents: Tensor) -> Tensor:
+        packed: Tensor = self.pipeline._pack_latents(latents, *latents.shape)
+        return packed
+
+    def _unpacked(self, tokens: Tensor, like: Tensor) -> Tensor:
+        factor = self.pipeline.vae_scale_factor
+        height, width = like.shape[-2:]
+        unpacked: Tensor = self.pipeline._unpack_latents(tokens, height * factor, width * factor, factor)
+        return unpacked
+
+
+class FluxPolicy(PackedPolicy):
     """`diffusers.FluxPipeline`: FLUX.1.
 
     The guidance scale goes in as an embedding where the model was distilled for it (dev); where it was not
@@ -133,17 +156,8 @@ class FluxPolicy(FlowPolicy):
     text_encoders = ("text_encoder", "text_encoder_2")
     blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 
-    def _own_size(self) -> tuple[int, int]:
-        return self.pipeline.default_sample_size, self.pipeline.default_sample_size
-
-    def _channels(self) -> int:
-        return int(self.network.config.in_channels) // 4
-
     def _sigmas(self, steps: int) -> list[float] | None:
-        if self.pipeline.scheduler.config.get("use_flow_sigmas"):
-            return None
-        sigmas: list[float] = np.linspace(1.0, 1 / steps, steps).tolist()
-        return sigmas
+        return None if self.pipeline.scheduler.config.get("use_flow_sigmas") else super()._sigmas(steps)
 
     def _scale(self) -> float:
         return 1.0 if self.network.config.guidance_embeds else super()._scale()
@@ -164,13 +178,12 @@ class FluxPolicy(FlowPolicy):
         return ids
 
     def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
-        n, channels, height, width = latents.shape
-        pipeline, device, dtype = self.pipeline, latents.device, latents.dtype
+        device, dtype = latents.device, latents.dtype
         guidance = None
         if self.network.config.guidance_embeds:
-            guidance = torch.full((n,), self.sampler.guidance_scale, device=device)
+            guidance = torch.full((len(latents),), self.sampler.guidance_scale, device=device)
         output = self.network(
-            hidden_states=pipeline._pack_latents(latents, n, channels, height, width),
+            hidden_states=self._packed(latents),
             timestep=timesteps.to(latents.dtype) / 1000,
             guidance=guidance,
             pooled_projections=extra["pooled"],
@@ -179,9 +192,7 @@ class FluxPolicy(FlowPolicy):
             img_ids=self._image_ids,
             return_dict=False,
         )[0]
-        factor = pipeline.vae_scale_factor
-        unpacked: Tensor = pipeline._unpack_latents(output, height * factor, width * factor, factor)
-        return unpacked
+        return self._unpacked(output, latents)
 
 
 class SanaPolicy(FlowPolicy):
@@ -226,7 +237,7 @@ class SanaPolicy(FlowPolicy):
         return output
 
 
-class QwenImagePolicy(FlowPolicy):
+class QwenImagePolicy(PackedPolicy):
     """`diffusers.QwenImagePipeline`: Qwen-Image.
 
     Guidance keeps the length that each token has on the branch with the prompt, as the pipeline does. The other branch's
@@ -239,18 +250,8 @@ class QwenImagePolicy(FlowPolicy):
     longest = 256
     _null_prompt = " "
 
-    def _own_size(self) -> tuple[int, int]:
-        return self.pipeline.default_sample_size, self.pipeline.default_sample_size
-
-    def _channels(self) -> int:
-        return int(self.network.config.in_channels) // 4
-
     def _autoencoder_channels(self) -> int:
         return int(self.pipeline.vae.config.z_dim)
-
-    def _sigmas(self, steps: int) -> list[float] | None:
-        sigmas: list[float] = np.linspace(1.0, 1 / steps, steps).tolist()
-        return sigmas
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, mask = self._padded(list(prompts))
@@ -267,18 +268,16 @@ class QwenImagePolicy(FlowPolicy):
         return F.pad(embeds.float(), (0, 0, 0, missing)), F.pad(mask, (0, missing))
 
     def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
-        n, channels, height, width = latents.shape
+        height, width = latents.shape[-2:]
         output = self.network(
-            hidden_states=self.pipeline._pack_latents(latents, n, channels, height, width),
+            hidden_states=self._packed(latents),
             timestep=timesteps.to(latents.dtype) / 1000,
             encoder_hidden_states=embeds,
             encoder_hidden_states_mask=extra["mask"].bool(),
-            img_shapes=[[(1, height // 2, width // 2)]] * n,
+            img_shapes=[[(1, height // 2, width // 2)]] * len(latents),
             return_dict=False,
         )[0]
-        factor = self.pipeline.vae_scale_factor
-        unpacked: Tensor = self.pipeline._unpack_latents(output, height * factor, width * factor, factor)
-        return unpacked[:, :, 0]
+        return self._unpacked(output, latents)[:, :, 0]
 
     def _combined(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
         guided = super()._combined(unconditional, conditional, scale)
@@ -314,8 +313,7 @@ class ZImagePolicy(FlowPolicy):
         return 1.0 + max(0.0, self.sampler.guidance_scale)
 
     def _sigmas(self, steps: int) -> list[float] | None:
-        sigmas: list[float] = np.linspace(1.0, 1 / steps, steps).tolist()
-        return sigmas
+        return _even(steps)
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         found, null = self.pipeline.encode_prompt(
@@ -343,6 +341,12 @@ class ZImagePolicy(FlowPolicy):
             return_dict=False,
         )[0]
         return -torch.stack(output)[:, :, 0]
+
+
+def _even(steps: int) -> list[float]:
+    """Times from 1 down to one over ``steps``."""
+    times: list[float] = np.linspace(1.0, 1 / steps, steps).tolist()
+    return times
 
 
 def _token_norms(latents: Tensor) -> Tensor:
