@@ -14,11 +14,12 @@ import second_device
 import torch
 
 import driftrl
-from driftrl import Trainer
+from driftrl import Trainer, noise
 from driftrl.build import build_loop
 from driftrl.config import load_config, parse_config
 from driftrl.policies import fast_linear, fast_unet
 from driftrl.policies.full import FullWeights
+from driftrl.rollout import rollout
 
 TARGET = os.environ.get("DRIFTRL_TEST_DEVICE", second_device.NAME)
 REAL = TARGET != second_device.NAME
@@ -153,6 +154,27 @@ def test_methods(pipeline_folder, encoder_folder, tmp_path, name):
 )
 def test_settings(config, tmp_path, changes):
     assert_same_run(lambda device: config(model__device=device, reward=colour, **changes), tmp_path)
+
+
+@pytest.mark.skipif(REAL, reason="a real device does not say what was copied")
+@pytest.mark.parametrize("size", [18, 4])
+def test_only_noise_goes_to_the_device_during_a_rollout(config, tmp_path, monkeypatch, size):
+    """Embeddings, times and schedules are there already; nothing comes back, so the host runs ahead."""
+    loop = build_loop(config(model__device=TARGET, sampling__batch_size=size), tmp_path)
+    drawn, placed = [], noise.placed
+    monkeypatch.setattr(noise, "placed", lambda draws, device: drawn.append(1) or placed(draws, device))
+    rows = loop.conditioning.rows(torch.tensor([0, 1, 2], device=TARGET))
+    second_device.CROSSINGS.clear()
+    rollout(
+        loop.policy,
+        rows,
+        [(0, 0, prompt) for prompt in range(3)],
+        6,
+        loop.rollout_batch,
+        loop.method.prompt_noise,
+    )
+    assert ["aten._to_copy.default"] * len(drawn) == second_device.CROSSINGS
+    assert len(drawn) == (4 + 2) * -(-18 // size)
 
 
 def test_the_optimiser_of_a_gpu(config, tmp_path, monkeypatch):

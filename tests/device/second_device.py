@@ -17,6 +17,8 @@ COPIES = ("copy_", "_to_copy", "_copy_from")
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 LOWERED = ("linear", "conv2d", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention")
 """What autocast computes in half precision."""
+CROSSINGS: list[str] = []
+"""Every copy from one device to the other so far, in either direction."""
 
 
 class MixedDevicesError(RuntimeError):
@@ -81,6 +83,8 @@ def compute(operation, args, kwargs):
     else:
         stays = bool(here) if device is None else torch.device(device).type == NAME
     stays = stays and name != "_local_scalar_dense"
+    if name in COPIES and any(isinstance(x, OnDevice) != stays for x in tensors):
+        CROSSINGS.append(str(operation))
     outside = {}
 
     def unwrap(x):
@@ -128,7 +132,11 @@ class Lists(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         device = kwargs.get("device")
-        if function in (torch.tensor, torch.as_tensor) and device is not None:
+        if (
+            function in (torch.tensor, torch.as_tensor)
+            and device is not None
+            and not isinstance(args[0], torch.Tensor)
+        ):
             return function(*args, **kwargs | {"device": "cpu"}).to(device)
         if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             places = args[1] if isinstance(args[1], tuple) else (args[1],)
