@@ -48,7 +48,8 @@ def test_numbers_are_those_of_plain_blocks(config, traced, tmp_path, family):
         torch.testing.assert_close(own, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_run_has_ratio_one_and_writes_the_same_adapter(config, traced, tmp_path, checkpointing):
     settings = {"model__compile": True, "model__gradient_checkpointing": checkpointing}
     loop = build_loop(config(**settings), tmp_path)

@@ -312,7 +312,7 @@ def test_adapters_of_earlier_releases_are_read(settings, family, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), wanted, strict=True))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_is_rescored_in_the_updates_own_batches(settings, family, dtype):
     """What training compares agrees to a tenth of the clip range, whatever the rollout's batches were."""
     torch.manual_seed(0)
@@ -328,8 +328,13 @@ def test_half_precision_is_rescored_in_the_updates_own_batches(settings, family,
     assert stats.grad_norm > 0
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "checkpointing"),
+    [
+        ("bfloat16", True), ("float16", False), pytest.param("bfloat16", False, marks=pytest.mark.slow),
+        pytest.param("float16", True, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_the_ratio_of_an_untouched_policy_in_half_precision(settings, family, dtype, checkpointing, capsys):
     """Over all scored steps, guidance and prompt noise on; measured and printed."""
     policy = build_policy(settings(family, model__dtype=dtype, model__gradient_checkpointing=checkpointing))
