@@ -11,6 +11,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not SCRIPTS.is_dir(), reason="no benchmarks beside the tests")
 
 
+@pytest.mark.slow
 def test_estimates_can_be_compared(tmp_path):
     """Their seconds and bytes; how near they are is for a quiet machine to say."""
     done = subprocess.run(

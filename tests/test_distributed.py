@@ -274,7 +274,7 @@ def test_parts_must_come_out_even(config, tmp_path):
             config(adapter__shard=True, **wrong)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ended_in_one_process_and_resumed_ends_the_same(train, launch, tmp_path, number):
     """A signal to the second process ends both: at once, or after the iteration, which both have done then."""
     settings = {"advantage__baseline": "running", "advantage__min_history": 6}

@@ -1,7 +1,10 @@
 """Rewards of one batch while the next is drawn: the same numbers, the same errors; and nothing waits for the device."""
 
+import subprocess
+import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,3 +260,15 @@ def test_an_update_waits_once_a_step(config, tmp_path, changes):
             )  # fmt: skip
         counts.append(waits.found)
     assert counts[0] == counts[1]
+
+
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=SLOW)])
+def test_another_device(which):
+    """In a process of its own, for torch never forgets a device."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", which]
+    file = Path(__file__).with_name("device") / "check.py"
+    found = subprocess.run([*command, file], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout

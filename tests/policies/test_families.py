@@ -29,6 +29,7 @@ from driftrl.update import Objective, update
 PROMPTS = ["a cat", "a dog"]
 KEYS = [(0, 3, 0), (0, 3, 1)]
 DIFFUSION = ("sd", "sd2", "sdxl")
+VARIANTS = ("sd2", "sd35", "schnell")
 FAMILIES = (*DIFFUSION, "sd3", "sd35", "flux", "schnell", "sana", "qwen", "zimage")
 
 
@@ -63,7 +64,8 @@ def folders(tmp_path_factory, epsilon_folder):
     }
 
 
-@pytest.fixture(params=FAMILIES)
+# What varies least from another one is tried by `make test-slow`.
+@pytest.fixture(params=[pytest.param(f, marks=pytest.mark.slow) if f in VARIANTS else f for f in FAMILIES])
 def family(request):
     return request.param
 
