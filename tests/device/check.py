@@ -43,8 +43,7 @@ MORE = pytest.mark.slow
 def _known():
     """Not when this file is imported: doctests are looked for in it."""
     held = None if REAL else second_device.register()
-    yield
-    del held
+    yield held
 
 
 @pytest.fixture(autouse=True)
@@ -81,10 +80,10 @@ def test_the_device_is_another_one():
         assert layer(x).dtype == torch.bfloat16
 
 
-def iterations(config, folder, count=2):
-    """A loop after some iterations, and what they measured."""
+def iterations(config, folder):
+    """A loop after two iterations, and what they measured."""
     loop = build_loop(config, folder)
-    return loop, [loop.attempt().metrics for _ in range(count)]
+    return loop, [loop.attempt().metrics for _ in range(2)]
 
 
 HALF = ("reward/mean", "diversity/kept_mean", "policy/grad_norm")

@@ -1,8 +1,8 @@
 """A second device without hardware, named 'gpu': it computes on the CPU, and refuses what a GPU refuses.
 
 Its tensors keep their numbers in a CPU tensor inside. An operation on tensors of both devices raises, as it does on a
-GPU, but for copies, numbers of no dimension, and indices; so does handing one to numpy. Import it once in a process of its
-own: a device cannot be taken back.
+GPU, but for copies, numbers of no dimension, and indices; so does handing one to numpy. Register it in a process of its own:
+a device cannot be taken back.
 """
 
 from __future__ import annotations

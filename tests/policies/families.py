@@ -148,27 +148,38 @@ def make_flux(folder: Path, guidance: bool = True) -> Path:
     return folder
 
 
-def gemma(folder: Path):
-    """Gemma, as it reads prompts for SANA, and a tokenizer that spells everything out."""
+def speller(folder: Path, *special: str, template: str | None = None):
+    """A tokenizer that spells everything out, saved and loaded again; it begins with the first of the ``special`` tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    letters = sorted(set(string.printable))
-    words = {word: place for place, word in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *letters])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    names = ("pad", *special, "unk")
+    words = [*(f"<{name}>" for name in names), *sorted(set(string.printable))]
+    raw = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    if special:
+        first = f"<{special[0]}>"
+        raw.post_processor = processors.TemplateProcessing(single=f"{first} $A", special_tokens=[(first, 1)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+        tokenizer_object=raw, **{f"{name}_token": f"<{name}>" for name in names}
     )
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def gemma(folder: Path):
+    """Gemma, as it reads prompts for SANA."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    tokenizer = speller(folder, "bos", "eos")
     model = Gemma2Model(
         Gemma2Config(
-            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
             num_key_value_heads=1, head_dim=8, max_position_embeddings=4096,
         )
     )  # fmt: skip
-    return model, PreTrainedTokenizerFast.from_pretrained(folder)
+    return model, tokenizer
 
 
 def make_sana(folder: Path) -> Path:
@@ -205,23 +216,18 @@ def make_sana(folder: Path) -> Path:
 
 
 def qwen(folder: Path):
-    """Qwen2.5-VL, as it reads prompts for Qwen-Image, and a tokenizer that spells everything out."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    """Qwen2.5-VL, as it reads prompts for Qwen-Image."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    words = {word: place for place, word in enumerate(["<pad>", "<unk>", *sorted(set(string.printable))])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>")
-    tokenizer.save_pretrained(folder)
+    tokenizer = speller(folder)
     text = {
-        "vocab_size": len(words), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
         "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
     }  # fmt: skip
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
-    return model, PreTrainedTokenizerFast.from_pretrained(folder)
+    return model, tokenizer
 
 
 def make_qwen(folder: Path) -> Path:
@@ -254,23 +260,18 @@ def make_qwen(folder: Path) -> Path:
 
 
 def qwen3(folder: Path):
-    """Qwen3, as it reads prompts for Z-Image, and a tokenizer that spells everything out."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+    """Qwen3, as it reads prompts for Z-Image."""
+    from transformers import Qwen3Config, Qwen3Model
 
-    words = {word: place for place, word in enumerate(["<pad>", "<unk>", *sorted(set(string.printable))])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>")
-    tokenizer.chat_template = "{% for one in messages %}[{{ one.role }}] {{ one.content }}{% endfor %}"
-    tokenizer.save_pretrained(folder)
+    template = "{% for one in messages %}[{{ one.role }}] {{ one.content }}{% endfor %}"
+    tokenizer = speller(folder, template=template)
     model = Qwen3Model(
         Qwen3Config(
-            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=1, head_dim=8, pad_token_id=0,
         )
     )  # fmt: skip
-    return model, PreTrainedTokenizerFast.from_pretrained(folder)
+    return model, tokenizer
 
 
 def make_zimage(folder: Path) -> Path:

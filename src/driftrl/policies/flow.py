@@ -316,17 +316,19 @@ class ZImagePolicy(FlowPolicy):
         return _even(steps)
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
-        found, null = self.pipeline.encode_prompt(
-            list(prompts),
-            device=self.device,
-            negative_prompt=[""] * len(prompts),
-            max_sequence_length=self.longest,
+        found, null = self._read(list(prompts)), self._read([""])
+        lengths = [
+            torch.tensor([float(len(own)) for own in one], device=self.device) for one in (found, null)
+        ]
+        extra = {"length": lengths[0], "null_length": lengths[1].repeat(len(found))}
+        return Conditioning(self._padded(found), self._padded(null), extra)
+
+    def _read(self, prompts: list[str]) -> list[Tensor]:
+        """Embeddings [length, D] of each prompt."""
+        found, _ = self.pipeline.encode_prompt(
+            prompts, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.longest
         )
-        extra = {
-            name: torch.tensor([float(len(own)) for own in one], device=self.device)
-            for name, one in (("length", found), ("null_length", null))
-        }
-        return Conditioning(self._padded(found), self._padded(null[:1]), extra)
+        return list(found)
 
     def _padded(self, found: list[Tensor]) -> Tensor:
         """Embeddings float32 [n, `longest`, D], with zeros where a prompt has ended."""
