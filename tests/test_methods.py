@@ -181,8 +181,8 @@ def test_a_skipped_iteration_leaves_the_memory(method, tmp_path):
 
 def test_the_memory_refuses_another_run(method):
     policy = build_policy(method("ddpo"))
-    empty = Memory.empty(AdvantageRule(baseline="running", history=5), 3, policy.device)
-    other = Memory.empty(AdvantageRule(baseline="running", history=5), 4, policy.device)
+    empty = Memory.empty(AdvantageRule(baseline="running", history=5), 3, policy)
+    other = Memory.empty(AdvantageRule(baseline="running", history=5), 4, policy)
     with pytest.raises(InputError, match="prompt file"):
         empty.restored(other.tensors(), policy)
     with pytest.raises(InputError, match="reference does not fit"):

@@ -242,8 +242,13 @@ def _sample(loop):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"objective__kl_weight": 0.1, "objective__kl_schedule": "early"}, {"model__dtype": "bfloat16"}],
-    ids=["drift", "kl", "half"],
+    [
+        {},
+        {"objective__kl_weight": 0.1, "objective__kl_schedule": "early"},
+        {"model__dtype": "bfloat16"},
+        {"objective__loss": "nft"},
+    ],
+    ids=["drift", "kl", "half", "nft"],
 )
 def test_an_update_waits_once_a_step(config, tmp_path, changes):
     """However many micro-batches a step has: for which pairs there are, and whether the gradient is finite."""

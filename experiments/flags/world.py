@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from driftrl.checks import one_of
-from driftrl.transitions.ddim import ddim_tables, ddim_transition
+from driftrl.transitions.ddim import ddim_noised, ddim_tables, ddim_transition
 from driftrl.types import Conditioning, Transition
 
 COUNTRIES = ("Arvia", "Belmora", "Cassundy", "Dorne", "Elvaria", "Fennmark", "Gallia Nova", "Hestria")
@@ -237,6 +237,10 @@ class FlagPolicy:
         times = torch.full((len(images),), TRAINED_TIMESTEPS // 10)
         with self.reference(), torch.no_grad():
             return self.network(colours(images), times, torch.zeros(len(images), WIDTH), layers=3)
+
+    def noised(self, x0: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        """Clean latents with as much of ``noise`` as there is at step numbers [n]."""
+        return ddim_noised(x0, noise, self.tables.alpha[steps])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Colours in 0..1."""

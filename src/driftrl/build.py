@@ -24,6 +24,7 @@ from driftrl.files import numbers_in, read_json
 from driftrl.loading import demand_words
 from driftrl.mixture import Part
 from driftrl.objectives.gate import Anchor
+from driftrl.objectives.negative_aware import NegativeAware
 from driftrl.policies.flow import (
     FluxPolicy,
     QwenImagePolicy,
@@ -594,7 +595,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
     reward = build_training_reward(config, towers)
     policy = build_policy(config, sharded=sharded)
     encoder = build_encoder(config.shaping.encoder, policy.device, policy)
-    if not bool(policy.scored.any()):
+    if (config.objective.loss != "nft" or config.objective.kl_weight > 0) and not bool(policy.scored.any()):
         raise InputError(
             f"sampling: none of the {len(policy.scored)} denoising steps has noise, so there is nothing to learn from; "
             "expected more sampling.steps, and sampling.eta or sampling.noise_level above 0"
@@ -670,6 +671,14 @@ def objective_of(config: TrainConfig, device: torch.device) -> Objective:
         loss_scale=2.0**14 if config.model.dtype == "float16" else 1.0,
         divergence=config.objective.divergence,
         kl_schedule=config.objective.kl_schedule,
+        contrast=NegativeAware(
+            config.objective.nft_beta,
+            config.advantage.clip,
+            config.objective.nft_decay,
+            config.objective.nft_decay_max,
+        )
+        if config.objective.loss == "nft"
+        else None,
     )
 
 

@@ -258,6 +258,17 @@ class ShapingConfig(Section):
 class ObjectiveConfig(Section):
     """What is minimised."""
 
+    loss: Literal["clipped_surrogate", "nft"] = "clipped_surrogate"
+    """The clipped surrogate of the steps that were drawn; or (`nft`, DiffusionNFT) a contrast of good and bad images, noised
+    anew, which asks for no density, so that any sampler may draw them."""
+    nft_beta: float = Field(1.0, gt=0)
+    """Of `nft`: how far its two implicit policies stand from the one that drew. 1 makes the positive one the policy itself;
+    less makes larger steps."""
+    nft_decay: float = Field(1.0, ge=0, le=1)
+    """Of `nft`: the policy that draws keeps min(nft_decay x iteration, nft_decay_max) of itself after each update, and
+    follows the trained one with the rest. 0 draws with the trained one; the paper has 0.001 and 0.5."""
+    nft_decay_max: float = Field(0.9, ge=0, lt=1)
+    """See `nft_decay`. The more it keeps, the steadier, and slower, training is."""
     clip_range: float = Field(1e-4, gt=0)
     """Of the ratio, for log-probabilities that are means over latent dimensions."""
     kl_weight: float = Field(0.0, ge=0)
@@ -456,7 +467,7 @@ class TrainConfig(Section):
                 f"'advantage'; got {shaping.level!r}"
             )
         self._check_shard()
-        if self.sampling.eta == 0:
+        if self.sampling.eta == 0 and (self.objective.loss != "nft" or self.objective.kl_weight > 0):
             raise ValueError(
                 "sampling.eta: expected more than 0 to train, for without noise nothing is scored; got 0"
             )
@@ -470,6 +481,10 @@ class TrainConfig(Section):
         if self.objective.reference_kl is not None or self.objective.reference_every is not None:
             raise ValueError(
                 "adapter.shard: does not go with a reference that moves (objective.reference_...)"
+            )
+        if self.objective.loss == "nft":
+            raise ValueError(
+                "adapter.shard: does not go with objective.loss 'nft', whose samples a copy draws"
             )
         if self.shaping.encoder == "policy:mid-block":
             raise ValueError("adapter.shard: does not go with shaping.encoder 'policy:mid-block'")

@@ -21,17 +21,17 @@ class Plan:
     keep: int
     steps: int
     scored: int
-    """Denoising steps with a density."""
+    """Denoising steps that may be learned from: those with a density, where one is asked for."""
     trained: float
-    """Share of the scored steps that each sample is trained on."""
+    """Share of them that each sample is trained on."""
     branches: int
     """Rows of the network for each sample: 2 with classifier-free guidance."""
     rollout_batch: int
     updates: int
     epochs: int
     update_batch: int
-    reference: bool
-    """Whether the update asks the reference too (KL)."""
+    reference: int
+    """How many other policies the update asks of each pair: the reference (KL), the one that drew (nft)."""
     rescored: bool
     """Whether samples are scored again before the update (half precision)."""
     judges: int
@@ -103,7 +103,7 @@ def calls(plan: Plan) -> Calls:
     return Calls(
         rollout=drawn * plan.steps,
         update=update,
-        reference=update if plan.reference else 0,
+        reference=update * plan.reference,
         rescoring=update if plan.rescored else 0,
         optimizer=plan.epochs * len(plan.parts),
     )

@@ -1,9 +1,9 @@
-"""What a method carries from one iteration to the next: past rewards, and a reference that moves."""
+"""What a method carries from one iteration to the next: past rewards, a reference that moves, a policy that draws."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,12 +25,17 @@ class Memory:
     """The adapter's parameters when the reference last moved (GARDO); None while it is the base model."""
     age: int = 0
     """Iterations since then."""
+    drawer: tuple[Tensor, ...] | None = None
+    """The parameters that samples are drawn with (DiffusionNFT); None where they are the policy's own."""
 
     @staticmethod
-    def empty(rule: AdvantageRule, prompts: int, device: torch.device) -> Memory:
-        """At the start of a run over a set of ``prompts``."""
+    def empty(rule: AdvantageRule, prompts: int, policy: Policy, own_drawer: bool = False) -> Memory:
+        """At the start of a run over a set of ``prompts``; with ``own_drawer`` a copy of ``policy`` draws."""
         running = rule.baseline == "running"
-        return Memory(no_history(prompts, rule.history, device) if running else None)
+        return Memory(
+            no_history(prompts, rule.history, policy.device) if running else None,
+            drawer=_copies(policy) if own_drawer else None,
+        )
 
     def with_rewards(self, which: Sequence[int], rewards: Tensor) -> Memory:
         """With what the prompts ``which`` earned now, ``rewards`` [P, N], if rewards are remembered at all."""
@@ -42,13 +47,22 @@ class Memory:
         """The past of the prompts ``which``."""
         return None if self.history is None else self.history.rows(which)
 
-    def after(self, divergence: float, anchor: Anchor, policy: Policy) -> Memory:
-        """After an update that ended ``divergence`` away from the reference: moved to ``policy`` if it is due."""
+    def drawing(self, policy: Policy) -> AbstractContextManager[None]:
+        """Within this context ``policy`` is the one that draws."""
+        return nullcontext() if self.drawer is None else _standing_in(policy.parameters(), self.drawer)
+
+    def after(self, divergence: float, anchor: Anchor, policy: Policy, kept: float = 0.0) -> Memory:
+        """After an update that ended ``divergence`` away from the reference: moved to ``policy`` if it is due. A copy that draws
+        keeps the share ``kept`` of itself, and follows ``policy`` with the rest.
+        """
+        drawer = self.drawer
+        if drawer is not None:
+            drawer = tuple(new.lerp_(old, kept) for old, new in zip(drawer, _copies(policy), strict=True))
         if not anchor.moves:
-            return self
+            return replace(self, drawer=drawer)
         if reference_is_due(divergence, self.age + 1, anchor.threshold, anchor.every):
-            return replace(self, reference=tuple(p.detach().clone() for p in policy.parameters()), age=0)
-        return replace(self, age=self.age + 1)
+            return replace(self, reference=_copies(policy), age=0, drawer=drawer)
+        return replace(self, age=self.age + 1, drawer=drawer)
 
     def reference_of(self, policy: Policy) -> AbstractContextManager[None]:
         """Within this context ``policy`` is the reference; enter it outside of any gradient that is to be taken."""
@@ -61,7 +75,8 @@ class Memory:
         found: dict[str, Tensor] = {}
         if self.history is not None:
             found |= {"history/values": self.history.values, "history/filled": self.history.filled}
-        found |= {f"reference/{i:05d}": value for i, value in enumerate(self.reference or ())}
+        for name in ("reference", "drawer"):
+            found |= {f"{name}/{i:05d}": value for i, value in enumerate(getattr(self, name) or ())}
         if self.age or self.reference is not None:
             found["age"] = torch.tensor(self.age)
         return found
@@ -72,7 +87,7 @@ class Memory:
         Raises:
             InputError: if it belongs to another prompt set, adapter or method.
         """
-        history, reference = self.history, None
+        history = self.history
         if history is not None and "history/values" in found:
             if found["history/values"].shape != history.values.shape:
                 raise InputError(
@@ -80,12 +95,20 @@ class Memory:
                     f"needs {list(history.values.shape)}: has the prompt file changed?"
                 )
             history = History(*(found[f"history/{k}"].to(policy.device) for k in History._fields))
-        copies = [found[name].to(policy.device) for name in sorted(found) if name.startswith("reference/")]
-        if copies:
-            if [c.shape for c in copies] != [p.shape for p in policy.parameters()]:
-                raise InputError("the checkpoint's reference does not fit this model, rank or targets")
-            reference = tuple(copies)
-        return Memory(history, reference, int(found["age"]) if "age" in found else 0)
+        reference, drawer = (_restored_copies(name, found, policy) for name in ("reference", "drawer"))
+        return Memory(history, reference, int(found["age"]) if "age" in found else 0, drawer)
+
+
+def _copies(policy: Policy) -> tuple[Tensor, ...]:
+    return tuple(p.detach().clone() for p in policy.parameters())
+
+
+def _restored_copies(name: str, found: Mapping[str, Tensor], policy: Policy) -> tuple[Tensor, ...] | None:
+    """The parameters that `Memory.tensors` gave under ``name/``, if there are any."""
+    copies = [found[key].to(policy.device) for key in sorted(found) if key.startswith(f"{name}/")]
+    if copies and [c.shape for c in copies] != [p.shape for p in policy.parameters()]:
+        raise InputError(f"the checkpoint's {name} does not fit this model, rank or targets")
+    return tuple(copies) or None
 
 
 @contextmanager

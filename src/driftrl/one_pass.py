@@ -34,6 +34,8 @@ def refusal(objective: Objective, potential: str) -> str | None:
     """
     if objective.updates > 1 or objective.epochs > 1:
         return "optimizer.updates and optimizer.epochs must be 1: later steps are taken by another policy"
+    if objective.contrast is not None:
+        return "objective.loss must be clipped_surrogate: nft learns from other latents than those that are drawn"
     if objective.kl_weight > 0:
         return "objective.kl_weight must be 0: the divergence asks the reference too"
     if objective.timesteps < 1 and objective.timestep_choice != "noisiest":

@@ -69,14 +69,14 @@ def plan_of(loop: TrainingLoop) -> Plan:
         candidates=method.candidates,
         keep=method.keep,
         steps=len(policy.timesteps),
-        scored=int(policy.scored.sum()),
+        scored=int(objective.trainable(policy.scored).sum()),
         trained=objective.timesteps,
         branches=policy.branches,
         rollout_batch=(loop.update_batch if loop.in_one_pass else loop.rollout_batch).now,
         updates=objective.updates,
         epochs=objective.epochs,
         update_batch=loop.update_batch.now,
-        reference=objective.kl_weight > 0,
+        reference=(objective.kl_weight > 0) + (objective.contrast is not None),
         rescored=objective.rescore,
         judges=len(loop.judges),
         taught=int(taught(policy.scored, objective.timesteps).sum()) if loop.in_one_pass else 0,
@@ -329,7 +329,7 @@ class _Work:
     """A little of a loop's rollout and update: one prompt, one or two denoising steps, as many rows as asked for."""
 
     def __init__(self, loop: TrainingLoop) -> None:
-        self.policy = _Brief(_policy(loop))
+        self.policy = _Brief(_policy(loop), loop.objective.trainable(loop.policy.scored))
         self._loop = loop
         self._one = loop.conditioning.first
         self._objective = replace(
@@ -384,8 +384,8 @@ class _Still(torch.optim.Optimizer):
 class _Brief:
     """A policy of one or two denoising steps, that decodes to nothing: enough to time a step."""
 
-    def __init__(self, policy: PipelinePolicy) -> None:
-        self._policy, self._which = policy, policy.scored.nonzero()[:2, 0]
+    def __init__(self, policy: PipelinePolicy, trainable: Tensor) -> None:
+        self._policy, self._which = policy, trainable.nonzero()[:2, 0]
         self.count = len(self._which)
         self.timesteps, self.scored = policy.timesteps[self._which], policy.scored[self._which]
 
@@ -394,6 +394,9 @@ class _Brief:
 
     def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Transition:
         return self._policy.transition(latents, self._which[steps], conditioning)
+
+    def noised(self, x0: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        return self._policy.noised(x0, noise, self._which[steps])
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents.new_zeros(len(latents), 3, 1, 1)

@@ -146,7 +146,9 @@ class TrainingLoop:
         )
         self._said: set[type[Warning]] = set()
         self.position = Position(0)
-        self.memory = Memory.empty(method.advantage, len(prompt_set), policy.device)
+        self.memory = Memory.empty(
+            method.advantage, len(prompt_set), policy, own_drawer=objective.contrast is not None
+        )
         self._saved: int | None = None
         self.on_sampled: Callable[[int], None] | None = None
         """Called with the number of images finished after each rollout batch."""
@@ -273,7 +275,7 @@ class TrainingLoop:
         advantages = self._advantages(rewards, kept_rewards, bonus, memory.rows(which))
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
         stats = self._learn(kept, advantages, conditioning, texts, held, memory)
-        self.memory = memory.after(stats.kl, method.anchor, self.policy)
+        self.memory = memory.after(stats.kl, method.anchor, self.policy, self.objective.kept(number))
         clock.lap("update")
 
         self.position = Position(number + 1)
@@ -353,19 +355,11 @@ class TrainingLoop:
         if self.in_one_pass:
             samples = self.prompts_per_iteration * self.method.keep
             batch, lesson = self.update_batch, one_pass.lesson(self.policy.scored, self.objective, samples)
-        return rollout(
-            self.policy,
-            conditioning,
-            keys,
-            count,
-            batch,
-            noise,
-            self.on_sampled,
-            stepwise,
-            scoring.add,
-            lesson,
-            first,
-        )
+        with self.memory.drawing(self.policy):
+            return rollout(
+                self.policy, conditioning, keys, count, batch, noise, self.on_sampled, stepwise, scoring.add,
+                lesson, first,
+            )  # fmt: skip
 
     def _learn(
         self, kept: Rollout, advantages: Tensor, conditioning: Conditioning, texts: list[str], held: Tensor | None,
@@ -380,6 +374,7 @@ class TrainingLoop:
         return update(
             self.policy, self.optimizer, kept, advantages, conditioning, self.objective, key,
             self.method.prompt_noise, texts, held, lambda: memory.reference_of(self.policy), team, self.update_batch,
+            lambda: memory.drawing(self.policy),
         )  # fmt: skip
 
     def _distances(self, images: Tensor, texts: list[str]) -> Tensor:
@@ -426,7 +421,7 @@ class TrainingLoop:
             return None
         keys = [(self.seed, number, prompt) for prompt in which]
         count = noise_check.candidates_each(self.prompts_per_iteration)
-        with self.team.together():
+        with self.team.together(), self.memory.drawing(self.policy):
             found = noise_check.matches(
                 self.policy, self.similarity, images, conditioning, keys, self.prompt_set, count, self.rollout_batch,
                 first,

@@ -148,6 +148,12 @@ class Policy(Protocol):
         """The policy at latents [n, C, H, W], step numbers [n] and n rows of conditioning."""
         ...
 
+    def noised(self, x0: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        """Clean latents [n, C, H, W] with as much of ``noise`` as there is at step numbers [n]. Asked for only by the
+        negative-aware objective.
+        """
+        ...
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [n, C, H, W] as images float32 [n, 3, height, width] in 0..1."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from driftrl import noise
 from driftrl.batches import BatchSize
 from driftrl.checks import NotFiniteError
 from driftrl.distributed import ALONE, Team, in_parts, whole
-from driftrl.objectives.clipped_surrogate import clipped_surrogate
 from driftrl.objectives.kl import divergence, step_weights
-from driftrl.rollout import NO_NOISE, PromptNoise, score_step
-from driftrl.transitions import gaussian
-from driftrl.types import Conditioning, Policy, Rollout, Transition, UpdateStats
+from driftrl.objectives.negative_aware import NegativeAware
+from driftrl.rollout import NO_NOISE, PromptNoise
+from driftrl.terms import Asked, Contrast, Surrogate, Term, Terms
+from driftrl.types import Conditioning, Policy, Rollout, UpdateStats
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,16 @@ class Objective:
     divergence: str = "kl"
     """Its kind, and what it weighs at each step: `driftrl.objectives.kl`."""
     kl_schedule: str = "uniform"
+    contrast: NegativeAware | None = None
+    """The negative-aware loss, in place of the clipped surrogate."""
+
+    def trainable(self, scored: Tensor) -> Tensor:
+        """Which of the denoising steps [T] pairs are of: those with a density, where one is asked for."""
+        return scored if self.contrast is None or self.kl_weight > 0 else torch.ones_like(scored)
+
+    def kept(self, iteration: int) -> float:
+        """The share of itself that what draws keeps after ``iteration``, where it is no longer the policy itself."""
+        return 0.0 if self.contrast is None else self.contrast.kept(iteration)
 
 
 @dataclass(frozen=True)
@@ -104,11 +114,12 @@ def update(
     reference: Callable[[], AbstractContextManager[None]] | None = None,
     team: Team = ALONE,
     batch: BatchSize | None = None,
+    drawer: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> UpdateStats:
     """Take `objective.updates` optimiser steps on a rollout.
 
-    The loss of a step is the mean over its pairs of the clipped surrogate plus ``kl_weight`` times the
-    closed-form divergence from the reference, weighed by the gate and the schedule. It is summed up over
+    The loss of a step is the mean over its pairs of the clipped surrogate, or of what the objective has in its place, plus
+    ``kl_weight`` times the closed-form divergence from the reference, weighed by the gate and the schedule. It is summed up over
     micro-batches, so their size changes nothing but rounding, and over processes: each replays the pairs of its own
     prompts, then the gradients are added up, once an optimiser step.
 
@@ -126,6 +137,8 @@ def update(
         reference: a context within which the policy is the reference; by default ``policy.reference``.
         team: the processes that share the prompts out.
         batch: pairs replayed at once, fewer where memory does not suffice; by default ``objective.batch_size``.
+        drawer: a context within which the policy is the one that drew the samples, for an objective that asks it; by default
+            the policy as it is.
 
     Returns:
         Averages over all pairs.
@@ -139,48 +152,50 @@ def update(
     mine = team.share(len(advantages))
     first = mine.start * group  # of the samples in ``rollout``, which are numbered from 0 here
     per_step = _per_step(advantages[mine], rollout.log_probs)
-    replay = _Replay(policy, rollout, conditioning, prompt_noise)
-    old = replay.old
+    old = rollout.log_probs.flatten(0, 1)
     parameters = policy.parameters()
     reference = reference or policy.reference
     held = _held(step_weights(policy.scored, objective.kl_schedule), old, gate, mine)
     passes = [
         [(_used(pairs, per_step, objective), count) for pairs, count in parts]
         for parts in _passes(
-            policy.scored, len(advantages) * group, objective, key, range(first, first + len(old))
+            objective.trainable(policy.scored),
+            len(advantages) * group,
+            objective,
+            key,
+            range(first, first + len(old)),
         )
     ]
     batch = batch or BatchSize(objective.batch_size, "optimizer.batch_size")
     turns = _Turns(team, policy.scored, any(map(in_parts, parameters)))
-    scores = _Scores(replay, passes, turns, objective.rescore)
+    asked = Asked(policy, rollout, conditioning, prompt_noise)
+    replay = Surrogate(asked, rollout, per_step, objective.clip_range)
+    terms: Terms = (
+        Contrast(asked, rollout, per_step, objective.contrast, policy.noised, drawer, key, first)
+        if objective.contrast
+        else replay
+    )
+    rescore = objective.rescore and terms is replay
+    scores = _Scores(replay, old, passes, turns, rescore, bool(getattr(policy, "compiled", False)))
 
     def learn(pairs: Pairs, count: int, epoch: int, moved: bool, size: int) -> _Sums:
         """The gradient of one optimiser step, ``size`` pairs at a time."""
         optimizer.zero_grad(set_to_none=True)
         before = scores.before(epoch, size, moved)
         sums = _Sums.none(old.device)
+        terms.begin(pairs.sample, pairs.step, epoch)
         for sample, step, counts in turns(pairs, size):
+            latents = terms.latents(sample, step)
             if objective.kl_weight > 0:  # first, for the policy's gradient wants its own weights in place
                 with torch.no_grad(), reference():
-                    anchor, _ = replay(sample, step)
-            move, log_prob = replay(sample, step)
-            surrogate = clipped_surrogate(
-                log_prob, before[sample, step], per_step[sample, step], objective.clip_range
-            )
-            weight, kl = held[sample, step], torch.zeros_like(log_prob)
+                    anchor = asked(latents, sample, step)
+            term = terms(latents, sample, step, before)
+            weight, kl = held[sample, step], torch.zeros_like(term.loss)
             if objective.kl_weight > 0:
-                kl = weight * divergence(objective.divergence, move.mean, anchor.mean, move.std)
-            loss = surrogate.loss + objective.kl_weight * kl
+                kl = weight * divergence(objective.divergence, term.move.mean, anchor.mean, term.move.std)
+            loss = term.loss + objective.kl_weight * kl
             (loss.sum() * (counts * objective.loss_scale / count)).backward()
-            with torch.no_grad():
-                share = len(sample)
-                found = torch.stack([loss.sum(), surrogate.loss.sum(), kl.sum(), weight.sum(),
-                                     share * surrogate.approx_kl, share * surrogate.clip_fraction])  # fmt: skip
-                ratio = (log_prob - before[sample, step]).exp()
-                bad = _first_bad(sums.bad, loss, (first + sample) * steps + step)
-                sums = _Sums(
-                    sums.totals + counts * found, torch.maximum(sums.deviation, (ratio - 1).abs().max()), bad
-                )
+            sums = sums.plus(loss, term, kl, weight, counts, (first + sample) * steps + step)
         return sums
 
     totals, norms, deviation = torch.zeros(6, device=old.device), [], torch.zeros((), device=old.device)
@@ -208,33 +223,11 @@ def _per_step(advantages: Tensor, like: Tensor) -> Tensor:
 
 
 def _used(pairs: Pairs, advantages: Tensor, objective: Objective) -> Pairs:
-    """The pairs to replay: without KL one of zero advantage has no gradient, and is left out."""
-    if objective.kl_weight > 0:
+    """The pairs to replay: without KL one of zero advantage has no gradient of the surrogate, and is left out."""
+    if objective.kl_weight > 0 or objective.contrast is not None:
         return pairs
     used = advantages[pairs.sample, pairs.step].nonzero()[:, 0]
     return Pairs(pairs.sample[used], pairs.step[used])
-
-
-class _Replay:
-    """The kernel of rollout, on what a rollout stored: any (sample, step) pairs [n], with gradient."""
-
-    def __init__(
-        self, policy: Policy, rollout: Rollout, conditioning: Conditioning, prompt_noise: PromptNoise
-    ) -> None:
-        prompts, group = rollout.log_probs.shape[:2]
-        self._policy, self._conditioning, self._spec = policy, conditioning, prompt_noise
-        self.compiled = bool(getattr(policy, "compiled", False))
-        self._latents, self.old = rollout.latents.flatten(0, 1), rollout.log_probs.flatten(0, 1)
-        self._eps = None if rollout.prompt_noise is None else rollout.prompt_noise.flatten(0, 1)
-        self._prompt_of = torch.arange(prompts, device=self.old.device).repeat_interleave(
-            group, output_size=prompts * group
-        )
-
-    def __call__(self, sample: Tensor, step: Tensor) -> tuple[Transition, Tensor]:
-        eps = None if self._eps is None else self._eps[sample]
-        rows = self._conditioning.rows(self._prompt_of[sample])
-        move = score_step(self._policy, self._latents[sample, step], step, rows, eps, self._spec)
-        return move, gaussian.log_prob(self._latents[sample, step + 1], move.mean, move.std)
 
 
 class _Turns:
@@ -262,26 +255,41 @@ class _Scores:
 
     def __init__(
         self,
-        replay: _Replay,
+        replay: Surrogate,
+        old: Tensor,
         passes: Sequence[Sequence[tuple[Pairs, int]]],
         turns: _Turns,
         rescore: bool,
+        compiled: bool,
     ) -> None:
-        self._replay, self._passes, self._turns, self._rescore = replay, passes, turns, rescore
-        self._before, self._size = [replay.old] * len(passes), 0
+        self._replay, self._old, self._passes, self._turns = replay, old, passes, turns
+        self._rescore, self._compiled = rescore, compiled
+        self._before, self._size = [old] * len(passes), 0
 
     def before(self, epoch: int, size: int, moved: bool) -> Tensor:
         """[P * G, T] for one pass, scored again ``size`` at a time if that is asked for and the policy has not
         ``moved`` yet.
         """
         if self._rescore and not moved and size != self._size:
-            self._before = [_rescored(self._replay, parts, self._turns, size) for parts in self._passes]
+            self._before = [self._rescored(parts, size) for parts in self._passes]
             self._size = size
         return self._before[epoch]
 
     def rescored_by(self) -> Tensor:
         """The largest change."""
-        return torch.stack([(before - self._replay.old).abs().max() for before in self._before]).max()
+        return torch.stack([(before - self._old).abs().max() for before in self._before]).max()
+
+    def _rescored(self, parts: Sequence[tuple[Pairs, int]], size: int) -> Tensor:
+        """Log-probabilities [samples, T], those of one pass scored in its very micro-batches."""
+        before = self._old.clone()
+        for pairs, _ in parts:
+            for sample, step, counts in self._turns(pairs, size):
+                with torch.set_grad_enabled(self._compiled):
+                    latents = self._replay.latents(sample, step)
+                    score = self._replay.log_prob(latents, sample, step)[1].detach()
+                if counts:
+                    before[sample, step] = score
+        return before
 
 
 class _Sums(NamedTuple):
@@ -299,6 +307,15 @@ class _Sums(NamedTuple):
         """Of no pair."""
         zeros = torch.zeros(7, device=device)
         return _Sums(zeros[:6], zeros[6], torch.full((), -1, device=device))
+
+    @torch.no_grad()
+    def plus(self, loss: Tensor, term: Term, kl: Tensor, weight: Tensor, counts: int, pair: Tensor) -> _Sums:
+        """With a micro-batch of the numbered pairs [n]; ``counts`` is 0 where it is to be left out."""
+        share = len(loss)
+        found = torch.stack([loss.sum(), term.loss.sum(), kl.sum(), weight.sum(),
+                             share * term.approx_kl, share * term.clip_fraction])  # fmt: skip
+        most = torch.maximum(self.deviation, term.deviation)
+        return _Sums(self.totals + counts * found, most, _first_bad(self.bad, loss, pair))
 
 
 def _stats(sums: Tensor, most: Tensor, norms: list[Tensor], total: int, team: Team) -> UpdateStats:
@@ -358,18 +375,6 @@ def _gradients(parameters: list[nn.Parameter], loss_scale: float, team: Team) ->
         else:
             gradients.append(parameter.grad)
     return gradients
-
-
-def _rescored(replay: _Replay, parts: Sequence[tuple[Pairs, int]], turns: _Turns, size: int) -> Tensor:
-    """Log-probabilities [samples, T], those of one pass scored in its very micro-batches."""
-    before = replay.old.clone()
-    for pairs, _ in parts:
-        for sample, step, counts in turns(pairs, size):
-            with torch.set_grad_enabled(replay.compiled):
-                score = replay(sample, step)[1].detach()
-            if counts:
-                before[sample, step] = score
-    return before
 
 
 def _first_bad(bad: Tensor, loss: Tensor, pair: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from driftrl.checks import InputError
 from driftrl.cli.sample import sample
 from driftrl.diversity.encoders import encode_latents
 from driftrl.evaluation.generate import generate, open_policy
+from driftrl.objectives.negative_aware import NegativeAware
 from driftrl.pictures import grid
 from driftrl.policies.kohya import write_kohya
 from driftrl.policies.long_prompts import LongPromptWarning
@@ -108,6 +109,27 @@ def test_replay_has_ratio_one_also_with_gradient_checkpointing(settings, family,
     )  # SD3's schedule ends in a step of std 0.008
     assert (drawn.log_probs[..., policy.scored] != 0).all()
     assert (again - drawn.log_probs).abs().max() <= 1e-6
+
+
+def test_the_forward_process_is_the_schedulers_and_is_learned_from(settings, family):
+    """What the negative-aware loss asks of a policy: drawn images noised again, and predicted from there."""
+    policy = build_policy(settings(family))
+    x0, eps = torch.randn(2, 3, *policy.latent_shape, generator=torch.Generator().manual_seed(0)).unbind()
+    steps, scheduler = torch.tensor([0, 2, 3]), policy.pipeline.scheduler
+    times = scheduler.timesteps[steps]
+    noised = (
+        scheduler.scale_noise(x0, times, eps)
+        if hasattr(scheduler, "scale_noise")
+        else scheduler.add_noise(x0, eps, times)
+    )
+    torch.testing.assert_close(policy.noised(x0, eps, steps), noised)
+    conditioning, spec = policy.encode(PROMPTS), PromptNoise(0.05)
+    drawn = rollout(policy, conditioning, KEYS, 3, 6, spec).path()
+    stats = update(
+        policy, torch.optim.SGD(policy.parameters(), lr=1.0), drawn, torch.tensor([[1.0, -1.0, 0.5]] * 2),
+        conditioning, Objective(contrast=NegativeAware()), (0, 0), spec,
+    )  # fmt: skip
+    assert stats.pairs == 6 * len(policy.timesteps) and stats.grad_norm > 0 and math.isfinite(stats.loss)
 
 
 def test_gradient_checkpointing_computes_again_and_changes_no_gradient(settings, family):

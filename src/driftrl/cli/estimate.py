@@ -100,7 +100,7 @@ def _work(plan: Plan, called: Calls) -> dict[str, str]:
     """What each phase does, in words."""
     update = f"{plan.pairs * plan.epochs} pairs: {called.update} forward and backward"
     if called.reference:
-        update += f", {called.reference} by the reference"
+        update += f", {called.reference} forward by other policies"
     if called.rescoring:
         update += f", {called.rescoring} scored again"
     if plan.taught:

@@ -117,7 +117,12 @@ def _allowed(field: dict[str, Any]) -> str:
     )
     if kind is not None:
         return kind + (f" of {_allowed(field['items'])}" if "enum" in field.get("items", {}) else "")
-    names = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most"}
+    names = {
+        "minimum": "at least",
+        "exclusiveMinimum": "above",
+        "maximum": "at most",
+        "exclusiveMaximum": "below",
+    }
     bounds = " and ".join(f"{words} {field[name]}" for name, words in names.items() if name in field)
     return " ".join(
         part for part in ("whole number" if field.get("type") == "integer" else "number", bounds) if part

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from driftrl.checks import InputError, one_of
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
-from driftrl.transitions.flow_sde import cps_transition, flow_sde_transition
+from driftrl.transitions.flow_sde import cps_transition, flow_noised, flow_sde_transition
 from driftrl.types import Conditioning, Transition
 
 SHARPEST = 0.01
@@ -95,6 +95,10 @@ class FlowPolicy(PipelinePolicy):
         move = FLOW_SAMPLERS[self.sampler.flow_sampler]
         now, after = self.times[steps], self.times[steps + 1]
         return Transition(*move(velocity, latents.float(), now, after, self.sampler.noise_level))
+
+    def noised(self, x0: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        """Clean latents [n, C, H, W] with as much of ``noise`` as there is at step numbers [n]."""
+        return flow_noised(x0, noise, self.times[steps])
 
 
 class StableDiffusion3Policy(FlowPolicy):

@@ -165,6 +165,10 @@ class PipelinePolicy:
         """The policy at latents [n, C, H, W], step numbers [n] and n rows of conditioning."""
         raise NotImplementedError
 
+    def noised(self, x0: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        """Clean latents [n, C, H, W] with as much of ``noise`` as there is at step numbers [n]."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], at_once: int | None = None) -> Conditioning:
         """Embed prompts, and the empty one; the text encoders are on the device only meanwhile.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from driftrl.checks import InputError
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
-from driftrl.transitions.ddim import PREDICTION_TYPES, ddim_tables, ddim_transition
+from driftrl.transitions.ddim import PREDICTION_TYPES, ddim_noised, ddim_tables, ddim_transition
 from driftrl.types import Conditioning, Transition
 
 
@@ -87,6 +87,10 @@ class StableDiffusionPolicy(PipelinePolicy):
                 output, latents.float(), alpha, alpha_prev, self.sampler.eta, self.prediction_type
             )
         )
+
+    def noised(self, x0: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        """Clean latents [n, C, H, W] with as much of ``noise`` as there is at step numbers [n]."""
+        return ddim_noised(x0, noise, self.tables.alpha[steps])
 
 
 class StableDiffusionXLPolicy(StableDiffusionPolicy):

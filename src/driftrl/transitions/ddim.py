@@ -170,6 +170,27 @@ def ddim_transition(
     return mean, per_sample(variance.sqrt()), x0
 
 
+def ddim_noised(x0: Tensor, noise: Tensor, alpha_t: Tensor) -> Tensor:
+    """The noised latent ``x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise`` of the forward process.
+
+    Args:
+        x0: [N, ...], clean.
+        noise: the shape of ``x0``, standard normal.
+        alpha_t: [N], from ``DDIMTables.alpha``.
+
+    Returns:
+        The shape and dtype of ``x0``.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.transitions.ddim import ddim_noised
+        >>> ddim_noised(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([0.25]))
+        tensor([[0.5000, 0.5000]])
+    """
+    alpha = alpha_t.view(-1, *[1] * (x0.dim() - 1))
+    return (alpha.sqrt().to(x0.dtype) * x0) + (1 - alpha).sqrt().to(x0.dtype) * noise
+
+
 def _variance(alpha: Tensor, alpha_prev: Tensor) -> Tensor:
     """sigma_t^2 of eq. 16 at eta = 1; clamped, for schedules whose neighbouring entries are equal."""
     return ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).clamp(min=0)

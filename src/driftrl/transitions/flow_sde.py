@@ -120,6 +120,27 @@ def cps_transition(
     return mean, per_sample(after * math.sin(angle)), x0
 
 
+def flow_noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The noised latent ``x_t = (1 - t) x_0 + t noise`` of the flow.
+
+    Args:
+        x0: [N, ...], clean.
+        noise: the shape of ``x0``, standard normal.
+        t: [N], in 0..1.
+
+    Returns:
+        The shape and dtype of ``x0``.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.transitions.flow_sde import flow_noised
+        >>> flow_noised(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([0.25]))
+        tensor([[0.7500, 0.7500]])
+    """
+    share = t.to(x0.dtype).view(-1, *[1] * (x0.dim() - 1))
+    return (1 - share) * x0 + share * noise
+
+
 def _times(velocity: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
     """Check shapes; return both times in float64 (float32 on MPS) and the dtype of the result."""
     if x_t.dim() < 1 or velocity.shape != x_t.shape:

@@ -1,0 +1,151 @@
+"""What an update adds up over (sample, step) pairs: the loss of each, and what to watch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from driftrl import noise
+from driftrl.objectives.clipped_surrogate import clipped_surrogate
+from driftrl.objectives.negative_aware import NegativeAware, negative_aware
+from driftrl.rollout import PromptNoise, score_step
+from driftrl.transitions import gaussian
+from driftrl.types import Conditioning, Policy, Rollout, Transition
+
+
+class Term(NamedTuple):
+    """Of n pairs."""
+
+    loss: Tensor
+    """[n], with gradient."""
+    move: Transition
+    """The policy's, with gradient: what a divergence is taken of."""
+    approx_kl: Tensor
+    """Scalar, as the next two: how far the policy is from the one that drew."""
+    clip_fraction: Tensor
+    deviation: Tensor
+    """Largest |ratio - 1|."""
+
+
+class Asked:
+    """The policy, asked at latents under the prompts, and the noise on them, that a rollout's samples were drawn with."""
+
+    def __init__(
+        self, policy: Policy, rollout: Rollout, conditioning: Conditioning, prompt_noise: PromptNoise
+    ) -> None:
+        prompts, group = rollout.log_probs.shape[:2]
+        self._policy, self._conditioning, self._spec = policy, conditioning, prompt_noise
+        self._eps = None if rollout.prompt_noise is None else rollout.prompt_noise.flatten(0, 1)
+        self._prompt_of = torch.arange(prompts, device=rollout.log_probs.device).repeat_interleave(
+            group, output_size=prompts * group
+        )
+
+    def __call__(self, latents: Tensor, sample: Tensor, step: Tensor) -> Transition:
+        """At latents [n, C, H, W] of the samples and steps [n]."""
+        eps = None if self._eps is None else self._eps[sample]
+        rows = self._conditioning.rows(self._prompt_of[sample])
+        return score_step(self._policy, latents, step, rows, eps, self._spec)
+
+
+class Terms(Protocol):
+    """How an update asks for the loss of pairs."""
+
+    def begin(self, sample: Tensor, step: Tensor, epoch: int) -> None:
+        """Told of all pairs of an optimiser step, which are then asked for in this order, a few at a time."""
+        ...
+
+    def latents(self, sample: Tensor, step: Tensor) -> Tensor:
+        """Where the policy is asked: [n, C, H, W]."""
+        ...
+
+    def __call__(self, latents: Tensor, sample: Tensor, step: Tensor, before: Tensor) -> Term:
+        """The loss there; ``before`` [P * G, T] are log-probabilities of the policy that drew."""
+        ...
+
+
+class Surrogate:
+    """The clipped surrogate of transitions that are replayed (design 2.5)."""
+
+    def __init__(self, asked: Asked, rollout: Rollout, advantages: Tensor, clip_range: float) -> None:
+        """Of samples P x G with advantages [P * G, T]."""
+        self._asked, self._advantages, self._clip_range = asked, advantages, clip_range
+        self._path = rollout.latents.flatten(0, 1)
+
+    def begin(self, sample: Tensor, step: Tensor, epoch: int) -> None:
+        """Nothing to do."""
+
+    def latents(self, sample: Tensor, step: Tensor) -> Tensor:
+        """Those that the rollout stored."""
+        return self._path[sample, step]
+
+    def log_prob(self, latents: Tensor, sample: Tensor, step: Tensor) -> tuple[Transition, Tensor]:
+        """The kernel of rollout, and the score [n] of what the rollout drew from it."""
+        move = self._asked(latents, sample, step)
+        return move, gaussian.log_prob(self._path[sample, step + 1], move.mean, move.std)
+
+    def __call__(self, latents: Tensor, sample: Tensor, step: Tensor, before: Tensor) -> Term:
+        """Replay of the pairs."""
+        move, log_prob = self.log_prob(latents, sample, step)
+        old = before[sample, step]
+        surrogate = clipped_surrogate(log_prob, old, self._advantages[sample, step], self._clip_range)
+        with torch.no_grad():
+            deviation = ((log_prob - old).exp() - 1).abs().max()
+        return Term(surrogate.loss, move, surrogate.approx_kl, surrogate.clip_fraction, deviation)
+
+
+class Contrast:
+    """The negative-aware loss: images that were drawn are noised again, and the policy predicts them from there."""
+
+    def __init__(
+        self,
+        asked: Asked,
+        rollout: Rollout,
+        advantages: Tensor,
+        settings: NegativeAware,
+        noised: Callable[[Tensor, Tensor, Tensor], Tensor],
+        drawer: Callable[[], AbstractContextManager[None]],
+        key: tuple[int, int],
+        first: int,
+    ) -> None:
+        """Of samples P x G with advantages [P * G, T].
+
+        ``noised`` is the policy's; ``drawer`` gives a context within which the policy is the one that drew; ``key`` is
+        (seed, iteration), and ``first`` the number, among those of all processes, of the first sample.
+        """
+        self._asked, self._advantages, self._settings = asked, advantages, settings
+        self._noised, self._drawer, self._key, self._first = noised, drawer, key, first
+        self._clean = rollout.latents[:, :, -1].flatten(0, 1)
+        self._ahead: list[tuple[int, int, int, int]] = []
+
+    def begin(self, sample: Tensor, step: Tensor, epoch: int) -> None:
+        """The keys of their noise, so that the host asks the device only here."""
+        seed, iteration = self._key[0], self._key[1] + epoch * 2**32
+        pairs = torch.stack([self._first + sample, step], 1).tolist()
+        self._ahead = [(seed, iteration, i, t) for i, t in pairs]
+
+    def latents(self, sample: Tensor, step: Tensor) -> Tensor:
+        """The clean latents, noised to the step by noise of each pair's own, another in each epoch."""
+        keys, self._ahead = self._ahead[: len(sample)], self._ahead[len(sample) :]
+        draws = [noise.generator(*key, "forward") for key in keys]
+        clean = self._clean[sample]
+        return self._noised(clean, noise.placed(noise.normal(draws, clean.shape[1:]), clean.device), step)
+
+    def __call__(self, latents: Tensor, sample: Tensor, step: Tensor, before: Tensor) -> Term:
+        """What the policy predicts there, and the one that drew."""
+        with (
+            torch.no_grad(),
+            self._drawer(),
+        ):  # first, for the policy's gradient wants its own weights in place
+            old = self._asked(latents, sample, step).x0
+        move = self._asked(latents, sample, step)
+        loss = negative_aware(
+            move.x0, old, self._clean[sample], self._advantages[sample, step],
+            self._settings.beta, self._settings.bound,
+        )  # fmt: skip
+        with torch.no_grad():
+            drift = 0.5 * (move.x0 - old).square().mean()
+        return Term(loss, move, drift, torch.zeros_like(drift), torch.zeros_like(drift))
