@@ -104,6 +104,15 @@ def test_one_iteration(method, tmp_path, name):
             [],
         ),
         ("entropy", ["shaping.ratio=0.0"], "grpo", []),
+        (
+            "mixgrpo",
+            ["sampling.window=null", "sampling.window_every=null", "objective.timesteps=0.4"],
+            "grpo",
+            [],
+        ),
+        ("mixgrpo", ["sampling.window_every=null"], "grpo", ["objective.timesteps=1.0"]),  # the three with noise
+        ("nft", ["objective.loss=clipped_surrogate"], "grpo", []),
+        ("nft-shaped", ["shaping.ratio=0.0"], "nft", []),
         ("drift", ["selection.strategy=random", "prompt_noise.eta=0.0", "shaping.ratio=0.0"], "grpo", []),
         ("drift-no-shaping", ["selection.strategy=random", "prompt_noise.eta=0.0"], "grpo", []),
         ("drift-no-selection", ["selection.strategy=nearest_neighbor"], "drift", []),

@@ -204,6 +204,7 @@ class FlagPolicy:
         """Put a LoRA of ``rank`` on every layer of a copy of ``model``."""
         times = torch.arange(steps).flip(0) * (TRAINED_TIMESTEPS // steps) + TRAINED_TIMESTEPS // steps - 1
         self.tables = ddim_tables(alphas_cumprod(), times, 1.0, 1.0, "v_prediction")
+        self.window = torch.ones_like(self.tables.scored)
         self.network = Denoiser()
         self.network.load_state_dict(model.state_dict())
         self.network.requires_grad_(False)
@@ -218,19 +219,27 @@ class FlagPolicy:
     @property
     def scored(self) -> Tensor:
         """bool [T]."""
-        return self.tables.scored
+        return self.tables.scored & self.window
+
+    def add_noise_in(self, steps: range) -> None:
+        """Only in these."""
+        self.window = torch.zeros_like(self.tables.scored)
+        self.window[steps.start : steps.stop] = True
 
     def encode(self, prompts: Sequence[str], at_once: int | None = None) -> Conditioning:
         """Embeddings [P, 1, 16]."""
         return Conditioning(embeddings()[numbers(prompts)], torch.zeros(1, 1, WIDTH), {})
 
     def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Transition:
-        """DDIM with eta = 1."""
+        """DDIM with eta = 1, or 0 outside of the window."""
         said = self.network(latents.flatten(1), self.timesteps[steps], conditioning.embeds[:, 0])
         alpha, before = self.tables.alpha[steps], self.tables.alpha_prev[steps]
-        return Transition(
-            *ddim_transition(said.view_as(latents), latents, alpha, before, 1.0, "v_prediction")
+        noisy, still = (
+            Transition(*ddim_transition(said.view_as(latents), latents, alpha, before, eta, "v_prediction"))
+            for eta in (1.0, 0.0)
         )
+        on = self.window[steps].view(-1, 1, 1, 1)
+        return Transition(torch.where(on, noisy.mean, still.mean), noisy.std * on, noisy.x0)
 
     def activations(self, images: Tensor) -> Tensor:
         """What the base model's middle layer says of pictures, lightly noised and of no country: [N, hidden]."""

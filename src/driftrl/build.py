@@ -38,7 +38,7 @@ from driftrl.prompts import load_prompts
 from driftrl.rewards.guarded import GuardedReward
 from driftrl.rewards.several import SeveralRewards
 from driftrl.rewards.tower import CLIPTower
-from driftrl.rollout import PromptNoise
+from driftrl.rollout import PromptNoise, Window
 from driftrl.shaping import Shaping
 from driftrl.trainer import Method, TrainingLoop
 from driftrl.types import Encoder, Policy, Reward
@@ -600,6 +600,11 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
             f"sampling: none of the {len(policy.scored)} denoising steps has noise, so there is nothing to learn from; "
             "expected more sampling.steps, and sampling.eta or sampling.noise_level above 0"
         )
+    if (window := config.sampling.window or 0) > (most := int(policy.scored.sum())):
+        raise InputError(
+            f"sampling.window: expected at most {most}, the denoising steps with noise; got {window}; raise sampling.steps "
+            "or lower it"
+        )
     _, usual = usual_sampling(policy.pipeline)
     unguided = policy.branches == 1 and config.sampling.guidance_scale <= 1.0 < usual
     if config.model.path != "tiny-animals" and unguided:
@@ -653,6 +658,7 @@ def method_of(config: TrainConfig) -> Method:
         Shaping(**config.shaping.model_dump(exclude={"encoder"})),
         Anchor(config.objective.kl_share, config.objective.reference_kl, config.objective.reference_every),
         parts_of(config.reward),
+        Window(window, config.sampling.window_every) if (window := config.sampling.window) else None,
     )
 
 

@@ -125,6 +125,12 @@ class SamplingConfig(Section):
     """How flow models (SD3, FLUX, SANA, Qwen-Image, Z-Image) are made stochastic: Flow-GRPO's SDE, or coefficients-preserving sampling."""
     noise_level: float = Field(0.7, ge=0)
     """How much noise the flow sampler adds; diffusion models have eta instead."""
+    window: Positive | None = None
+    """Add noise in so many denoising steps in training, one after the other, and learn from these; the others are those of the
+    deterministic sampler (MixGRPO). Null: in all. What is drawn after training has noise in all."""
+    window_every: Positive | None = None
+    """Iterations after which the window moves on by one step, from the noisiest to the last with noise and over again; null
+    leaves it at the noisiest."""
     height: Positive | None = None
     """Pixels; null is the size that the model was made for."""
     width: Positive | None = None
@@ -137,6 +143,14 @@ class SamplingConfig(Section):
     overlap_reward: Literal["auto"] | bool = "auto"
     """Score each finished batch while the next one is denoised, in place of all images at the end. 'auto': for reward
     servers and beside a GPU, not where reward and model share a CPU's cores."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SamplingConfig:
+        if self.window_every is not None and self.window is None:
+            raise ValueError(
+                "sampling.window_every: there is no window to move; give sampling.window, such as 3"
+            )
+        return self
 
 
 class RewardPart(Section):

@@ -28,6 +28,26 @@ NO_NOISE = PromptNoise()
 
 
 @dataclass(frozen=True)
+class Window:
+    """The denoising steps that have noise in training, where not all have (MixGRPO, arXiv 2507.21802)."""
+
+    size: int
+    every: int | None = None
+    """Iterations after which it moves on by a step, and from the end back to the start; None leaves it at the start."""
+
+    def at(self, iteration: int, steps: int) -> range:
+        """Those of an iteration, counted from 0, among the first ``steps``, which have a density.
+
+        Example:
+            >>> from driftrl.rollout import Window
+            >>> [Window(2, every=5).at(i, 4) for i in (0, 5, 10, 15)]
+            [range(0, 2), range(1, 3), range(2, 4), range(0, 2)]
+        """
+        start = 0 if self.every is None else iteration // self.every % (steps - self.size + 1)
+        return range(start, start + self.size)
+
+
+@dataclass(frozen=True)
 class Lesson:
     """Gradients to take while the candidates are drawn."""
 

@@ -30,7 +30,7 @@ from driftrl.memory import Memory
 from driftrl.mixture import Part, columns, mixed
 from driftrl.noise import generator
 from driftrl.objectives.gate import Anchor, gate, reward_disagreement
-from driftrl.rollout import PromptNoise, rollout
+from driftrl.rollout import PromptNoise, Window, rollout
 from driftrl.scoring import Scoring
 from driftrl.selection import select
 from driftrl.shaping import (
@@ -59,6 +59,8 @@ class Method:
     anchor: Anchor
     rewards: tuple[Part, ...] = ()
     """How several rewards become one; empty where there is only one."""
+    window: Window | None = None
+    """The steps that have noise; None for all."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,9 @@ class TrainingLoop:
             optimizer,
             checkpoints,
         )
+        self._noisy = int(policy.scored.sum())
+        if method.window is not None:
+            policy.add_noise_in(method.window.at(0, self._noisy))
         self.seed, self.prompts_per_iteration = seed, prompts_per_iteration
         self.overlap_reward, self.in_one_pass = overlap_reward, in_one_pass
         # Processes that hold parts of the weights call the network equally often, so none may try again on its own.
@@ -352,6 +357,8 @@ class TrainingLoop:
         noise, count = self.method.prompt_noise, self.method.candidates
         stepwise = self.method.shaping.potential == "stepwise"
         batch, lesson = self.rollout_batch, None
+        if self.method.window is not None:
+            self.policy.add_noise_in(self.method.window.at(number, self._noisy))
         if self.in_one_pass:
             samples = self.prompts_per_iteration * self.method.keep
             batch, lesson = self.update_batch, one_pass.lesson(self.policy.scored, self.objective, samples)

@@ -81,9 +81,7 @@ class FlowPolicy(PipelinePolicy):
         """float [T]: the training timestep of each denoising step."""
         return self.times[:-1] * self.num_train_timesteps
 
-    @property
-    def scored(self) -> Tensor:
-        """bool [T]: which steps have a density."""
+    def _with_density(self) -> Tensor:
         return self._scored
 
     def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
@@ -92,9 +90,13 @@ class FlowPolicy(PipelinePolicy):
     def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Transition:
         """The policy at latents [n, C, H, W], step numbers [n] and n rows of conditioning."""
         velocity = self._guided(self._run, latents, self.timesteps[steps], conditioning, self._scale())
-        move = FLOW_SAMPLERS[self.sampler.flow_sampler]
+        sampler = FLOW_SAMPLERS[self.sampler.flow_sampler]
         now, after = self.times[steps], self.times[steps + 1]
-        return Transition(*move(velocity, latents.float(), now, after, self.sampler.noise_level))
+
+        def move(noise_level: float) -> Transition:
+            return Transition(*sampler(velocity, latents.float(), now, after, noise_level))
+
+        return self._moved(move, self.sampler.noise_level, steps)
 
     def noised(self, x0: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """Clean latents [n, C, H, W] with as much of ``noise`` as there is at step numbers [n]."""

@@ -89,6 +89,7 @@ class PipelinePolicy:
         self.compiled = False
         """Whether the network's blocks go through torch.compile."""
         self._shape = self._latent_shape()
+        self._window: Tensor | None = None
 
     def _latent_shape(self) -> tuple[int, int, int]:
         """Shape [C, H, W] of one latent."""
@@ -156,7 +157,25 @@ class PipelinePolicy:
     @property
     def scored(self) -> Tensor:
         """bool [T]: which steps have a density."""
+        scored = self._with_density()
+        return scored if self._window is None else scored & self._window
+
+    def _with_density(self) -> Tensor:
+        """bool [T]: which steps have one where noise is added in all."""
         raise NotImplementedError
+
+    def add_noise_in(self, steps: range) -> None:
+        """From now on add noise in these denoising steps only; the others are those of the deterministic sampler."""
+        self._window = torch.zeros_like(self._with_density())
+        self._window[steps.start : steps.stop] = True
+
+    def _moved(self, move: Callable[[float], Transition], noise: float, steps: Tensor) -> Transition:
+        """What ``move`` makes of the noise that the sampler adds, or of none where the window says so."""
+        noisy = move(noise)
+        if self._window is None:
+            return noisy
+        still, on = move(0.0), self._window[steps].view(-1, 1, 1, 1)
+        return Transition(torch.where(on, noisy.mean, still.mean), noisy.std * on, noisy.x0)
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         raise NotImplementedError

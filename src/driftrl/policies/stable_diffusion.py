@@ -64,9 +64,7 @@ class StableDiffusionPolicy(PipelinePolicy):
         """[T]: the training timestep of each denoising step."""
         return self.tables.timesteps
 
-    @property
-    def scored(self) -> Tensor:
-        """bool [T]: which steps have a density."""
+    def _with_density(self) -> Tensor:
         return self.tables.scored
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -82,11 +80,13 @@ class StableDiffusionPolicy(PipelinePolicy):
         timesteps = self.tables.timesteps[steps]
         output = self._guided(self._run, latents, timesteps, conditioning, self._scale())
         alpha, alpha_prev = self.tables.alpha[steps], self.tables.alpha_prev[steps]
-        return Transition(
-            *ddim_transition(
-                output, latents.float(), alpha, alpha_prev, self.sampler.eta, self.prediction_type
+
+        def move(eta: float) -> Transition:
+            return Transition(
+                *ddim_transition(output, latents.float(), alpha, alpha_prev, eta, self.prediction_type)
             )
-        )
+
+        return self._moved(move, self.sampler.eta, steps)
 
     def noised(self, x0: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """Clean latents [n, C, H, W] with as much of ``noise`` as there is at step numbers [n]."""

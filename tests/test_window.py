@@ -1,0 +1,104 @@
+"""Noise in a window of denoising steps: what is in it, what is outside, and how it moves."""
+
+import functools
+
+import families
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from driftrl import Trainer
+from driftrl.build import build_loop, build_policy
+from driftrl.checks import InputError
+from driftrl.rollout import NO_NOISE, Window, rollout, score_step
+
+KEYS = [(0, 3, 0), (0, 3, 1)]
+
+
+@pytest.fixture
+def made(config, epsilon_folder, tmp_path):
+    """A policy of a family."""
+
+    def policy(family, **changes):
+        folder = epsilon_folder if family == "sd" else families.make_sd3(tmp_path / "sd3")
+        return build_policy(
+            config(
+                model__path=str(folder), sampling__height=16, sampling__width=16, sampling__steps=5, **changes
+            )
+        )
+
+    return policy
+
+
+STILL = {"sd": {"sampling__eta": 0.0}, "sd3": {"sampling__noise_level": 0.0}}
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+@torch.no_grad()
+def test_outside_it_steps_are_deterministic_and_inside_as_ever(made, family):
+    policy, noisy = made(family), made(family)
+    still = made(family, **({"objective__loss": "nft"} | STILL[family]))
+    policy.add_noise_in(range(1, 3))
+    conditioning = policy.encode(["a cat", "a dog"])
+    latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    for step in range(5):
+        found, as_ever, plain = (
+            score_step(p, latents, torch.full((2,), step), conditioning, None, NO_NOISE)
+            for p in (policy, noisy, still)
+        )
+        for part, wanted in zip(found, as_ever if step in (1, 2) else plain, strict=True):
+            assert torch.equal(part, wanted)
+        assert bool((found.std > 0).all()) == (step in (1, 2))
+    assert policy.scored.tolist() == [False, True, True, False, False]
+    # Rows of a batch may be at different steps.
+    steps = torch.tensor([0, 1])
+    mixed = score_step(policy, latents, steps, conditioning, None, NO_NOISE)
+    assert (mixed.std.flatten() > 0).tolist() == [False, True]
+
+
+def test_what_comes_after_it_is_decided(made):
+    """From where the window ends, the deterministic sampler draws the same image."""
+    policy, still = made("sd"), made("sd", **({"objective__loss": "nft"} | STILL["sd"]))
+    policy.add_noise_in(range(2))
+    conditioning = policy.encode(["a cat", "a dog"])
+    drawn = rollout(policy, conditioning, KEYS, 3, 4)
+    x, rows = drawn.latents[:, :, 2].flatten(0, 1), conditioning.rows(torch.tensor([0, 0, 0, 1, 1, 1]))
+    with torch.no_grad():
+        for step in range(2, 5):
+            x = still.transition(x, torch.full((6,), step), rows).mean
+    torch.testing.assert_close(drawn.latents[:, :, -1].flatten(0, 1), x)
+    assert (drawn.log_probs != 0).sum(-1).unique().tolist() == [2]
+
+
+def test_it_moves_on_and_comes_back():
+    moving = Window(2, every=3)
+    starts = [moving.at(i, 5).start for i in range(15)]
+    assert starts == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [0] * 3
+    assert {Window(3).at(i, 5) for i in range(9)} == {range(3)}
+    assert Window(4, every=1).at(7, 4) == range(4)
+
+
+def test_a_run_moves_it_and_resumes_where_it_is(config, tmp_path):
+    """Also where all of a run's iterations but the last were in another process."""
+    changes = {"sampling__window": 1, "sampling__window_every": 1, "objective__timesteps": 1.0}
+    loop = build_loop(config(**changes), tmp_path / "loop")
+    seen = []
+    for _ in range(4):
+        loop.iterate()
+        seen.append(loop.policy.scored.nonzero().flatten().tolist())
+    assert seen == [[0], [1], [2], [0]]
+    whole = Trainer(config(**changes, iterations=4), tmp_path / "whole").run()
+    for stop in (1, 3, 4):
+        parts = Trainer(config(**changes, iterations=stop), tmp_path / "parts", resume=stop > 1).run()
+    a, b = (load_file(run / "checkpoints/000004/training.safetensors") for run in (whole, parts))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+
+
+def test_a_window_that_cannot_be(config, tmp_path):
+    with pytest.raises(
+        InputError, match=r"sampling\.window: expected at most 3, the denoising steps with noise; got 4"
+    ):
+        build_loop(config(sampling__window=4), tmp_path)
+    with pytest.raises(InputError, match=r"sampling\.window_every: there is no window to move"):
+        config(sampling__window_every=4)
