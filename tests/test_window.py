@@ -18,14 +18,14 @@ KEYS = [(0, 3, 0), (0, 3, 1)]
 @pytest.fixture
 def made(config, epsilon_folder, tmp_path):
     """A policy of a family."""
+    folders = {
+        "sd": lambda: epsilon_folder,
+        "sd3": functools.cache(lambda: families.make_sd3(tmp_path / "sd3")),
+    }
 
     def policy(family, **changes):
-        folder = epsilon_folder if family == "sd" else families.make_sd3(tmp_path / "sd3")
-        return build_policy(
-            config(
-                model__path=str(folder), sampling__height=16, sampling__width=16, sampling__steps=5, **changes
-            )
-        )
+        size = {"sampling__height": 16, "sampling__width": 16, "sampling__steps": 5}
+        return build_policy(config(model__path=str(folders[family]()), **(size | changes)))
 
     return policy
 
