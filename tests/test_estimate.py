@@ -33,6 +33,9 @@ CHANGES = [
     {"model__dtype": "bfloat16", "optimizer__batch_size": 7, "optimizer__epochs": 2},
     {"optimizer__updates": 1, "optimizer__batch_size": 7, "objective__timesteps": 1.0},
     {"objective__timesteps": 1.0, "optimizer__updates": 5, "optimizer__batch_size": 3},
+    {"objective__loss": "nft", "objective__timesteps": 1.0},
+    {"objective__loss": "nft", "objective__kl_weight": 0.1, "model__dtype": "bfloat16"},
+    {"sampling__window": 2, "objective__timesteps": 1.0},
 ]
 
 

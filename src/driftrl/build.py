@@ -664,6 +664,10 @@ def method_of(config: TrainConfig) -> Method:
 
 def objective_of(config: TrainConfig, device: torch.device) -> Objective:
     """What the update minimises."""
+    contrast = None
+    if config.objective.loss == "nft":
+        spec = config.objective
+        contrast = NegativeAware(spec.nft_beta, config.advantage.clip, spec.nft_decay, spec.nft_decay_max)
     return Objective(
         config.objective.clip_range,
         config.objective.kl_weight,
@@ -673,18 +677,11 @@ def objective_of(config: TrainConfig, device: torch.device) -> Objective:
         config.optimizer.epochs,
         config.optimizer.batch_size or (48 if device.type == "cpu" else 96),
         config.optimizer.max_grad_norm,
-        rescore=config.model.dtype != "float32" or config.model.compile,
+        rescore=contrast is None and (config.model.dtype != "float32" or config.model.compile),
         loss_scale=2.0**14 if config.model.dtype == "float16" else 1.0,
         divergence=config.objective.divergence,
         kl_schedule=config.objective.kl_schedule,
-        contrast=NegativeAware(
-            config.objective.nft_beta,
-            config.advantage.clip,
-            config.objective.nft_decay,
-            config.objective.nft_decay_max,
-        )
-        if config.objective.loss == "nft"
-        else None,
+        contrast=contrast,
     )
 
 

@@ -195,7 +195,7 @@ class Standing:
     program: int
     """Python and its libraries; 0 on a GPU, whose figures are those of torch's allocator."""
     model: int
-    """Network and autoencoder, and on a CPU the text encoders; LoRA weights included."""
+    """Network and autoencoder, and on a CPU the text encoders; LoRA weights included, and copies that a method keeps of them."""
     instruments: int
     """Reward and encoder, as far as their weights can be found."""
     conditioning: int

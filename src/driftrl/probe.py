@@ -115,6 +115,8 @@ def standing_of(loop: TrainingLoop) -> Standing:
     model = _bytes(parts)
     if on_cpu and isinstance(policy.weights, FullWeights):
         model += gradients_of(loop)  # the weights that training started from wait in main memory
+    # Copies of what is trained: a reference that moves, one that draws.
+    model += (loop.method.anchor.moves + (loop.memory.drawer is not None)) * gradients_of(loop)
     rewards = (loop.reward, *loop.judges, loop.encoder, loop.similarity)
     instruments = [m for r in rewards for m in _modules(r) if m not in parts]
     embeddings = loop.conditioning.held(loop.prompts_per_iteration)
