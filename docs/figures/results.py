@@ -60,7 +60,7 @@ def tables(methods: list[Method]) -> str:
         )
     lines += [
         "",
-        f"| Against {AGAINST} | Measure | Variety gained at equal reward, and as a share | Reward gained at equal variety | Hypervolume |",
+        f"| Against {AGAINST} | Measure | Variety gained at equal reward, and as a share | Reward gained at equal variety, and as a share | Hypervolume |",
         "| --- | --- | --- | --- | --- |",
     ]
     pairs = {(p.metric, p.method): p for p in compare.compare(methods, metrics, AGAINST)}
@@ -71,8 +71,9 @@ def tables(methods: list[Method]) -> str:
             gains = ["", ""]
             if pair is not None:
                 gains = [shown(pair.diversity_gain, sign=True), shown(pair.reward_gain, sign=True)]
-                if pair.diversity_share is not None:
-                    gains[0] += f", {percent(pair.diversity_share.mean)}".replace("\N{MINUS SIGN}", "-")
+                for i, share in enumerate((pair.diversity_share, pair.reward_share)):
+                    if share is not None:
+                        gains[i] += f", {percent(share.mean)}".replace("\N{MINUS SIGN}", "-")
             lines.append(
                 f"| {method.name} | {title} | {gains[0]} | {gains[1]} | {shown(volumes[method.name], 2)} |"
             )

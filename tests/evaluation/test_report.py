@@ -106,10 +106,13 @@ def test_comparison_finds_who_keeps_more(tmp_path):
     # the difference is the mean over the range.
     assert gain.diversity_gain.mean == pytest.approx(0.075, abs=0.005)
     assert gain.diversity_share.mean == pytest.approx(0.075 / 0.5, abs=0.01)  # grpo has 0.6 to 0.4 there
+    # At equal diversity, from 0.6 to 0.55: drift has gained four times as much as grpo there.
+    assert gain.reward_share.mean == pytest.approx(3.0, abs=0.1)
     volumes = comparing.hypervolumes(methods, "diversity")
     assert volumes["drift"].low > volumes["grpo"].high
     page = write_comparison(runs, tmp_path / "out.html").read_text()
     assert "At equal reward drift has more than grpo of: diversity" in page
+    assert "+15%" in page and f"+{gain.reward_share.mean:.0%}" in page
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page)
 
 

@@ -544,7 +544,9 @@ def test_refuses_to_train_without_noise(settings, tmp_path):
         Trainer(settings("sd3", sampling__noise_level=0.0), tmp_path / "run").run()
 
 
-@pytest.mark.filterwarnings("ignore::driftrl.trainer.RewardWarning")  # of JPEG's sizes, which are whole numbers
+@pytest.mark.filterwarnings(
+    "ignore::driftrl.trainer.RewardWarning"
+)  # of JPEG's sizes, which are whole numbers
 def test_without_noise_the_negative_aware_loss_trains(settings, tmp_path):
     config = settings("sd3", sampling__noise_level=0.0, objective__loss="nft", iterations=1)
     (line,) = (Trainer(config, tmp_path / "run").run() / "metrics.jsonl").read_text().splitlines()

@@ -100,6 +100,8 @@ class Comparison:
     """The same as a share of what ``against`` has there."""
     reward_gain: Interval | None
     """At equal diversity; None where no pair of seeds shares a diversity."""
+    reward_share: Interval | None
+    """The same as a share of what ``against`` has gained there over the base model; None too where that is nothing."""
 
 
 def load_methods(paths: Sequence[Path]) -> list[Method]:
@@ -178,6 +180,7 @@ def compare(
             _gain(method, rival, metric, "reward"),
             _gain(method, rival, metric, "reward", relative=True),
             _gain(method, rival, metric, "diversity"),
+            _gain(method, rival, metric, "diversity", relative=True),
         )
         for metric in metrics
         for method in methods
@@ -214,12 +217,16 @@ def differing_settings(methods: Sequence[Method]) -> dict[str, list[Any]]:
 def _gain(
     method: Method, rival: Method, metric: str, axis: str, relative: bool = False, resamples: int = 10_000
 ) -> Interval | None:
-    """Mean over all pairs of seeds, with an interval that resamples the seeds of both methods."""
+    """Mean over all pairs of seeds, with an interval that resamples the seeds of both methods. As a share of the rival's
+    rewards these count from the base model's, for their zero means nothing.
+    """
+    zero = rival.runs[0].curve(metric)[0][0] if relative and axis == "diversity" else 0.0
     gains: Array = np.full((len(method.runs), len(rival.runs)), np.nan)
     for i, a in enumerate(method.runs):
         for j, b in enumerate(rival.runs):
             try:
-                gain = gain_at_equal(a.curve(metric), b.curve(metric), axis)
+                ours, theirs = ([(x - zero, y) for x, y in run.curve(metric)] for run in (a, b))
+                gain = gain_at_equal(ours, theirs, axis)
                 found = gain.relative if relative else gain.absolute
                 gains[i, j] = np.nan if found is None else found
             except InputError:

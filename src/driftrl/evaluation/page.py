@@ -46,6 +46,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["n"] = minus
+    environment.filters["percent"] = percent
     environment.filters["counted"] = counted
     return environment.get_template(template).render(version=__version__, **values)
 
