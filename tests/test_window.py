@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from driftrl import Trainer
 from driftrl.build import build_loop, build_policy
 from driftrl.checks import InputError
+from driftrl.evaluation.generate import open_policy
 from driftrl.rollout import NO_NOISE, Window, rollout, score_step
 
 KEYS = [(0, 3, 0), (0, 3, 1)]
@@ -95,7 +96,31 @@ def test_a_run_moves_it_and_resumes_where_it_is(config, tmp_path):
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
 
 
+def test_what_is_drawn_after_training_has_noise_in_all_steps(config, tmp_path):
+    changes = {"sampling__window": 1, "objective__timesteps": 1.0, "iterations": 1}
+    loop = build_loop(config(**changes), tmp_path / "loop")
+    assert int(loop.policy.scored.sum()) == 1
+    policy, _ = open_policy(Trainer(config(**changes), tmp_path / "run").run())
+    assert int(policy.scored.sum()) == 3
+    loop.policy.add_noise_in(None)
+    assert torch.equal(loop.policy.scored, policy.scored)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"objective__timestep_choice": "random"}, {"objective__kl_weight": 0.1}, {"optimizer__updates": 1, "optimizer__one_pass": True}],
+    ids=["random", "kl", "one pass"],
+)  # fmt: skip
+def test_only_its_steps_are_learned_from(config, tmp_path, changes):
+    loop = build_loop(config(sampling__window=2, objective__timesteps=1.0, **changes), tmp_path)
+    metrics = loop.iterate().metrics
+    assert metrics["policy/pairs"] == 2 * loop.prompts_per_iteration * loop.method.keep
+    assert metrics["policy/ratio_deviation"] <= 1e-6
+
+
 def test_a_window_that_cannot_be(config, tmp_path):
+    with pytest.raises(InputError, match="without noise leave it out"):
+        build_loop(config(objective__loss="nft", sampling__eta=0.0, sampling__window=1), tmp_path)
     with pytest.raises(
         InputError, match=r"sampling\.window: expected at most 3, the denoising steps with noise; got 4"
     ):

@@ -88,6 +88,7 @@ class Bench:
 
     def _draw(self, seed: int, noise: PromptNoise) -> Tensor:
         keys = [(seed, 0, prompt) for prompt in range(len(self.prompts))]
+        self.policy.add_noise_in(None)  # whatever training does
         return rollout(self.policy, self.conditioning, keys, IMAGES, BATCH, noise).images
 
     def measure(self, noise: PromptNoise = NO_NOISE) -> tuple[list[float], Tensor]:

@@ -221,10 +221,11 @@ class FlagPolicy:
         """bool [T]."""
         return self.tables.scored & self.window
 
-    def add_noise_in(self, steps: range) -> None:
-        """Only in these."""
-        self.window = torch.zeros_like(self.tables.scored)
-        self.window[steps.start : steps.stop] = True
+    def add_noise_in(self, steps: range | None) -> None:
+        """Only in these; None: in all."""
+        self.window = torch.full_like(self.tables.scored, steps is None)
+        if steps is not None:
+            self.window[steps.start : steps.stop] = True
 
     def encode(self, prompts: Sequence[str], at_once: int | None = None) -> Conditioning:
         """Embeddings [P, 1, 16]."""

@@ -602,8 +602,8 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
         )
     if (window := config.sampling.window or 0) > (most := int(policy.scored.sum())):
         raise InputError(
-            f"sampling.window: expected at most {most}, the denoising steps with noise; got {window}; raise sampling.steps "
-            "or lower it"
+            f"sampling.window: expected at most {most}, the denoising steps with noise; got {window}; "
+            + ("raise sampling.steps or lower it" if most else "without noise leave it out")
         )
     _, usual = usual_sampling(policy.pipeline)
     unguided = policy.branches == 1 and config.sampling.guidance_scale <= 1.0 < usual

@@ -126,8 +126,9 @@ class SamplingConfig(Section):
     noise_level: float = Field(0.7, ge=0)
     """How much noise the flow sampler adds; diffusion models have eta instead."""
     window: Positive | None = None
-    """Add noise in so many denoising steps in training, one after the other, and learn from these; the others are those of the
-    deterministic sampler (MixGRPO). Null: in all. What is drawn after training has noise in all."""
+    """Add noise in so many denoising steps in training, one after the other; the others are those of the deterministic sampler
+    (MixGRPO). `objective.timesteps` is then a share of these: 1.0 learns from all. Null: in all steps. What is drawn after
+    training has noise in all."""
     window_every: Positive | None = None
     """Iterations after which the window moves on by one step, from the noisiest to the last with noise and over again; null
     leaves it at the noisiest."""
@@ -231,7 +232,7 @@ class AdvantageConfig(Section):
     """What divides: the standard deviation of the kept group, of all candidates of the prompt, of the whole
     batch, or nothing."""
     clip: float = Field(5.0, gt=0)
-    """Bound on the magnitude of an advantage, as DDPO has it."""
+    """Bound on the magnitude of an advantage, as DDPO has it; with objective.loss `nft` what is wholly good."""
     baseline: Literal["group", "running"] = "group"
     """What an image is compared with: the others of its group, or (`running`, DDPO) mean and standard deviation of
     the prompt's last rewards, this iteration's candidates included."""
@@ -279,12 +280,13 @@ class ObjectiveConfig(Section):
     """Of `nft`: how far its two implicit policies stand from the one that drew. 1 makes the positive one the policy itself;
     less makes larger steps."""
     nft_decay: float = Field(1.0, ge=0, le=1)
-    """Of `nft`: the policy that draws keeps min(nft_decay x iteration, nft_decay_max) of itself after each update, and
-    follows the trained one with the rest. 0 draws with the trained one; the paper has 0.001 and 0.5."""
+    """Of `nft`: the policy that draws in training keeps min(nft_decay x iteration, nft_decay_max) of itself after each update,
+    iterations counted from 0, and follows the trained one, which checkpoints hold, with the rest. 0 draws with the trained one; the
+    paper has 0.001 and 0.5."""
     nft_decay_max: float = Field(0.9, ge=0, lt=1)
     """See `nft_decay`. The more it keeps, the steadier, and slower, training is."""
     clip_range: float = Field(1e-4, gt=0)
-    """Of the ratio, for log-probabilities that are means over latent dimensions."""
+    """Of the clipped surrogate's ratio, for log-probabilities that are means over latent dimensions."""
     kl_weight: float = Field(0.0, ge=0)
     """Beta: weight of the divergence from the reference: the base model, unless it moves."""
     divergence: Literal["kl", "wasserstein"] = "kl"
@@ -303,7 +305,8 @@ class ObjectiveConfig(Section):
     reference_every: Positive | None = None
     """The reference moves to the current policy after so many iterations."""
     timesteps: float = Field(0.34, gt=0, le=1)
-    """Share of the scored denoising steps that each sample is trained on."""
+    """Share of the scored denoising steps that each sample is trained on; of all steps with `loss` `nft`, unless `kl_weight` wants
+    those with a density."""
     timestep_choice: Literal["noisiest", "random"] = "noisiest"
     """Which steps: the first ones, which decide what the picture shows, or others for each sample, drawn anew in
     each iteration (docs/log.md has the measurement)."""
@@ -329,7 +332,7 @@ class OptimizerConfig(Section):
     CPU, else 96, and less where memory does not suffice."""
     one_pass: bool | Literal["auto"] = "auto"
     """Take gradients while the candidates are drawn, batch_size at once, in place of replaying them: the same optimiser step,
-    up to rounding, for fewer passes over the network. It needs updates and epochs of 1, a LoRA on linear layers, the noisiest
+    up to rounding, for fewer passes over the network. It needs updates and epochs of 1, the clipped surrogate, a LoRA on linear layers, the noisiest
     steps (or all), and neither objective.kl_weight nor a stepwise potential. 'auto': where that is given and it pays, which it does
     with fewer than 2 candidates for each that is kept (3 in half precision) and 1 GiB of gradients at most."""
 
@@ -481,11 +484,19 @@ class TrainConfig(Section):
                 f"'advantage'; got {shaping.level!r}"
             )
         self._check_shard()
+        self._check_nft()
         if self.sampling.eta == 0 and (self.objective.loss != "nft" or self.objective.kl_weight > 0):
             raise ValueError(
                 "sampling.eta: expected more than 0 to train, for without noise nothing is scored; got 0"
             )
         return self
+
+    def _check_nft(self) -> None:
+        if self.objective.loss == "nft" and self.shaping.potential == "stepwise":
+            raise ValueError(
+                "shaping.potential: 'stepwise' is of the steps that were drawn, and objective.loss 'nft' learns from others; use "
+                "'terminal'"
+            )
 
     def _check_shard(self) -> None:
         if not self.adapter.shard:

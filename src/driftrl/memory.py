@@ -96,6 +96,11 @@ class Memory:
                 )
             history = History(*(found[f"history/{k}"].to(policy.device) for k in History._fields))
         reference, drawer = (_restored_copies(name, found, policy) for name in ("reference", "drawer"))
+        if (drawer is None) != (self.drawer is None):
+            raise InputError(
+                f"the checkpoint has {'a' if drawer else 'no'} copy that draws, and objective.loss asks for "
+                f"{'none' if drawer else 'one'}: it is of another method"
+            )
         return Memory(history, reference, int(found["age"]) if "age" in found else 0, drawer)
 
 
@@ -105,10 +110,14 @@ def _copies(policy: Policy) -> tuple[Tensor, ...]:
 
 def _restored_copies(name: str, found: Mapping[str, Tensor], policy: Policy) -> tuple[Tensor, ...] | None:
     """The parameters that `Memory.tensors` gave under ``name/``, if there are any."""
-    copies = [found[key].to(policy.device) for key in sorted(found) if key.startswith(f"{name}/")]
-    if copies and [c.shape for c in copies] != [p.shape for p in policy.parameters()]:
+    copies = [found[key] for key in sorted(found) if key.startswith(f"{name}/")]
+    if not copies:
+        return None
+    parameters = policy.parameters()
+    if [c.shape for c in copies] != [p.shape for p in parameters]:
         raise InputError(f"the checkpoint's {name} does not fit this model, rank or targets")
-    return tuple(copies) or None
+    # In the memory format of the parameters, on which rounding depends.
+    return tuple(torch.empty_like(p.data).copy_(c) for p, c in zip(parameters, copies, strict=True))
 
 
 @contextmanager

@@ -132,9 +132,7 @@ class TrainingLoop:
             optimizer,
             checkpoints,
         )
-        self._noisy = int(policy.scored.sum())
-        if method.window is not None:
-            policy.add_noise_in(method.window.at(0, self._noisy))
+        self._move_window(0)
         self.seed, self.prompts_per_iteration = seed, prompts_per_iteration
         self.overlap_reward, self.in_one_pass = overlap_reward, in_one_pass
         # Processes that hold parts of the weights call the network equally often, so none may try again on its own.
@@ -158,6 +156,13 @@ class TrainingLoop:
         self.on_sampled: Callable[[int], None] | None = None
         """Called with the number of images finished after each rollout batch."""
         self.conditioning = Embeddings(policy, prompt_set)
+
+    def _move_window(self, number: int) -> None:
+        """To where it is in iteration ``number``, from 0, if there is one."""
+        if self.method.window is not None:
+            self.policy.add_noise_in(None)
+            noisy = int(self.policy.scored.sum())
+            self.policy.add_noise_in(self.method.window.at(number, noisy))
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint."""
@@ -210,7 +215,7 @@ class TrainingLoop:
         except NotFiniteError as error:
             number = self.position.iteration + 1
             warnings.warn(
-                f"iteration {number} was skipped: {error}; the weights were left as they were",
+                f"iteration {number} was skipped: {error}; it went into no weight",
                 NotFiniteWarning,
                 stacklevel=2,
             )
@@ -357,8 +362,7 @@ class TrainingLoop:
         noise, count = self.method.prompt_noise, self.method.candidates
         stepwise = self.method.shaping.potential == "stepwise"
         batch, lesson = self.rollout_batch, None
-        if self.method.window is not None:
-            self.policy.add_noise_in(self.method.window.at(number, self._noisy))
+        self._move_window(number)
         if self.in_one_pass:
             samples = self.prompts_per_iteration * self.method.keep
             batch, lesson = self.update_batch, one_pass.lesson(self.policy.scored, self.objective, samples)

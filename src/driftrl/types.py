@@ -140,8 +140,10 @@ class Policy(Protocol):
         """bool [T]: which steps have a density."""
         ...
 
-    def add_noise_in(self, steps: range) -> None:
-        """From now on add noise in these denoising steps only, and score no others. Asked for only with a window."""
+    def add_noise_in(self, steps: range | None) -> None:
+        """From now on add noise in these denoising steps only, and score no others; None: in all. Asked for only with a
+        window.
+        """
         ...
 
     def encode(self, prompts: Sequence[str], at_once: int | None = None) -> Conditioning:

@@ -175,8 +175,8 @@ def update(
         if objective.contrast
         else replay
     )
-    rescore = objective.rescore and terms is replay
-    scores = _Scores(replay, old, passes, turns, rescore, bool(getattr(policy, "compiled", False)))
+    compiled = bool(getattr(policy, "compiled", False))
+    scores = _Scores(replay, old, passes, turns, objective.rescore, compiled)
 
     def learn(pairs: Pairs, count: int, epoch: int, moved: bool, size: int) -> _Sums:
         """The gradient of one optimiser step, ``size`` pairs at a time."""

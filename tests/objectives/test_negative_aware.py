@@ -63,6 +63,26 @@ def test_without_an_advantage_it_pulls_back_to_the_one_that_drew():
     assert ((away.grad * (away - OLD)).flatten(1).sum(1) > 0).all()  # downhill is homewards
 
 
+def test_on_the_way_to_what_was_drawn_the_pull_is_the_same_and_off_it_there_is_one_back():
+    def gradient(displacement, advantage):
+        prediction = (OLD + displacement).requires_grad_()
+        negative_aware(prediction, OLD, DRAWN, torch.full((4,), advantage).double()).sum().backward()
+        return prediction.grad
+
+    towards, zero = DRAWN - OLD, torch.zeros_like(OLD)
+    for share in (-0.9, -0.4, 0.3, 0.9):
+        torch.testing.assert_close(gradient(share * towards, 0.0), zero)
+        torch.testing.assert_close(gradient(share * towards, 2.0), gradient(zero, 2.0))
+    sideways = normal(*SHAPE, seed=9)
+    flat, line = sideways.flatten(1), towards.flatten(1)
+    sideways = (
+        flat - (flat * line).sum(1, keepdim=True) / line.square().sum(1, keepdim=True) * line
+    ).view_as(OLD)
+    for size in (0.1, 1.0):
+        back = (gradient(size * sideways, 0.0) * sideways).flatten(1).sum(1)
+        assert (back > 0).all()
+
+
 def test_good_images_draw_near_and_bad_ones_push_away():
     for advantage, sign in ((5.0, 1), (-5.0, -1)):
         prediction = OLD.clone().requires_grad_()

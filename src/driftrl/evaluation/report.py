@@ -50,7 +50,7 @@ FIRED = {
     ),
     "warning/skipped": (
         "Iterations whose update was skipped",
-        "A latent, reward, loss or gradient in them was not finite; the weights were left as they were.",
+        "A latent, reward, loss or gradient in them was not finite; it went into no weight.",
     ),
 }
 

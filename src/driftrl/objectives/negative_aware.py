@@ -41,7 +41,8 @@ def negative_aware(
     ``loss = bound / beta (r |x0+ - x0|^2 / w+ + (1 - r) |x0- - x0|^2 / w-)``,
 
     means over latent dimensions, with ``w = mean |x0+- - x0|``, through which no gradient flows. Where the policy is the
-    one that drew, the gradient is that of ``A |x0_hat - x0|^2 / w``; as it moves away, the loss holds it back, also for A = 0.
+    one that drew, the gradient is that of ``A |x0_hat - x0|^2 / w``. Off the line from there through x0, and on it beyond x0 (for
+    beta = 1), the loss holds the policy back, also for A = 0; on the line before, the pull is the same everywhere.
     Velocities and noises are affine in x0 at a given noised latent, so mixing them is mixing x0.
 
     Args:

@@ -164,10 +164,14 @@ class PipelinePolicy:
         """bool [T]: which steps have one where noise is added in all."""
         raise NotImplementedError
 
-    def add_noise_in(self, steps: range) -> None:
-        """From now on add noise in these denoising steps only; the others are those of the deterministic sampler."""
-        self._window = torch.zeros_like(self._with_density())
-        self._window[steps.start : steps.stop] = True
+    def add_noise_in(self, steps: range | None) -> None:
+        """From now on add noise in these denoising steps only, the others being those of the deterministic sampler; None: in
+        all.
+        """
+        self._window = None
+        if steps is not None:
+            self._window = torch.zeros_like(self._with_density())
+            self._window[steps.start : steps.stop] = True
 
     def _moved(self, move: Callable[[float], Transition], noise: float, steps: Tensor) -> Transition:
         """What ``move`` makes of the noise that the sampler adds, or of none where the window says so."""
