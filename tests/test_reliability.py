@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import run_command
-from driftrl import Trainer, checkpoint
+from driftrl import Trainer, checkpoint, terms
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
 from driftrl.config import TrainConfig, dump_config, load_config, parse_config
 from driftrl.files import sha256, write_json
@@ -69,11 +69,9 @@ def test_a_reward_that_is_not_finite_skips_the_iteration(config, tmp_path):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_leaves_the_weights(config, tmp_path, monkeypatch, what):
-    from driftrl import update
-
     trainer = Trainer(config(), tmp_path / "run")
     before = weights(trainer)
-    real = update.clipped_surrogate
+    real = terms.clipped_surrogate
 
     class Break(torch.autograd.Function):
         @staticmethod
@@ -87,7 +85,7 @@ def test_a_loss_or_gradient_that_is_not_finite_leaves_the_weights(config, tmp_pa
     def broken(log_prob, *rest):
         return real(log_prob * torch.nan if what == "loss" else Break.apply(log_prob), *rest)
 
-    monkeypatch.setattr(update, "clipped_surrogate", broken)
+    monkeypatch.setattr(terms, "clipped_surrogate", broken)
     expected = (
         r"the loss is not finite for 'a.*denoising step \d"
         if what == "loss"
