@@ -26,7 +26,7 @@ SEEN = {
 """What was measured on the flags, and where it stands in a point."""
 
 
-SHOWN = ("grpo", "drift", "drift-no-selection", "diversegrpo", "grpo-kl-0.1", "dancegrpo")
+SHOWN = ("grpo", "drift", "drift-no-selection", "diversegrpo", "nft", "nft-shaped")
 """In the figure, which has colours for six."""
 LITTLE = 0.2
 """Reward gained by a rival of which a share means nothing."""
