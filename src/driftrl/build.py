@@ -595,7 +595,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
     reward = build_training_reward(config, towers)
     policy = build_policy(config, sharded=sharded)
     encoder = build_encoder(config.shaping.encoder, policy.device, policy)
-    if (config.objective.loss != "nft" or config.objective.kl_weight > 0) and not bool(policy.scored.any()):
+    if config.objective.asks_for_density and not bool(policy.scored.any()):
         raise InputError(
             f"sampling: none of the {len(policy.scored)} denoising steps has noise, so there is nothing to learn from; "
             "expected more sampling.steps, and sampling.eta or sampling.noise_level above 0"

@@ -311,6 +311,11 @@ class ObjectiveConfig(Section):
     """Which steps: the first ones, which decide what the picture shows, or others for each sample, drawn anew in
     each iteration (docs/log.md has the measurement)."""
 
+    @property
+    def asks_for_density(self) -> bool:
+        """Whether steps without noise cannot be learned from."""
+        return self.loss != "nft" or self.kl_weight > 0
+
 
 class OptimizerConfig(Section):
     """AdamW."""
@@ -485,7 +490,7 @@ class TrainConfig(Section):
             )
         self._check_shard()
         self._check_nft()
-        if self.sampling.eta == 0 and (self.objective.loss != "nft" or self.objective.kl_weight > 0):
+        if self.sampling.eta == 0 and self.objective.asks_for_density:
             raise ValueError(
                 "sampling.eta: expected more than 0 to train, for without noise nothing is scored; got 0"
             )

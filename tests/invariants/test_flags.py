@@ -88,6 +88,18 @@ def test_replay_is_the_policy_that_drew(flags, base, name):
         assert (metrics["loss/kl"] != 0) == (name == "gardo")
 
 
+def test_all_methods_start_from_the_same_base_model(flags, base):
+    """However they draw in training: a window of noise is not what is measured."""
+    _, run = flags
+    starts = {}
+    for name in ("grpo", "mixgrpo", "nft-shaped"):
+        points = list(run.train(base, configured(run, name, 1, 1e-9), 1))
+        starts[name] = [figures for _, figures, _ in points]
+    first, last = starts["grpo"]
+    assert all(found[0] == first for found in starts.values())
+    assert all(found[1] == pytest.approx(last, rel=1e-3) for found in starts.values())
+
+
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_every_plan_can_be_run_on_flags(flags, path):
     _, run = flags
