@@ -156,7 +156,7 @@ MEMORY = {
         "shaping__level": "multiply", "shaping__measure": "nearest", "objective__kl_weight": 0.1,
         "objective__kl_share": 0.3, "objective__reference_every": 3,
     },
-    "nft": {"objective__loss": "nft", "objective__nft_decay": 0.5},
+    "nft": {"objective__loss": "nft", "objective__timestep_choice": "random", "objective__nft_decay": 0.5},
     "stepwise": {"shaping__potential": "stepwise", "objective__timestep_choice": "random", "objective__timesteps": 0.7},
 }  # fmt: skip
 

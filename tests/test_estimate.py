@@ -34,7 +34,12 @@ CHANGES = [
     {"optimizer__updates": 1, "optimizer__batch_size": 7, "objective__timesteps": 1.0},
     {"objective__timesteps": 1.0, "optimizer__updates": 5, "optimizer__batch_size": 3},
     {"objective__loss": "nft", "objective__timesteps": 1.0},
-    {"objective__loss": "nft", "objective__kl_weight": 0.1, "model__dtype": "bfloat16"},
+    {
+        "objective__loss": "nft",
+        "objective__timestep_choice": "random",
+        "objective__kl_weight": 0.1,
+        "model__dtype": "bfloat16",
+    },
     {"sampling__window": 2, "objective__timesteps": 1.0},
 ]
 

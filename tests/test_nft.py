@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from driftrl import Trainer, noise
-from driftrl.build import build_loop, build_policy
+from driftrl.build import StepsWarning, build_loop, build_policy
 from driftrl.checkpoint import MEMORY
 from driftrl.checks import InputError
 from driftrl.memory import Memory
@@ -17,7 +17,7 @@ from driftrl.objectives.negative_aware import NegativeAware, negative_aware
 from driftrl.rollout import PromptNoise, rollout, score_step
 from driftrl.update import Objective, update
 
-NFT = {"objective__loss": "nft", "optimizer__learning_rate": 0.01}
+NFT = {"objective__loss": "nft", "objective__timestep_choice": "random", "optimizer__learning_rate": 0.01}
 LAGGING = NFT | {"objective__nft_decay": 0.2, "objective__nft_decay_max": 0.5}
 SPEC = PromptNoise(0.3)
 
@@ -174,6 +174,12 @@ def test_with_a_divergence_only_steps_with_a_density_are_learned_from(config, tm
     assert pairs[0.0] * int(loop.policy.scored.sum()) == pairs[0.1] * len(loop.policy.timesteps)
 
 
+def test_the_noisiest_steps_alone_are_warned_of(config, tmp_path):
+    with pytest.warns(StepsWarning, match="learns little from the noisiest steps alone"):
+        build_loop(config(objective__loss="nft"), tmp_path)
+    build_loop(config(objective__loss="nft", objective__timesteps=1.0), tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore::driftrl.trainer.RewardWarning")  # JPEG sizes are whole numbers
 def test_it_needs_no_density(config, tmp_path):
     """A sampler without noise draws; with a KL there must be some."""
@@ -184,6 +190,7 @@ def test_it_needs_no_density(config, tmp_path):
             config(**(NFT | {"sampling__eta": 0.0} | changes))
 
 
+@pytest.mark.filterwarnings("ignore::driftrl.trainer.RewardWarning")  # JPEG sizes are whole numbers
 def test_a_divergence_holds_it(config, tmp_path):
     runs = {
         weight: Trainer(
@@ -226,7 +233,7 @@ def brightness(images, prompts):
 def test_learning_happens(config, tmp_path: Path, eta):
     """As with the clipped surrogate, and by a sampler without noise too."""
     settings = config(
-        iterations=25, objective__loss="nft", optimizer__learning_rate=0.03, adapter__rank=4, sampling__eta=eta,
+        **(NFT | {"optimizer__learning_rate": 0.03}), iterations=25, adapter__rank=4, sampling__eta=eta,
         sampling__candidates=8, selection__keep=8, selection__strategy="all", sampling__guidance_scale=1.0,
         logging__checkpoint_every=100, objective__nft_decay_max=0.3,
     )  # fmt: skip

@@ -31,6 +31,7 @@ def made(config, epsilon_folder, tmp_path):
     return policy
 
 
+NFT = {"objective__loss": "nft", "objective__timesteps": 1.0}
 STILL = {"sd": {"sampling__eta": 0.0}, "sd3": {"sampling__noise_level": 0.0}}
 
 
@@ -38,7 +39,7 @@ STILL = {"sd": {"sampling__eta": 0.0}, "sd3": {"sampling__noise_level": 0.0}}
 @torch.no_grad()
 def test_outside_it_steps_are_deterministic_and_inside_as_ever(made, family):
     policy, noisy = made(family), made(family)
-    still = made(family, **({"objective__loss": "nft"} | STILL[family]))
+    still = made(family, **(NFT | STILL[family]))
     policy.add_noise_in(range(1, 3))
     conditioning = policy.encode(["a cat", "a dog"])
     latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -59,7 +60,7 @@ def test_outside_it_steps_are_deterministic_and_inside_as_ever(made, family):
 
 def test_what_comes_after_it_is_decided(made):
     """From where the window ends, the deterministic sampler draws the same image."""
-    policy, still = made("sd"), made("sd", **({"objective__loss": "nft"} | STILL["sd"]))
+    policy, still = made("sd"), made("sd", **(NFT | STILL["sd"]))
     policy.add_noise_in(range(2))
     conditioning = policy.encode(["a cat", "a dog"])
     drawn = rollout(policy, conditioning, KEYS, 3, 4)
@@ -120,7 +121,7 @@ def test_only_its_steps_are_learned_from(config, tmp_path, changes):
 
 def test_a_window_that_cannot_be(config, tmp_path):
     with pytest.raises(InputError, match="without noise leave it out"):
-        build_loop(config(objective__loss="nft", sampling__eta=0.0, sampling__window=1), tmp_path)
+        build_loop(config(**NFT, sampling__eta=0.0, sampling__window=1), tmp_path)
     with pytest.raises(
         InputError, match=r"sampling\.window: expected at most 3, the denoising steps with noise; got 4"
     ):

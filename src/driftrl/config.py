@@ -309,7 +309,7 @@ class ObjectiveConfig(Section):
     those with a density."""
     timestep_choice: Literal["noisiest", "random"] = "noisiest"
     """Which steps: the first ones, which decide what the picture shows, or others for each sample, drawn anew in
-    each iteration (docs/log.md has the measurement)."""
+    each iteration, which is what `nft` wants (docs/log.md has the measurements)."""
 
     @property
     def asks_for_density(self) -> bool:
@@ -492,7 +492,8 @@ class TrainConfig(Section):
         self._check_nft()
         if self.sampling.eta == 0 and self.objective.asks_for_density:
             raise ValueError(
-                "sampling.eta: expected more than 0 to train, for without noise nothing is scored; got 0"
+                "sampling.eta: expected more than 0 to train, for without noise nothing is scored (which objective.loss 'nft' "
+                "with objective.kl_weight 0 does not ask for); got 0"
             )
         return self
 

@@ -548,7 +548,9 @@ def test_refuses_to_train_without_noise(settings, tmp_path):
     "ignore::driftrl.trainer.RewardWarning"
 )  # of JPEG's sizes, which are whole numbers
 def test_without_noise_the_negative_aware_loss_trains(settings, tmp_path):
-    config = settings("sd3", sampling__noise_level=0.0, objective__loss="nft", iterations=1)
+    config = settings(
+        "sd3", sampling__noise_level=0.0, objective__loss="nft", objective__timesteps=1.0, iterations=1
+    )
     (line,) = (Trainer(config, tmp_path / "run").run() / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["policy/grad_norm"] > 0
 
