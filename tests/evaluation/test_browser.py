@@ -138,7 +138,9 @@ def test_sorting_a_comparison(opened, pages):
                 if head in ("method", "measure"):
                     values = [text.lower() for text in shown]
                 else:
-                    values = [number(text.split("(")[0]) for text in shown if re.match("[\u2212+\\d]", text)]
+                    values = [
+                        number(re.split("[(,]", text)[0]) for text in shown if re.match("[\u2212+\\d]", text)
+                    ]
                     assert all(re.match("[\u2212+\\d]", text) for text in shown[: len(values)] if text)
                 assert values == sorted(values, reverse=sort == "descending"), (head, shown)
         told = page.evaluate(f"{this}.closest('section').querySelector('[role=status]').textContent")
