@@ -146,6 +146,7 @@ def test_a_whole_network_resumes_exactly(config, tmp_path):
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"model__dtype": "float16"}, {"model__gradient_checkpointing": True}], ids=str
 )
@@ -228,7 +229,7 @@ def brightness(images, prompts):
     return images.mean((1, 2, 3)) * 10
 
 
-@pytest.mark.parametrize("eta", [1.0, 0.0])
+@pytest.mark.parametrize("eta", [pytest.param(1.0, marks=pytest.mark.slow), 0.0])
 @pytest.mark.filterwarnings("ignore::driftrl.build.GuidanceWarning")
 def test_learning_happens(config, tmp_path: Path, eta):
     """As with the clipped surrogate, and by a sampler without noise too."""
