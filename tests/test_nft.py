@@ -1,6 +1,5 @@
 """Training by the negative-aware loss (DiffusionNFT): what draws, what is learned from, and that it learns."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from driftrl import Trainer, noise
-from driftrl.build import StepsWarning, build_loop, build_policy
+from driftrl.build import build_loop, build_policy
 from driftrl.checkpoint import MEMORY
 from driftrl.checks import InputError
 from driftrl.memory import Memory
@@ -16,6 +15,9 @@ from driftrl.objectives.gate import Anchor
 from driftrl.objectives.negative_aware import NegativeAware, negative_aware
 from driftrl.rollout import PromptNoise, rollout, score_step
 from driftrl.update import Objective, update
+from test_methods import assert_same, shift
+from test_methods import metrics as lines
+from test_training import assert_brighter
 
 NFT = {"objective__loss": "nft", "objective__timestep_choice": "random", "optimizer__learning_rate": 0.01}
 LAGGING = NFT | {"objective__nft_decay": 0.2, "objective__nft_decay_max": 0.5}
@@ -24,17 +26,6 @@ SPEC = PromptNoise(0.3)
 
 def tensors(run, iteration, name="training.safetensors"):
     return load_file(run / f"checkpoints/{iteration:06d}" / name)
-
-
-def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def shift(policy, seed):
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
 
 
 def test_the_loss_is_that_of_drawn_images_noised_anew(config):
@@ -130,7 +121,7 @@ def test_resumed_equals_uninterrupted(config, tmp_path):
         parts = Trainer(config(**LAGGING, iterations=stop), tmp_path / "parts", resume=stop > 1).run()
     for name in ("training.safetensors", MEMORY):
         a, b = (tensors(run, 4, name) for run in (whole, parts))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        assert_same(a, b)
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
 
 
@@ -142,7 +133,7 @@ def test_a_whole_network_resumes_exactly(config, tmp_path):
         parts = Trainer(config(**settings, iterations=stop), tmp_path / "parts", resume=stop > 1).run()
     for name in ("training.safetensors", MEMORY):
         a, b = (tensors(run, 3, name) for run in (whole, parts))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        assert_same(a, b)
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
 
 
@@ -173,12 +164,6 @@ def test_with_a_divergence_only_steps_with_a_density_are_learned_from(config, tm
         loop = build_loop(config(**NFT, objective__kl_weight=weight, objective__timesteps=1.0), tmp_path)
         pairs[weight] = loop.iterate().metrics["policy/pairs"]
     assert pairs[0.0] * int(loop.policy.scored.sum()) == pairs[0.1] * len(loop.policy.timesteps)
-
-
-def test_the_noisiest_steps_alone_are_warned_of(config, tmp_path):
-    with pytest.warns(StepsWarning, match="learns little from the noisiest steps alone"):
-        build_loop(config(objective__loss="nft"), tmp_path)
-    build_loop(config(objective__loss="nft", objective__timesteps=1.0), tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::driftrl.trainer.RewardWarning")  # JPEG sizes are whole numbers
@@ -225,10 +210,6 @@ def test_what_does_not_go_together_is_refused(config, tmp_path):
     assert Memory().after(0.0, Anchor(), policy, 0.5) == Memory()
 
 
-def brightness(images, prompts):
-    return images.mean((1, 2, 3)) * 10
-
-
 @pytest.mark.parametrize("eta", [pytest.param(1.0, marks=pytest.mark.slow), 0.0])
 @pytest.mark.filterwarnings("ignore::driftrl.build.GuidanceWarning")
 def test_learning_happens(config, tmp_path: Path, eta):
@@ -238,9 +219,4 @@ def test_learning_happens(config, tmp_path: Path, eta):
         sampling__candidates=8, selection__keep=8, selection__strategy="all", sampling__guidance_scale=1.0,
         logging__checkpoint_every=100, objective__nft_decay_max=0.3,
     )  # fmt: skip
-    rewards = []
-    loop = build_loop(settings, tmp_path)
-    loop.reward = brightness
-    loop.run(25, lambda iteration: rewards.append(iteration.metrics["reward/mean"]))
-    first, last = torch.tensor(rewards[:5]), torch.tensor(rewards[-5:])
-    assert last.mean() - first.mean() > 4 * (first.std() + last.std()) / 5**0.5
+    assert_brighter(settings, tmp_path)

@@ -103,20 +103,25 @@ def test_the_adapter_loads_into_a_stock_pipeline(config, tmp_path):
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
+def assert_brighter(settings, folder):
+    """The last iterations are brighter than the first by far more than their noise."""
+    rewards = []
+    loop = build_loop(settings, folder)
+    loop.reward = brightness
+    loop.run(settings.iterations, lambda iteration: rewards.append(iteration.metrics["reward/mean"]))
+    first, last = torch.tensor(rewards[:5]), torch.tensor(rewards[-5:])
+    assert last.mean() - first.mean() > 4 * (first.std() + last.std()) / 5**0.5
+
+
 @pytest.mark.filterwarnings("ignore::driftrl.build.GuidanceWarning")
 def test_learning_happens(config, tmp_path):
-    """With an easy reward, the last iterations are better than the first by far more than their noise."""
+    """With an easy reward."""
     settings = config(
         iterations=25, optimizer__learning_rate=0.02, adapter__rank=4,
         selection__strategy="nearest_neighbor", sampling__candidates=12, selection__keep=8,
         sampling__guidance_scale=1.0, logging__checkpoint_every=100,
     )  # fmt: skip
-    rewards = []
-    loop = build_loop(settings, tmp_path)
-    loop.reward = brightness
-    loop.run(25, lambda iteration: rewards.append(iteration.metrics["reward/mean"]))
-    first, last = torch.tensor(rewards[:5]), torch.tensor(rewards[-5:])
-    assert last.mean() - first.mean() > 4 * (first.std() + last.std()) / 5**0.5
+    assert_brighter(settings, tmp_path)
 
 
 def test_constant_rewards_teach_nothing_and_do_not_crash(config, tmp_path):

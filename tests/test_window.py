@@ -12,6 +12,7 @@ from driftrl.build import build_loop, build_policy
 from driftrl.checks import InputError
 from driftrl.evaluation.generate import open_policy
 from driftrl.rollout import NO_NOISE, Window, rollout, score_step
+from test_methods import assert_same
 
 KEYS = [(0, 3, 0), (0, 3, 1)]
 
@@ -93,7 +94,7 @@ def test_a_run_moves_it_and_resumes_where_it_is(config, tmp_path):
     for stop in (1, 3, 4):
         parts = Trainer(config(**changes, iterations=stop), tmp_path / "parts", resume=stop > 1).run()
     a, b = (load_file(run / "checkpoints/000004/training.safetensors") for run in (whole, parts))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert_same(a, b)
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
 
 

@@ -92,10 +92,6 @@ class GuidanceWarning(UserWarning):
     """A model is about to be trained without the guidance that it usually needs."""
 
 
-class StepsWarning(UserWarning):
-    """A loss is about to learn from steps that say little to it."""
-
-
 def usual_sampling(pipeline: Any) -> tuple[int, float]:
     """Steps and guidance scale that people draw with."""
     kind = type(pipeline).__name__
@@ -616,14 +612,6 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
             f"sampling.guidance_scale is {config.sampling.guidance_scale:g}, which is no guidance; models such as "
             f"{config.model.path} usually need about {usual}",
             GuidanceWarning,
-            stacklevel=2,
-        )
-    spec = config.objective
-    if spec.loss == "nft" and spec.timestep_choice == "noisiest" and spec.timesteps < 1:
-        warnings.warn(
-            "objective.loss 'nft' learns little from the noisiest steps alone; objective.timestep_choice 'random' takes others "
-            "for each image",
-            StepsWarning,
             stacklevel=2,
         )
     optimizer = torch.optim.AdamW(

@@ -309,7 +309,7 @@ class ObjectiveConfig(Section):
     those with a density."""
     timestep_choice: Literal["noisiest", "random"] = "noisiest"
     """Which steps: the first ones, which decide what the picture shows, or others for each sample, drawn anew in
-    each iteration, which is what `nft` wants (docs/log.md has the measurements)."""
+    each iteration (docs/log.md has the measurement)."""
 
     @property
     def asks_for_density(self) -> bool:
