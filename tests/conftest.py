@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import string
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -155,19 +156,34 @@ def config(pipeline_folder, encoder_folder):
     return make
 
 
+def driftrl(*arguments, cwd=None):
+    """The command line's exit status, stdout and stderr, in this process: starting another takes seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    return subprocess.CompletedProcess(
+        arguments, _status(arguments, out, err, cwd), out.getvalue(), err.getvalue()
+    )
+
+
 def run_command(*arguments):
     """Exit status and message of the command line, in this process."""
+    out = io.StringIO()
+    return _status(arguments, out, out), out.getvalue()
+
+
+def _status(arguments, out, err, cwd=None):
     from driftrl.cli import main as command_line
 
-    out = io.StringIO()
     before = sys.argv
     sys.argv = ["driftrl", *map(str, arguments)]
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
+        with (
+            warnings.catch_warnings(), contextlib.redirect_stderr(err), contextlib.redirect_stdout(out),
+            contextlib.chdir(cwd or "."),
+        ):  # fmt: skip
             warnings.simplefilter("default")  # as a user has it
             command_line.main()
-        return 0, out.getvalue()
+        return 0
     except SystemExit as end:
-        return end.code or 0, out.getvalue()
+        return end.code or 0
     finally:
         sys.argv = before

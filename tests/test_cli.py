@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import run_command
+from conftest import driftrl, run_command
 from driftrl import __version__
 from driftrl.checks import InputError
 from driftrl.cli.sample import sample
@@ -17,9 +17,10 @@ from driftrl.config import dump_config, flat
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
-def driftrl(*arguments, cwd=None, timeout=120):
+def apart(*arguments):
+    """In a process of its own, as a user starts it."""
     command = [sys.executable, "-m", "driftrl.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_bad_input(settings, tmp_path, override, message):
 
 def test_train_sample_and_refusals(settings, tmp_path):
     run = tmp_path / "run"
-    result = driftrl("train", settings, "--out", run)
+    result = apart("train", settings, "--out", run)
     assert result.returncode == 0, result.stderr
     assert (run / "checkpoints/000001/pytorch_lora_weights.safetensors").is_file()
     before = sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
@@ -83,19 +84,21 @@ def test_train_sample_and_refusals(settings, tmp_path):
     assert changed.returncode == 2
     assert "seed" in changed.stderr
     assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*")) == before
-    more = driftrl("train", "--resume", run, "--set", "iterations=2")
+    more = driftrl("train", "--resume", run, "--set", "iterations=3")
     assert more.returncode == 0, more.stderr
-    assert (run / "checkpoints/000002").is_dir()
-    begun, now = (
+    assert (run / "checkpoints/000003").is_dir()
+    begun, _, now = (
         json.loads(line)["reward/mean"] for line in (run / "metrics.jsonl").read_text().splitlines()
     )
-    assert f"iteration 2/2  reward {now:.3f} ({now - begun:+.3f})" in more.stderr  # since the run's beginning
+    assert f"iteration 3/3  reward {now:.3f} ({now - begun:+.3f})" in more.stderr  # since the run's beginning
+    lines = [line for line in more.stderr.splitlines() if line.startswith("iteration")]
+    assert [bool(re.search(r"  [0-9.]+ (ms|s|min) left$", line)) for line in lines] == [True, False]
     drawn = driftrl("sample", run, "--prompt", "a cat", "-n", 2, "--base", "--out", tmp_path / "grid.png")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "grid.png").stat().st_size > 500
-    (run / "checkpoints/000002/pytorch_lora_weights.safetensors").write_bytes(b"")
+    (run / "checkpoints/000003/pytorch_lora_weights.safetensors").write_bytes(b"")
     drawn = driftrl("sample", run, "--prompt", "a cat", "-n", 1, "--out", tmp_path / "older.png")
-    assert drawn.returncode == 0 and re.match(r"CheckpointWarning: .*000002 is passed over", drawn.stderr)
+    assert drawn.returncode == 0 and re.match(r"CheckpointWarning: .*000003 is passed over", drawn.stderr)
     assert ".py" not in drawn.stderr
 
 
@@ -140,12 +143,12 @@ def test_help_shows_examples(command):
 
 
 def test_help_names_every_command():
-    text = driftrl("--help").stdout
+    text = apart("--help").stdout
     assert all(command in text for command in COMMANDS)
 
 
 def test_version():
-    assert driftrl("--version").stdout == f"driftrl {__version__}\n"
+    assert apart("--version").stdout == f"driftrl {__version__}\n"
 
 
 def refused(*arguments, cwd=None):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from conftest import driftrl
 from driftrl import probe, trainer
 from driftrl.build import build_loop
 from driftrl.checks import RunFailedError
@@ -24,7 +25,6 @@ from driftrl.estimate import (
 )
 from driftrl.rollout import rollout
 from driftrl.scoring import Scoring
-from test_cli import driftrl
 
 CHANGES = [
     {},

@@ -12,7 +12,7 @@ from driftrl import Trainer, hub
 from driftrl.build import _demand_reachable
 from driftrl.checks import InputError
 from driftrl.config import load_config
-from test_cli import driftrl
+from test_cli import apart
 
 PAPER = Path(__file__).parents[1] / "experiments" / "paper"
 NOWHERE = "http://127.0.0.1:9"
@@ -91,7 +91,7 @@ def test_the_command_says_it_once(tmp_path, monkeypatch):
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delitem(os.environ, name, raising=False)
     monkeypatch.setitem(os.environ, "HF_ENDPOINT", NOWHERE)
-    result = driftrl("train", PAPER / "sd15-pickscore.yaml", "--out", tmp_path / "run")
+    result = apart("train", PAPER / "sd15-pickscore.yaml", "--out", tmp_path / "run")
     assert result.returncode == 2
     assert result.stderr.startswith("driftrl: the hub does not answer") and "Retrying" not in result.stderr
 

@@ -35,9 +35,8 @@ def outputs(policy):
     return mean.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()])
 
 
-@pytest.mark.parametrize(
-    "family", ["sd2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sd3", "flux"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd2", "sd3", "flux"])
 def test_numbers_are_those_of_plain_blocks(config, traced, tmp_path, family):
     folder = str(getattr(families, f"make_{family}")(tmp_path / family))
     compiled, plain = (

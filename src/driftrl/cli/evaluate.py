@@ -44,9 +44,13 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
         console=console, disable=quiet or not console.is_terminal,
     )  # fmt: skip
     task = progress.add_task("", total=None)
+    told: set[str] = set()
 
     def watch(label: str, done: int, total: int) -> None:
         progress.update(task, description=label, completed=done, total=total)
+        if not quiet and not console.is_terminal and label not in told:
+            told.add(label)
+            console.print(f"evaluating {label}  {done}/{total} images", highlight=False, markup=False)
 
     def show(message: Warning | str, category: type[Warning], *_: object) -> None:
         console.print(f"[yellow]{category.__name__}:[/] {escape(str(message))}", highlight=False)

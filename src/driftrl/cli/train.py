@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ def train(
     with console.status("loading model, reward and encoder", spinner="dots"):
         from transformers.utils import logging
 
+        from driftrl.cli.estimate import duration
         from driftrl.run import Trainer
         from driftrl.trainer import Iteration
 
@@ -79,14 +81,22 @@ def train(
             for line in done:
                 gain.told(line)
 
+    def wait(number: int) -> str:
+        each = (time.perf_counter() - began) / (number - start)
+        return f"  {duration(each * (parsed.iterations - number))} left" if number < parsed.iterations else ""
+
     def watch(iteration: Iteration) -> None:
         m = iteration.metrics
         told = [f"{title} {gain.told(m)}" for title, gain in gains.items()]
         figures = "  ".join([*told, f"diversity {m['diversity/kept_mean']:.3f}"])
         progress.update(task, completed=iteration.number, figures=figures)
         if not quiet and not console.is_terminal:
-            console.print(f"iteration {iteration.number}/{parsed.iterations}  {figures}", highlight=False)
+            console.print(
+                f"iteration {iteration.number}/{parsed.iterations}  {figures}{wait(iteration.number)}",
+                highlight=False,
+            )
 
+    began = time.perf_counter()
     with _one_line_warnings(console), progress:
         trainer.run(watch)
     if trainer.stopped_by is not None:
