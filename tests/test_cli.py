@@ -219,6 +219,18 @@ def test_a_picture_that_cannot_be_written(tmp_path, pipeline_folder, out):
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
 
 
+def test_what_used_to_end_in_a_traceback(settings, tmp_path, pipeline_folder):
+    long, half = "a" * 300, tmp_path / "half.jsonl"
+    half.write_text('"\\ud800"\n')
+    assert "File name too long" in refused("train", settings, "--out", tmp_path / long)
+    assert "'privateuseone' is not available" in refused(
+        "train", settings, "--set", "model.device=privateuseone"
+    )
+    assert "half of a surrogate pair" in refused("train", settings, "--set", f"prompts.set={half}")
+    infinite = ("-p", "a cat", "--guidance-scale", "inf", "--out", tmp_path / "grid.png")
+    assert "expected a finite number" in refused("sample", pipeline_folder, *infinite)
+
+
 def test_a_prompt_set_into_a_folder_with_every_image(tmp_path, pipeline_folder):
     prompts, out, model = tmp_path / "two.txt", tmp_path / "v1.0", str(pipeline_folder)
     prompts.write_text("a cat\na fox, red\n")

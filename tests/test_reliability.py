@@ -171,6 +171,16 @@ def test_a_reward_that_writes_into_the_images_is_refused():
         )
 
 
+def test_writes_that_pytorch_does_not_count_are_seen_on_a_cpu():
+    def score(images, prompts):
+        pixels = images.numpy()
+        pixels *= 255
+        return images.mean((1, 2, 3))
+
+    with pytest.raises(InputError, match="changed the images that it was given"):
+        GuardedReward(score)(torch.ones(1, 3, 2, 2), ["a cat"])
+
+
 def test_a_reward_that_hangs_is_given_up():
     slow = GuardedReward(lambda images, prompts: time.sleep(30), attempts=1, timeout=0.05)
     start = time.monotonic()

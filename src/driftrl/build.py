@@ -119,7 +119,7 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise InputError(f"model.device: {name!r} is not available here; try 'auto' or 'cpu'") from error
     return device
 
@@ -363,7 +363,7 @@ def build_reward(
     if name in plugins:
         try:
             plugin: Reward = plugins[name].load()
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever a user's module does at its import
             raise InputError(
                 f"reward: {name!r} cannot be loaded from its entry point {plugins[name].value}: {error}"
             ) from error

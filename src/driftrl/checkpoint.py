@@ -199,7 +199,9 @@ def damage(path: Path) -> str | None:
 def listing(folder: Path) -> list[Path]:
     """The checkpoints in a run's ``checkpoints`` folder, oldest first, damaged ones included."""
     return (
-        sorted(p for p in folder.glob("[0-9]*") if p.is_dir() and p.name.isdigit()) if folder.is_dir() else []
+        sorted(p for p in folder.glob("[0-9]*") if p.is_dir() and p.name.isascii() and p.name.isdigit())
+        if folder.is_dir()
+        else []
     )
 
 

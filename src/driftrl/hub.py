@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 SECONDS, ATTEMPTS = 10.0, 2
 """How long, and how often, it is waited for."""
@@ -30,10 +31,16 @@ def answers() -> bool:
 
 def has(name: str, file: str, revision: str | None = None) -> bool:
     """Whether ``file`` of the hub name ``name`` is in this machine's cache."""
+    return cached(name, file, revision) is not None
+
+
+def cached(name: str, file: str, revision: str | None = None) -> Path | None:
+    """Where ``file`` of the hub name ``name`` lies in this machine's cache, if it does."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return isinstance(try_to_load_from_cache(name, file, revision=revision), str)
+        found = try_to_load_from_cache(name, file, revision=revision)
     except HFValidationError:
-        return False
+        return None
+    return Path(found) if isinstance(found, str) else None

@@ -125,5 +125,7 @@ def _objects(path: Path, text: str) -> list[str]:
         prompt = item.get("prompt") if isinstance(item, dict) else item
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f'prompts: {path} line {number}: expected a string or an object with a "prompt"')
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise InputError(f"prompts: {path} line {number}: half of a surrogate pair, which is no letter")
         prompts.append(prompt.strip())
     return prompts

@@ -215,7 +215,7 @@ class TrainingLoop:
         except NotFiniteError as error:
             number = self.position.iteration + 1
             warnings.warn(
-                f"iteration {number} was skipped: {error}; it went into no weight",
+                f"iteration {number} was skipped: {error}; that step went into no weight",
                 NotFiniteWarning,
                 stacklevel=2,
             )

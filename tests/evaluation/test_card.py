@@ -57,11 +57,19 @@ def test_a_card_says_what_was_measured_and_its_python_draws(config, tmp_path, pi
     assert str(tmp_path) not in text and str(pipeline_folder.parent) not in text
 
 
-def test_without_an_evaluation_the_card_says_so(config, tmp_path):
+def test_without_an_evaluation_the_card_says_so(config, tmp_path, pipeline_folder):
+    """Of a model of the hub, which is not asked for what is not in the cache."""
     run = trained(config, tmp_path / "run")
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace(str(pipeline_folder), "owner/model"))
     out = export(run / "checkpoints/000000", tmp_path / "out")
     text = (out / "README.md").read_text()
-    assert "Not measured" in text and "0 iterations" in text and "comparison.png" not in text
+    assert (
+        "Not measured" in text
+        and 'from_pretrained("owner/model"' in text
+        and "0 iterations" in text
+        and "comparison.png" not in text
+    )
     assert not (out / "comfyui.safetensors").exists()
 
 

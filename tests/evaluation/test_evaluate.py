@@ -10,9 +10,17 @@ import pytest
 import torch
 
 from driftrl.build import load_pipeline
-from driftrl.checks import InputError
+from driftrl.checks import InputError, RunFailedError
 from driftrl.config import load_config
-from driftrl.evaluation.evaluate import FILE, Instruments, Readings, evaluate, load_evaluation, measure
+from driftrl.evaluation.evaluate import (
+    FILE,
+    Instruments,
+    Readings,
+    _asked,
+    evaluate,
+    load_evaluation,
+    measure,
+)
 from driftrl.evaluation.generate import generate, open_policy
 
 
@@ -55,6 +63,20 @@ def run(config, tmp_path):
 
 def settings(prompts_file, clip_folder, **changes):
     return {"prompts": prompts_file, "images": 4, "clip": clip_folder} | changes
+
+
+def test_a_reward_that_fails_or_writes_into_the_images_ends_it_with_one_message():
+    for reward, error, told in (
+        (
+            lambda images, prompts: {}[prompts[0]],
+            RunFailedError,
+            r"mine failed: KeyError: 'a cat' \(.*test_evaluate",
+        ),
+        (lambda images, prompts: None, RunFailedError, "mine failed: RuntimeError: "),
+        (lambda images, prompts: images.mul_(0).mean((1, 2, 3)), InputError, "changed the images"),
+    ):
+        with pytest.raises(error, match=told):
+            _asked("mine", reward, torch.ones(1, 3, 2, 2), ["a cat"])
 
 
 def test_measures_base_and_every_checkpoint_once(run, prompts_file, clip_folder):

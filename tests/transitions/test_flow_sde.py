@@ -47,6 +47,14 @@ def test_flow_sde_at_pure_noise_takes_the_next_time():
     assert all(bool(torch.isfinite(part).all()) for part in every)
 
 
+def test_a_schedule_that_begins_just_below_pure_noise_begins_as_one_that_begins_there():
+    """SANA's first time is 0.99967: with 1 - t in sigma_t the first step's std was 7."""
+    x, v = _normal(1, 4, seed=0), _normal(1, 4, seed=1)
+    near, at = (flow_sde_transition(v, x, _times(t), _times(0.964)) for t in (0.99967, 1.0))
+    for one, other in zip(near, at, strict=True):
+        torch.testing.assert_close(one, other, atol=0.02, rtol=0.02)
+
+
 def test_cps_is_the_published_formula():
     x, v, t, t_prev = (
         _normal(3, 4, seed=0),

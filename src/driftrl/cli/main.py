@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -96,6 +97,10 @@ def main() -> None:
         if not isinstance(error, RunFailedError | LostProcessError):
             raise
         fail(str(error), 3, raised_by_all(error))
+    except OSError as error:  # a path that cannot be written to; a connection names no file
+        if not isinstance(error.filename, str | Path):
+            raise
+        fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-from driftrl import __version__, checkpoint
+from driftrl import __version__, checkpoint, hub
 from driftrl.build import of_hub
 from driftrl.checks import InputError, counted
-from driftrl.config import TrainConfig, flat, load_config
+from driftrl.config import ModelConfig, TrainConfig, flat, load_config
 from driftrl.evaluation.evaluate import FILE, Evaluation, Point, formula, load_evaluation
 from driftrl.evaluation.generate import run_of
 from driftrl.evaluation.measures import describe
@@ -129,13 +128,12 @@ def _network(path: Path) -> str:
         return next(iter(file.keys())).partition(".")[0]
 
 
-def _pipeline(path: str) -> str | None:
+def _pipeline(model: ModelConfig) -> str | None:
     """The class of a model's pipeline, if the model is on this machine."""
-    from diffusers import DiffusionPipeline
-
-    with suppress(OSError, ValueError):
-        return str(DiffusionPipeline.load_config(path, local_files_only=True).get("_class_name"))
-    return None
+    index = "model_index.json"
+    folder = Path(model.path) / index
+    file = folder if folder.is_file() else hub.cached(model.path, index, model.revision)
+    return None if file is None else str(read_json(file).get("_class_name"))
 
 
 def _use(config: TrainConfig, network: str) -> str:
@@ -160,7 +158,7 @@ def _use(config: TrainConfig, network: str) -> str:
             f'pipe.{"transformer" if flow else "unet"} = {network}.from_pretrained("FOLDER_OR_REPOSITORY")'
         )
     arguments = [f"num_inference_steps={sampling.steps}"]
-    if _pipeline(base) == "QwenImagePipeline":
+    if _pipeline(config.model) == "QwenImagePipeline":
         arguments += ['negative_prompt=" "', f"true_cfg_scale={sampling.guidance_scale}"]
     else:
         arguments += [f"guidance_scale={sampling.guidance_scale}", *[f"eta={sampling.eta}"] * (not flow)]

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from driftrl import checkpoint
-from driftrl.batches import BatchSize
+from driftrl.batches import BatchSize, out_of_memory
 from driftrl.build import (
     TINY_ANIMALS,
     Towers,
@@ -33,7 +34,7 @@ from driftrl.build import (
     tower_of,
 )
 from driftrl.checkpoint import CheckpointWarning
-from driftrl.checks import InputError, is_finite
+from driftrl.checks import InputError, RunFailedError, is_finite
 from driftrl.config import RewardPart, load_config, parse_config
 from driftrl.distributed import Team, join
 from driftrl.diversity.functional import manifold, mean_pairwise_distance, vendi_score
@@ -45,6 +46,7 @@ from driftrl.mixture import mixed
 from driftrl.pictures import image_folder, save_png, to_pil
 from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.prompts import evaluated
+from driftrl.rewards.guarded import untouched, where_raised
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
 from driftrl.types import Encoder, Policy, Reward
 
@@ -180,6 +182,21 @@ class Readings:
     """[P, N, F] by the model's autoencoder, or None."""
 
 
+def _asked(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """What a reward gives, in float64 on the CPU."""
+    try:
+        values = torch.as_tensor(untouched(name, images, partial(reward, images, prompts)))
+    except (InputError, RunFailedError):
+        raise
+    except Exception as error:  # of a user's function
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
+        raise RunFailedError(
+            f"{name} failed: {type(error).__name__}: {error}{where_raised(error)}"
+        ) from error
+    return values.detach().double().cpu()
+
+
 @dataclass(frozen=True)
 class Instruments:
     """What images are measured with."""
@@ -193,13 +210,14 @@ class Instruments:
         """Read images [P, N, 3, H, W] of P prompts.
 
         Raises:
-            InputError: if a reward gives another number of values, or anything is not finite.
+            InputError: if a reward gives another number of values or changes the images, or anything is not finite.
+            RunFailedError: if a reward raises an error.
         """
         shape, flat = images.shape[:2], images.flatten(0, 1)
         texts = [prompt for prompt in prompts for _ in range(shape[1])]
         rewards = {}
         for name, reward in self.rewards.items():
-            values = torch.as_tensor(reward(flat, texts)).detach().double().cpu()
+            values = _asked(name, reward, flat, texts)
             if values.shape != (len(texts),):
                 raise InputError(
                     f"{name}: expected {len(texts)} values for as many images; got {list(values.shape)}"
@@ -616,7 +634,7 @@ def _checkpoints(source: str | Path, found: tuple[Path, Path | None] | None, whi
         # The checkpoint before any training is the base model.
         return [path for path in whole if int(path.name) > 0] or whole
     asked = [part.strip() for part in which.split(",")]
-    if not all(part.isdigit() for part in asked):
+    if not all(re.fullmatch("[0-9]{1,18}", part) for part in asked):
         raise InputError(
             f"--checkpoint: expected 'last', 'all' or iterations, such as 20 or 10,20; got {which!r}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def open_policy(
         config = load_config(run / "config.yaml")
         noise = prompt_noise_of(config, "test")
     asked = {"steps": steps, "guidance_scale": guidance_scale}
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise InputError(f"--guidance-scale: expected a finite number; got {guidance_scale}")
     changes = usual | {k: v for k, v in asked.items() if v is not None}
     if deterministic:
         changes |= {"eta": 0.0, "noise_level": 0.0}

@@ -65,6 +65,7 @@ def reward_disagreement(rewards: Tensor, others: Sequence[Tensor]) -> Tensor:
     """
     if not others:
         raise InputError("others: expected at least one further reward to compare with; got none")
+    is_finite("rewards", rewards)
     for other in others:
         if other.shape != rewards.shape:
             raise InputError(f"others: expected shape {list(rewards.shape)}; got {list(other.shape)}")

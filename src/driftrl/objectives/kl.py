@@ -58,13 +58,18 @@ def kl_equal_variance(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
     scale = std.detach().to(device=mean.device, dtype=dtype)
     if scale.dim() == 1 and scale.shape[0] in (1, mean.shape[0]):
         scale = scale.view(-1, *[1] * (mean.dim() - 1))
-    elif scale.dim() not in (0, mean.dim()):
+    elif not _fits(scale.shape, mean.shape):
         raise InputError(
             f"std: expected [{mean.shape[0]}] or a shape that broadcasts to {list(mean.shape)}; "
             f"got {list(scale.shape)}"
         )
     divergence = 0.5 * ((mean.to(dtype) - mean_ref.detach().to(dtype)) / scale).square()
     return divergence.flatten(1).mean(dim=1) if divergence.dim() > 1 else divergence
+
+
+def _fits(shape: torch.Size, into: torch.Size) -> bool:
+    """Whether numbers of one shape, with all of its dimensions or none, broadcast to another."""
+    return len(shape) in (0, len(into)) and all(a in (1, b) for a, b in zip(shape, into, strict=False))
 
 
 def wasserstein_equal_variance(mean: Tensor, mean_ref: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -58,7 +58,7 @@ class GuardedReward:
                     raise
                 raise type(error)(f"{self.title}: {error}") from error
             except Exception as error:
-                problem = f"{type(error).__name__}: {error}{_place(error)}"
+                problem = f"{type(error).__name__}: {error}{where_raised(error)}"
         asked = list(dict.fromkeys(prompts))
         named = ", ".join(repr(p) for p in asked[:3]) + (
             f" and {len(asked) - 3} more" if len(asked) > 3 else ""
@@ -67,14 +67,7 @@ class GuardedReward:
         raise RunFailedError(f"the {self.title} failed {often} for {named}; the last time: {problem}")
 
     def _call(self, images: Tensor, prompts: Sequence[str]) -> object:
-        before = _writes(images)
-        answer = self._answer(images, prompts)
-        if _writes(images) != before:
-            raise InputError(
-                f"{self.title}: it changed the images that it was given, which training goes on with; expected a reward that "
-                "works on copies (x = images.clone(), x - mean in place of x.sub_(mean))"
-            )
-        return answer
+        return untouched(self.title, images, lambda: self._answer(images, prompts))
 
     def _answer(self, images: Tensor, prompts: Sequence[str]) -> object:
         if self.timeout is None:
@@ -98,12 +91,29 @@ class GuardedReward:
         return answer[0]
 
 
-def _writes(images: Tensor) -> int:
-    """How often a tensor was written to in place."""
-    return 0 if images.is_inference() else images._version
+def untouched(title: str, images: Tensor, call: Callable[[], object]) -> object:
+    """What ``call`` returns, if it leaves ``images`` as they are.
+
+    Raises:
+        InputError: if not.
+    """
+    before = _writes(images)
+    answer = call()
+    if _writes(images) != before:
+        raise InputError(
+            f"{title}: it changed the images that it was given, which others measure too; expected a reward that "
+            "works on copies (x = images.clone(), x - mean in place of x.sub_(mean))"
+        )
+    return answer
 
 
-def _place(error: Exception) -> str:
+def _writes(images: Tensor) -> tuple[int, str]:
+    """What changes when a tensor is written to in place; NumPy's writes are not counted, so on a CPU the sum is taken too."""
+    count = 0 if images.is_inference() else images._version
+    return count, str(float(images.sum(dtype=torch.float64))) if images.device.type == "cpu" else ""
+
+
+def where_raised(error: Exception) -> str:
     """Where in the user's code an error came up: the last place that is neither this package's nor an installed one's."""
     package = str(Path(__file__).parents[1])
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from driftrl.checks import InputError, at_least
 
+NOISE = 1 - 5e-4
+"""Times above are pure noise: the start of a schedule, which not every scheduler puts at 1 exactly."""
+
 
 def flow_sde_transition(
     velocity: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor, noise_level: float = 0.7
@@ -22,7 +25,7 @@ def flow_sde_transition(
     With ``sigma_t = noise_level sqrt(t / (1 - t))`` and ``dt = t_prev - t < 0``:
     ``mean = x_t + (v + sigma_t^2 / (2 t) (x_t + (1 - t) v)) dt`` and ``std = sigma_t sqrt(-dt)``.
 
-    At t = 1, where sigma_t is infinite, ``1 - t_prev`` takes the place of ``1 - t`` inside sigma_t only, as
+    At t = 1, where sigma_t is infinite, or within 5e-4 of it (SANA's schedule begins at 0.99967), ``1 - t_prev`` takes the place of ``1 - t`` inside sigma_t only, as
     in Flow-GRPO's code (there written as the second entry of the schedule, which is the same number, since
     t = 1 is its first).
     Note that the last step (``t_prev = 0``) does add noise, unlike DDIM with a final alpha of 1: images drawn
@@ -54,7 +57,7 @@ def flow_sde_transition(
     """
     at_least("noise_level", noise_level, 0.0)
     now, after, dtype = _times(velocity, x_t, t, t_prev)
-    room = torch.where(now >= 1.0, 1.0 - after, 1.0 - now)
+    room = torch.where(now > NOISE, 1.0 - after, 1.0 - now)
     sigma_squared = noise_level**2 * now / room
     dt = after - now
 
