@@ -97,7 +97,7 @@ def test_train_sample_and_refusals(settings, tmp_path):
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "grid.png").stat().st_size > 500
     (run / "checkpoints/000003/pytorch_lora_weights.safetensors").write_bytes(b"")
-    drawn = driftrl("sample", run, "--prompt", "a cat", "-n", 1, "--out", tmp_path / "older.png")
+    drawn = apart("sample", run, "--prompt", "a cat", "-n", 1, "--out", tmp_path / "older.png")
     assert drawn.returncode == 0 and re.match(r"CheckpointWarning: .*000003 is passed over", drawn.stderr)
     assert ".py" not in drawn.stderr
 
