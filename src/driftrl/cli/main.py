@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 from pathlib import Path
@@ -100,7 +101,7 @@ def main() -> None:
     except OSError as error:  # a path that cannot be written to; a connection names no file
         if not isinstance(error.filename, str | Path):
             raise
-        fail(f"{error.filename}: {error.strerror}")
+        fail(f"{error.filename}: {error.strerror}", 3 if error.errno == errno.ENOSPC else 2)
     except KeyboardInterrupt:
         sys.exit(130)
 
