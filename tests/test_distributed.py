@@ -172,7 +172,7 @@ def test_two_processes_train_as_one(train, tmp_path, method):
         "def reward(images, prompts):\n    return images.mean((1, 2, 3)) * 10\n"
     )
     settings = {
-        "iterations": 6,
+        "iterations": 10,
         "reward": "smooth:reward",
         "sampling__batch_size": 6,
         **(ONE_PASS if method == "one pass" else MEMORY.get(method, {})),
@@ -190,9 +190,9 @@ def test_two_processes_train_as_one(train, tmp_path, method):
         assert {name: a[name] for name in counted} == {name: b[name] for name in counted}
         for name in ("reward/mean", "diversity/kept_mean", "loss", "loss/kl", "policy/grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (name, a["iteration"])
-    start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 6)
-    assert (last - start).abs().max() > 3e-3
-    torch.testing.assert_close(weights(tmp_path / "two", 6), last, atol=1e-5, rtol=0)
+    start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 10)
+    assert (last - start).abs().max() > 5e-3
+    torch.testing.assert_close(weights(tmp_path / "two", 10), last, atol=1e-5, rtol=0)
 
 
 IN_PARTS = {

@@ -10,6 +10,7 @@ import families
 import pytest
 import torch
 import yaml
+from diffusers import DDIMScheduler
 
 from driftrl import TrainConfig, Trainer
 from driftrl.build import load_pipeline
@@ -130,3 +131,20 @@ def test_commands_have_settings_that_exist(guide, monkeypatch):
         files = [Path(word) for word in arguments if word.endswith(".yaml")]
         settings = [value for flag, value in itertools.pairwise(arguments) if flag == "--set"]
         load_config(files[0] if files else None, settings)
+
+
+def test_diffusers_own_ddim_draws_nan_from_pure_noise():
+    """What use-the-adapter.md says of it; when this fails, diffusers has mended it and the guide can lose a sentence."""
+    scheduler = DDIMScheduler.from_config(load_pipeline(TrainConfig().model).scheduler.config)
+
+    def broken(eta):
+        found = []
+        for steps in range(2, 51):
+            scheduler.set_timesteps(steps)
+            x = torch.ones(1, 4, 2, 2)
+            drawn = scheduler.step(x, scheduler.timesteps[0], x, eta=eta, variance_noise=x).prev_sample
+            found += [steps] if not drawn.isfinite().all() else []
+        return found
+
+    assert set(broken(1.0)) >= {6, 7, 25, 30, 50} and not {5, 8, 10, 20} & set(broken(1.0))
+    assert broken(0.999) == []

@@ -50,7 +50,7 @@ FIRED = {
     ),
     "warning/skipped": (
         "Iterations whose update was skipped",
-        "A latent, reward, loss or gradient in them was not finite; it went into no weight.",
+        "A latent, reward, loss or gradient in them was not finite; that step went into no weight.",
     ),
 }
 
