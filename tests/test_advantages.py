@@ -96,6 +96,11 @@ def test_one_group_without_spread_leaves_the_others_alone():
 def test_dtypes_and_single_member_groups():
     assert group_relative(torch.tensor([[1, 2, 3]])).dtype == torch.get_default_dtype()
     assert group_relative(torch.tensor([[1.0, 2.0]], dtype=torch.float64)).dtype == torch.float64
+    whole = torch.tensor([[1, 2, 3]])
+    past = remember(no_history(1, 4), [0], whole)
+    assert torch.equal(
+        running_relative(whole, past, whole, 2), running_relative(whole.float(), past, whole.float(), 2)
+    )
     assert group_relative(torch.tensor([[5.0], [7.0]]), correction=1).tolist() == [[0.0], [0.0]]
 
 

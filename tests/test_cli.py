@@ -56,6 +56,9 @@ def settings(config, tmp_path):
         ("adapter.targets=[to_k, to_z]", "to_z"),
         ("prompts.per_iteration=1000", "at most the 45 prompts"),
         ("sampling.eta=0", "more than 0"),
+        ("model.dtype=fp16", "did you mean 'float16'"),
+        ("optimizer.learning_rate=2", "less than or equal to 1"),
+        ("prompts.set=EMPTY_FOLDER", "which is a folder"),
         ("iterations", "key=value"),
     ],
 )
@@ -229,6 +232,9 @@ def test_what_used_to_end_in_a_traceback(settings, tmp_path, pipeline_folder):
     assert "half of a surrogate pair" in refused("train", settings, "--set", f"prompts.set={half}")
     infinite = ("-p", "a cat", "--guidance-scale", "inf", "--out", tmp_path / "grid.png")
     assert "expected a finite number" in refused("sample", pipeline_folder, *infinite)
+    told = refused("evaluate", pipeline_folder, "--images", 2, "--steps", 2, "--out", half)
+    assert f"--out: {half} cannot be written" in told
+    assert "evaluating" not in told  # before anything was drawn
 
 
 def test_a_prompt_set_into_a_folder_with_every_image(tmp_path, pipeline_folder):

@@ -1,5 +1,6 @@
 """Keyed generators."""
 
+import numpy as np
 import torch
 
 from driftrl.noise import generator, normal, seed_of
@@ -17,6 +18,8 @@ def test_each_part_of_the_key_matters_and_nothing_else():
     assert len({seed_of(*key) for key in keys}) == len(keys)
     assert seed_of(1, 23) != seed_of(12, 3)
     assert seed_of(1) != seed_of("1")
+    assert seed_of("a/str:b") != seed_of("a", "b")
+    assert seed_of(np.int64(3), "a") == seed_of(3, "a")
     for key in keys:
         assert torch.equal(
             torch.randn(5, generator=generator(*key)), torch.randn(5, generator=generator(*key))

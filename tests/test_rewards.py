@@ -95,9 +95,10 @@ def plugin(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-rewards\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[driftrl.rewards]\nbluest = my_rewards_of_a_test:blue\nbroken = no_such_module_at_all:score\n"
+        "number = my_rewards_of_a_test:NUMBER\n"
     )
     (tmp_path / "my_rewards_of_a_test.py").write_text(
-        "def blue(images, prompts):\n    return images[:, 2].mean((1, 2))\n"
+        "NUMBER = 3\n\ndef blue(images, prompts):\n    return images[:, 2].mean((1, 2))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -117,6 +118,8 @@ def test_an_entry_point_is_among_the_names_that_are_suggested(plugin):
 def test_an_entry_point_that_cannot_be_loaded_is_bad_input(plugin):
     with pytest.raises(InputError, match=r"reward: 'broken' cannot be loaded.*no_such_module_at_all"):
         build_reward("broken", torch.device("cpu"))
+    with pytest.raises(InputError, match="reward: number is no function"):
+        build_reward("number", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,24 @@ def test_diversity_that_is_no_number_is_refused_and_whole_numbers_are_not():
     assert intrinsic_advantage(torch.zeros(2, 0)).shape == (2, 0)
 
 
+def test_of_two_images_each_is_as_far_from_the_other_and_the_warning_says_so():
+    distances = torch.rand(2, 2, 2).add(0.1)
+    diversity = group_diversity(distances + distances.mT)
+    with pytest.warns(DiversityWarning, match="keep three or more"):
+        assert intrinsic_advantage(diversity).tolist() == [[0.0] * 2] * 2
+
+
+def test_whole_numbers_are_taken_as_their_equals():
+    distances = torch.tensor([[[0, 1, 3], [1, 0, 2], [3, 2, 0]]])
+    for measure in MEASURES:
+        shaping = Shaping(measure=measure, clusters=2)
+        assert torch.equal(novelty(distances, shaping), novelty(distances.float(), shaping))
+    advantages, weights = torch.tensor([[2, 1, -2]]), torch.tensor([[3, 1, 2]])
+    expected = reweight_above_average(advantages.float(), weights.float())
+    assert torch.equal(reweight_above_average(advantages, weights), expected)
+    assert expected.tolist() == [[3.0, 0.5, -2.0]]
+
+
 def test_equal_diversity_has_gradient_zero():
     diversity = torch.full((1, 4), 0.3, requires_grad=True)
     with pytest.warns(DiversityWarning):

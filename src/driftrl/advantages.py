@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least, has_shape, is_finite, one_of
+from driftrl.checks import InputError, at_least, floating, has_shape, is_finite, one_of
 
 SCALES: tuple[str, ...] = ("selected", "candidates", "global", "none")
 
@@ -126,7 +126,7 @@ def group_relative(
     is_finite("rewards", has_shape("rewards", rewards, "[P, G]"))
     if candidates is not None:
         is_finite("candidates", has_shape("candidates", candidates, "[P, N]"))
-    dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
+    dtype = floating(rewards).dtype
     wide = torch.float32 if rewards.device.type == "mps" else torch.float64  # MPS has no float64
     centred = rewards.to(wide) - rewards.to(wide).mean(dim=1, keepdim=True)
     if scale == "none":
@@ -228,7 +228,7 @@ def running_relative(
         eps: added to the standard deviation.
 
     Returns:
-        [P, G], the dtype of ``rewards``.
+        [P, G], the dtype of ``rewards`` (the default float dtype for integers).
 
     Raises:
         InputError: for wrong shapes or values that are not finite.
@@ -250,6 +250,7 @@ def running_relative(
         raise InputError(
             f"history: expected a row for each of {len(rewards)} prompts; got {len(history.values)}"
         )
+    dtype = floating(rewards).dtype
     wide = torch.float32 if rewards.device.type == "mps" else torch.float64
     length = history.values.shape[1]
     place = torch.arange(length, device=rewards.device)
@@ -260,9 +261,9 @@ def running_relative(
     mean_all, std_all, magnitude_all = _moments(everything, torch.ones_like(everything))
     mean, std = torch.where(own, mean, mean_all), torch.where(own, std, std_all)
     magnitude = torch.where(own, magnitude, magnitude_all)
-    vanishes = std <= _ROUNDING_ERRORS * torch.finfo(rewards.dtype).eps * magnitude
+    vanishes = std <= _ROUNDING_ERRORS * torch.finfo(dtype).eps * magnitude
     relative = (rewards.to(wide) - mean) / torch.where(vanishes, 1.0, std + eps)
-    return torch.where(vanishes, 0.0, relative).to(rewards.dtype)
+    return torch.where(vanishes, 0.0, relative).to(dtype)
 
 
 def _moments(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

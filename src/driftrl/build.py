@@ -362,12 +362,12 @@ def build_reward(
     plugins = {point.name: point for point in entry_points(group="driftrl.rewards")}
     if name in plugins:
         try:
-            plugin: Reward = plugins[name].load()
+            plugin = plugins[name].load()
         except Exception as error:  # whatever a user's module does at its import
             raise InputError(
                 f"reward: {name!r} cannot be loaded from its entry point {plugins[name].value}: {error}"
             ) from error
-        return plugin
+        return _usable(plugin, name)
     known = (*REWARDS, *plugins)
     raise InputError(
         f"reward: expected one of {', '.join(known)}, module:function, or http://host:port; "
@@ -408,12 +408,17 @@ def _imported(name: str) -> Reward:
             error if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
         )
         raise InputError(f"reward: {name!r} cannot be imported: {what}{hint}") from error
+    return _usable(reward, name)
+
+
+def _usable(reward: Any, name: str) -> Reward:
+    """``reward``, of a user's module, if it can be called as one."""
     if not callable(reward):
         raise InputError(f"reward: {name} is no function; expected (images, prompts) -> Tensor[N]")
     if isinstance(reward, type):
         raise InputError(
             f"reward: {name} is a class; expected (images, prompts) -> Tensor[N], such as an instance of it that the module "
-            f"holds: reward = {function}()"
+            f"holds: reward = {reward.__name__}()"
         )
     try:
         inspect.signature(reward).bind(None, None)
@@ -597,8 +602,8 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
     encoder = build_encoder(config.shaping.encoder, policy.device, policy)
     if config.objective.asks_for_density and not bool(policy.scored.any()):
         raise InputError(
-            f"sampling: none of the {len(policy.scored)} denoising steps has noise, so there is nothing to learn from; "
-            "expected more sampling.steps, and sampling.eta or sampling.noise_level above 0"
+            f"sampling: none of the {len(policy.scored)} denoising steps has enough noise to be scored, so there is "
+            "nothing to learn from; expected more sampling.steps, and sampling.eta or sampling.noise_level above 0"
         )
     if (window := config.sampling.window or 0) > (most := int(policy.scored.sum())):
         raise InputError(

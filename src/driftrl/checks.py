@@ -100,3 +100,15 @@ def at_least(name: str, value: float, minimum: float) -> float:
     if not value >= minimum:
         raise InputError(f"{name}: expected at least {minimum}; got {value}")
     return value
+
+
+def floating(tensor: Tensor) -> Tensor:
+    """``tensor``, of the default dtype where it is of whole numbers or truth values.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.checks import floating
+        >>> floating(torch.tensor([1, 2])).dtype, floating(torch.ones(2, dtype=torch.float64)).dtype
+        (torch.float32, torch.float64)
+    """
+    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())

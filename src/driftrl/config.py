@@ -320,7 +320,7 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """AdamW."""
 
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, le=1)
     """Constant over the run; 1e-3 is for a LoRA, all weights want about 1e-5."""
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), strict=False)
     """Decay of the two running means, each below 1."""
@@ -693,6 +693,8 @@ def _parse_yaml(text: str) -> Any:
         loader.dispose()
 
 
+_DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "no": "float32"}
+"""What others call the precisions."""
 _ELSEWHERE = {
     "lr": "optimizer.learning_rate",
     "lambda": "shaping.ratio",
@@ -785,6 +787,6 @@ def _explain(problem: Any, root: type[Section]) -> str:
     hint = ""
     if problem["type"] == "literal_error":
         options = [option.strip(" '") for option in str(context["expected"]).replace(" or ", ", ").split(",")]
-        hint = nearest(str(given), options)
+        hint = nearest(_DTYPES.get(str(given), str(given)), options)
     message = problem["msg"].removeprefix("Input should be ")
     return f"{key}: expected {message}; got {given!r}{hint}"

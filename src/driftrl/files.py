@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -121,7 +122,22 @@ def make_parent(out: Path) -> None:
     Raises:
         InputError: if that cannot be.
     """
+    _make(out.parent, out)
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder that results go to, before the work that leads to them is done.
+
+    Raises:
+        InputError: if that cannot be, or nothing can be written into it.
+    """
+    _make(out, out)
+
+
+def _make(folder: Path, out: Path) -> None:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise InputError(f"--out: {out} cannot be written: {error.strerror or error}") from error

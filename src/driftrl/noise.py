@@ -10,14 +10,18 @@ from torch import Tensor
 
 
 def seed_of(*key: int | str) -> int:
-    """A 63-bit seed for a key, the same on every machine; different keys give unrelated seeds.
+    """A 63-bit seed for a key, the same on every machine; different keys give unrelated seeds. A number is itself,
+    whether Python's or NumPy's.
 
     Example:
         >>> from driftrl.noise import seed_of
         >>> seed_of(0, 1, "latents") == seed_of(0, 1, "latents") != seed_of(0, 1, "other")
         True
     """
-    text = "/".join(f"{type(part).__name__}:{part}" for part in key)
+    parts = (
+        "str:" + part.replace("/", "//") if isinstance(part, str) else f"int:{int(part)}" for part in key
+    )
+    text = "/".join(parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

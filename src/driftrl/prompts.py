@@ -41,6 +41,7 @@ def load_prompts(name: str) -> tuple[str, ...]:
         if not path.is_file():
             what = f"expected a prompt set ({', '.join(prompt_sets())}) or a TXT or JSONL file; got {name!r}"
             where = f"; there is no {path.absolute()}" if path.suffix or len(path.parts) > 1 else ""
+            where = ", which is a folder" if path.is_dir() else where
             raise InputError(f"prompts: {what}{where}{nearest(name, prompt_sets())}")
         try:
             text = path.read_text("utf-8-sig")  # Windows' editors put a mark before the first prompt

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least, has_shape, is_finite, one_of
+from driftrl.checks import InputError, at_least, floating, has_shape, is_finite, one_of
 from driftrl.clusters import cluster_sizes, spectral_clusters
 
 MEASURES: tuple[str, ...] = ("pairwise", "nearest", "entropy", "clusters")
@@ -187,7 +187,7 @@ def nearest_distance(distances: Tensor, k: int = 1) -> Tensor:
     if not 1 <= k < group:
         raise InputError(f"k: expected 1 to {group - 1}, the others of a group; got {k}")
     diagonal = torch.eye(group, dtype=torch.bool, device=distances.device)
-    return distances.masked_fill(diagonal, torch.inf).topk(k, dim=-1, largest=False).values[..., -1]
+    return floating(distances).masked_fill(diagonal, torch.inf).topk(k, dim=-1, largest=False).values[..., -1]
 
 
 def entropy_share(distances: Tensor, k: int = 1, floor: float = 1e-3) -> Tensor:
@@ -250,9 +250,7 @@ def intrinsic_advantage(diversity: Tensor, clip: float = 1.0) -> Tensor:
     values = diversity.to(std.dtype)
     centred = values - values.mean(dim=1, keepdim=True)
     standardised = torch.where(vanishes, 0.0, centred / torch.where(vanishes, 1.0, std))
-    return standardised.clamp(-clip, clip).to(
-        diversity.dtype if diversity.is_floating_point() else torch.get_default_dtype()
-    )
+    return standardised.clamp(-clip, clip).to(floating(diversity).dtype)
 
 
 def constant_diversity(diversity: Tensor) -> Tensor:
@@ -292,10 +290,14 @@ def _spread(diversity: Tensor) -> tuple[Tensor, Tensor]:
 def _warn_of_constant(diversity: Tensor, vanishes: Tensor | None = None) -> None:
     vanishes = _spread(diversity)[1] if vanishes is None else vanishes
     if bool(vanishes.any()):
+        why = (
+            "Of two images each is as far from the other: keep three or more"
+            if diversity.shape[1] == 2
+            else "All images alike, or an encoder that cannot tell them apart?"
+        )
         warnings.warn(
             f"the diversity of {int(vanishes.sum())} of {vanishes.numel()} groups is constant "
-            f"(mean {float(diversity.detach().float().mean()):.3g}): it decides nothing there. All images alike, or an "
-            "encoder that cannot tell them apart?",
+            f"(mean {float(diversity.detach().float().mean()):.3g}): it decides nothing there. {why}",
             DiversityWarning,
             stacklevel=3,
         )
@@ -362,6 +364,7 @@ def reweight_above_average(advantages: Tensor, novelty: Tensor, ratio: float = 1
     has_shape("advantages", advantages, "[P, G]")
     if novelty.shape != advantages.shape:
         raise InputError(f"novelty: expected shape {list(advantages.shape)}; got {list(novelty.shape)}")
+    advantages, novelty = floating(advantages), floating(novelty)
     mean = novelty.mean(dim=1, keepdim=True)
     vanishes = mean <= _ROUNDING_ERRORS * torch.finfo(novelty.dtype).eps
     relative = torch.where(vanishes, 1.0, novelty / torch.where(vanishes, 1.0, mean))

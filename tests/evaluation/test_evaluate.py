@@ -264,15 +264,27 @@ def test_refuses_what_cannot_be_measured(run, prompts_file, clip_folder, tmp_pat
     assert not (run / FILE).exists()
 
 
-@pytest.mark.parametrize("damage", ["nothing like JSON", "[]", '{"format": 99}', '{"format": 1}', "short"])
-def test_refuses_a_damaged_evaluation(run, prompts_file, clip_folder, damage):
+def test_refuses_a_damaged_evaluation(run, prompts_file, clip_folder):
     evaluate(run, **settings(prompts_file, clip_folder))
-    if damage == "short":
+
+    def without(*place):
         data = json.loads((run / FILE).read_text())
-        data["points"][1]["figures"]["reward"]["per_prompt"].pop()
-        damage = json.dumps(data)
-    (run / FILE).write_text(damage)
-    with pytest.raises(InputError, match=r"evaluation\.json"):
-        load_evaluation(run)
-    with pytest.raises(InputError, match=r"evaluation\.json"):
-        evaluate(run, **settings(prompts_file, clip_folder))
+        part = data["points"]
+        for key in place[:-1]:
+            part = part[key]
+        del part[place[-1]]
+        return json.dumps(data)
+
+    damaged = [
+        "nothing like JSON", "[]", '{"format": 99}', '{"format": 1}', without(0),
+        without(1, "figures", "reward", "per_prompt", 0), without(1, "figures", "recall"),
+    ]  # fmt: skip
+    data = json.loads((run / FILE).read_text())
+    for point in data["points"]:
+        del point["figures"]["diversity"]
+    for damage in (*damaged, json.dumps(data)):
+        (run / FILE).write_text(damage)
+        with pytest.raises(InputError, match=r"evaluation\.json"):
+            load_evaluation(run)
+        with pytest.raises(InputError, match=r"evaluation\.json"):
+            evaluate(run, **settings(prompts_file, clip_folder))

@@ -66,6 +66,8 @@ def test_half_precision_is_widened_before_the_ratio():
     new, old = torch.tensor([2e-4], dtype=torch.float16), torch.zeros(1, dtype=torch.float16)
     result = clipped_surrogate(new, old, torch.ones(1, dtype=torch.float16))
     assert result.loss.dtype == torch.float32
+    wide = clipped_surrogate(torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.float64))
+    assert wide.loss.dtype == torch.float32
     assert float(result.loss) == pytest.approx(-1.0001, abs=1e-7)
     assert float(result.clip_fraction) == 1.0
 

@@ -540,8 +540,10 @@ def test_names_that_comfyui_knows(settings, family, tmp_path):
 
 
 def test_refuses_to_train_without_noise(settings, tmp_path):
-    with pytest.raises(InputError, match=r"none of the 4 denoising steps has noise"):
+    with pytest.raises(InputError, match=r"none of the 4 denoising steps has enough noise"):
         Trainer(settings("sd3", sampling__noise_level=0.0), tmp_path / "run").run()
+    with pytest.raises(InputError, match=r"none of the 4 denoising steps has enough noise"):
+        Trainer(settings("sd", sampling__eta=1e-4), tmp_path / "run").run()
 
 
 @pytest.mark.filterwarnings(

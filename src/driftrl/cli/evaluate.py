@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +21,9 @@ from rich.table import Table
 
 from driftrl.checks import counted
 from driftrl.distributed import leads
+
+if TYPE_CHECKING:
+    from driftrl.evaluation.evaluate import Evaluation, Point
 
 
 def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Path:
@@ -64,7 +67,7 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
         return folder
 
     evaluation = load_evaluation(folder)
-    last = evaluation.tuned[-1] if evaluation.tuned else None
+    last = _shown(evaluation, source, str(settings.get("checkpoints", "last")))
     each = f"{counted(len(evaluation.settings.prompts), 'prompt')} x {evaluation.settings.images} images"
     table = Table(
         title=f"{escape(evaluation.name)}, {each}, mean over prompts",
@@ -94,3 +97,12 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
         highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
     return folder
+
+
+def _shown(evaluation: Evaluation, source: str | Path, which: str) -> Point | None:
+    """The last of the checkpoints that were asked for; the folder may hold later ones, measured before."""
+    place = Path(source)
+    asked = [place.name] if place.parent.name == "checkpoints" else which.split(",")
+    numbers = {int(part) for part in asked if part.strip().isdecimal()}
+    points = [point for point in evaluation.tuned if point.iteration in numbers] or evaluation.tuned
+    return points[-1] if points else None

@@ -41,7 +41,7 @@ from driftrl.diversity.functional import manifold, mean_pairwise_distance, vendi
 from driftrl.embeddings import Embeddings
 from driftrl.evaluation.generate import EVALUATION, open_policy, run_of
 from driftrl.evaluation.pareto import bootstrap_interval
-from driftrl.files import read_json, sha256, write_json, write_text
+from driftrl.files import make_folder, read_json, sha256, write_json, write_text
 from driftrl.mixture import mixed
 from driftrl.pictures import image_folder, save_png, to_pil
 from driftrl.policies.pipeline import PipelinePolicy
@@ -54,6 +54,8 @@ FORMAT = 1
 FILE = "evaluation.json"
 LEVEL = 0.95
 """Coverage of the bootstrap intervals over prompts."""
+NEEDED = {"reward", "diversity"}
+"""Figures that reports and comparisons cannot do without."""
 NEIGHBOURS = 5
 """k of recall, precision, density and coverage, where there are more than k images per prompt."""
 LATENT_SIDE = 8
@@ -393,6 +395,8 @@ def evaluate(
     todo = {label: path for label, path in wanted.items() if label not in known or label in bare}
     if not todo:
         return folder
+    with team.together():
+        make_folder(folder)
 
     bench = _instruments(settings, clip_folder if has_clip else None, policy)
     studio = _Studio(
@@ -422,7 +426,6 @@ def evaluate(
         training_seed = config.seed if found else None
         evaluation = Evaluation(name=name, training_seed=training_seed, settings=settings, points=order)
         if team.leads:
-            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / FILE, evaluation.model_dump(mode="json"))
     return folder
 
@@ -470,7 +473,7 @@ def parse_evaluation(data: Any, file: Path) -> Evaluation:
         for name, figure in point.figures.items():
             if len(figure.per_prompt) != prompts or (point.label != "base" and figure.change is None):
                 raise InputError(f"{file} is damaged at {point.label}, {name}; delete it and evaluate again")
-        if point.figures.keys() != evaluation.base.figures.keys() or "reward" not in point.figures:
+        if point.figures.keys() != evaluation.base.figures.keys() or not point.figures.keys() >= NEEDED:
             raise InputError(
                 f"{file} is damaged at {point.label}: figures are missing; delete it and evaluate again"
             )

@@ -63,7 +63,7 @@ def clipped_surrogate(
                 f"{name}: expected the shape of log_prob, {list(log_prob.shape)}; got {list(other.shape)}"
             )
     dtype = torch.promote_types(torch.promote_types(log_prob.dtype, old_log_prob.dtype), torch.float32)
-    weights = advantages.detach()
+    weights = advantages.detach().to(dtype)
     log_ratio = log_prob.to(dtype) - old_log_prob.detach().to(dtype)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)

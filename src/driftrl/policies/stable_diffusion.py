@@ -13,6 +13,9 @@ from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.transitions.ddim import PREDICTION_TYPES, ddim_noised, ddim_tables, ddim_transition
 from driftrl.types import Conditioning, Transition
 
+SHARPEST = 0.001
+"""Steps with a smaller std are taken but not scored: the network's rounding would decide their ratio."""
+
 
 class StableDiffusionPolicy(PipelinePolicy):
     """`diffusers.StableDiffusionPipeline`: epsilon-, v- or sample-prediction.
@@ -65,7 +68,7 @@ class StableDiffusionPolicy(PipelinePolicy):
         return self.tables.timesteps
 
     def _with_density(self) -> Tensor:
-        return self.tables.scored
+        return self.tables.scored & (self.tables.std >= SHARPEST)
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, null = self.pipeline.encode_prompt(list(prompts), self.device, 1, True)
