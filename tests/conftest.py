@@ -127,7 +127,7 @@ def encoder_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config(pipeline_folder, encoder_folder):
     """A run that takes a second: 3 prompts at a time, 6 candidates, 4 steps."""
     from driftrl.config import parse_config

@@ -48,7 +48,14 @@ def same(one, two):
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("changes", [{}, {"objective__kl_weight": 0.1}, {"model__dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"objective__kl_weight": 0.1},
+        {"model__dtype": "bfloat16"},
+    ],
+)
 def test_out_of_memory_halves_the_batch_and_changes_no_bit(config, tmp_path, changes):
     """18 images and at most 12 pairs a step: 16 and 12 do not fit, 4 and 3 do."""
     big = config(sampling__batch_size=16, optimizer__batch_size=12, objective__timesteps=1.0, **changes)

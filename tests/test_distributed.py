@@ -172,7 +172,7 @@ def test_two_processes_train_as_one(train, tmp_path, method):
         "def reward(images, prompts):\n    return images.mean((1, 2, 3)) * 10\n"
     )
     settings = {
-        "iterations": 10,
+        "iterations": 6,
         "reward": "smooth:reward",
         "sampling__batch_size": 6,
         **(ONE_PASS if method == "one pass" else MEMORY.get(method, {})),
@@ -190,13 +190,13 @@ def test_two_processes_train_as_one(train, tmp_path, method):
         assert {name: a[name] for name in counted} == {name: b[name] for name in counted}
         for name in ("reward/mean", "diversity/kept_mean", "loss", "loss/kl", "policy/grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (name, a["iteration"])
-    start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 10)
-    assert (last - start).abs().max() > 5e-3
-    torch.testing.assert_close(weights(tmp_path / "two", 10), last, atol=1e-5, rtol=0)
+    start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 6)
+    assert (last - start).abs().max() > 3e-3
+    torch.testing.assert_close(weights(tmp_path / "two", 6), last, atol=1e-5, rtol=0)
 
 
 IN_PARTS = {
-    "adapter__kind": "full", "adapter__shard": True, "prompts__per_iteration": 4, "optimizer__batch_size": 2,
+    "adapter__kind": "full", "adapter__shard": True, "prompts__per_iteration": 4, "optimizer__batch_size": 3,
     "sampling__batch_size": 6, "objective__timestep_choice": "random", "objective__timesteps": 0.7,
     "reward": "smooth:reward", "optimizer__learning_rate": 2e-4,
 }  # fmt: skip
@@ -387,8 +387,9 @@ def test_evaluation_is_the_same(config, launch, tmp_path, processes):
 )
 def test_a_launcher_starts_it(train, config, tmp_path, launcher):
     """A whole run as users start it, evaluation at the end included."""
+    (tmp_path / "three.txt").write_text("a cat\na dog\na cow\n")
     settings = {
-        "evaluation__at_end": True, "evaluation__prompts": "animals8", "evaluation__images": 2,
+        "evaluation__at_end": True, "evaluation__prompts": "three.txt", "evaluation__images": 2,
         "logging__trackers": ["tensorboard"],
     }  # fmt: skip
     statuses, said = train("forked", 2, **settings)

@@ -77,7 +77,8 @@ def train(
     dimensions = problem.mean.shape[0]
     mean = problem.mean.clone().requires_grad_()
     log_std = problem.std.log().requires_grad_(penalty == "reward")
-    optimiser = torch.optim.Adam([p for p in (mean, log_std) if p.requires_grad], lr=learning_rate)
+    learned = [p for p in (mean, log_std) if p.requires_grad]
+    optimiser = torch.optim.Adam(learned, lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, learning_rate / 30)
     means, stds = [mean.detach().clone()], [log_std.detach().exp()]
     batch = prompts * group

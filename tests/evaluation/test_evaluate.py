@@ -54,11 +54,17 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def run(config, tmp_path):
+@pytest.fixture(scope="session")
+def trained(config, tmp_path_factory):
     from driftrl import Trainer
 
-    return Trainer(config(optimizer__learning_rate=0.02), tmp_path / "run").run()
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    return Trainer(config(optimizer__learning_rate=0.02), folder).run()
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def settings(prompts_file, clip_folder, **changes):

@@ -1,5 +1,6 @@
 """Every family of models through the same rollout, replay, training and saving."""
 
+import itertools
 import json
 import math
 import re
@@ -69,6 +70,13 @@ def folders(tmp_path_factory, epsilon_folder):
 @pytest.fixture(params=[pytest.param(f, marks=pytest.mark.slow) if f in VARIANTS else f for f in FAMILIES])
 def family(request):
     return request.param
+
+
+def mostly(*quick):
+    """A test of these families, and of the others by `make test-slow`: for what a family has little say in."""
+    return pytest.mark.parametrize(
+        "family", [f if f in quick else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+    )
 
 
 @pytest.fixture
@@ -336,6 +344,7 @@ def test_adapters_of_earlier_releases_are_read(settings, family, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), wanted, strict=True))
 
 
+@mostly("sd", "sd3", "flux")
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_is_rescored_in_the_updates_own_batches(settings, family, dtype):
     """What training compares agrees to a tenth of the clip range, whatever the rollout's batches were."""
@@ -352,13 +361,15 @@ def test_half_precision_is_rescored_in_the_updates_own_batches(settings, family,
     assert stats.grad_norm > 0
 
 
-@pytest.mark.parametrize(
-    ("dtype", "checkpointing"),
-    [
-        ("bfloat16", True), ("float16", False), pytest.param("bfloat16", False, marks=pytest.mark.slow),
-        pytest.param("float16", True, marks=pytest.mark.slow),
-    ],
-)  # fmt: skip
+def halves():
+    """Every family in bfloat16 with checkpointing, two in float16 without; the other pairs are slow."""
+    quick = {(family, "bfloat16", True) for family in FAMILIES if family not in VARIANTS}
+    quick |= {("sd", "float16", False), ("sd3", "float16", False)}
+    for each in itertools.product(FAMILIES, ("bfloat16", "float16"), (True, False)):
+        yield pytest.param(*each, marks=() if each in quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "dtype", "checkpointing"), halves())
 def test_the_ratio_of_an_untouched_policy_in_half_precision(settings, family, dtype, checkpointing, capsys):
     """Over all scored steps, guidance and prompt noise on; measured and printed."""
     policy = build_policy(settings(family, model__dtype=dtype, model__gradient_checkpointing=checkpointing))
@@ -418,6 +429,7 @@ def test_the_loss_scale_changes_no_gradient(settings):
     assert norms[0].grad_norm == pytest.approx(norms[1].grad_norm, rel=1e-6)
 
 
+@mostly("sd", "sd3", "qwen")
 def test_full_fine_tuning_trains_saves_and_resumes(settings, family, folders, tmp_path):
     """The checkpoint is a network that diffusers loads; the base model stays at hand; resuming changes nothing."""
 
@@ -654,6 +666,7 @@ def test_a_folder_without_what_no_policy_asks(settings, folders, tmp_path):
     torch.testing.assert_close(policy.encode(PROMPTS).embeds, same.encode(PROMPTS).embeds)
 
 
+@mostly("sd", "sd3", "flux")
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_folder_of_half_precision_files(settings, folders, tmp_path, family, mixed):
     """Downloads often hold no others; or they do for some parts."""
