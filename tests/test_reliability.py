@@ -399,6 +399,21 @@ def test_other_prompts_in_the_same_file_are_refused(config, tmp_path):
     Trainer(longer, tmp_path / "run", resume=True).run()
 
 
+def test_a_file_of_prompts_that_is_gone_is_not_missed(config, tmp_path, monkeypatch):
+    """Or is not there by this name, for the run goes on from another folder."""
+    (tmp_path / "mine.txt").write_text("a cat\na dog\na cow\n")
+    monkeypatch.chdir(tmp_path)
+    settings = config(iterations=1, prompts__set="mine.txt")
+    Trainer(settings, tmp_path / "run").run()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    longer = settings.model_copy(update={"iterations": 2})
+    resumed = Trainer(longer, tmp_path / "run", resume=True)
+    assert resumed.loop.prompt_set == ("a cat", "a dog", "a cow")
+    with pytest.raises(InputError, match=r"there is no .*mine\.txt"):
+        Trainer(longer, tmp_path / "new")
+
+
 def test_a_changed_configuration_is_refused_even_if_the_file_was_edited(config, tmp_path):
     run = Trainer(config(iterations=1), tmp_path / "run").run()
     edited = config(iterations=1, optimizer__learning_rate=0.5)

@@ -34,7 +34,7 @@ from driftrl.policies.flow import (
 )
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
-from driftrl.prompts import load_prompts
+from driftrl.prompts import trained
 from driftrl.rewards.guarded import GuardedReward
 from driftrl.rewards.several import SeveralRewards
 from driftrl.rewards.tower import CLIPTower
@@ -578,7 +578,7 @@ def _policy_encoder(name: str, policy: Policy | None) -> Encoder:
 
 def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLoop:
     """Everything that a run needs, ready to go."""
-    prompt_set = load_prompts(config.prompts.set)
+    prompt_set = trained(config.prompts.set, run)
     if config.prompts.per_iteration > len(prompt_set):
         raise InputError(
             f"prompts.per_iteration: expected at most the {len(prompt_set)} prompts of {config.prompts.set}; "

@@ -55,6 +55,19 @@ def load_prompts(name: str) -> tuple[str, ...]:
     return tuple(prompts)
 
 
+def trained(name: str, run: Path) -> tuple[str, ...]:
+    """What a run draws from: its prompt set, or its folder's copy where a resumed run's file is not there any more, or not
+    by this name in this folder.
+
+    Raises:
+        InputError: as `load_prompts`.
+    """
+    copy = run / FILE
+    begun = (run / "config.yaml").is_file() and copy.is_file()
+    gone = name not in prompt_sets() and not Path(name).exists()
+    return _copied(copy) if begun and gone else load_prompts(name)
+
+
 def evaluated(asked: str | None, trained: str, run: Path | None = None) -> tuple[str, tuple[str, ...]]:
     """What a run is measured on: its prompt set's name, and the prompts.
 

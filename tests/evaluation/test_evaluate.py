@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import run_command
 from driftrl.build import load_pipeline
 from driftrl.checks import InputError, RunFailedError
 from driftrl.config import load_config
@@ -114,6 +115,12 @@ def test_measures_base_and_every_checkpoint_once(run, prompts_file, clip_folder)
 
     told.clear()
     before = (run / FILE).read_text()
+    options = ["--prompts", prompts_file, "--images", 4, "--clip", clip_folder, "--reward", "compressibility"]
+    for asked, shown in (("1", "iteration 1"), ("all", "iteration 2")):
+        status, table = run_command("evaluate", run, *options, "--checkpoint", asked)
+        assert status == 0 and shown in table, table
+    status, table = run_command("evaluate", run / "checkpoints/000001", *options)
+    assert status == 0 and "iteration 1" in table, table
     evaluate(run, **chosen, progress=lambda *_: told.append(1))
     assert not told and (run / FILE).read_text() == before
 

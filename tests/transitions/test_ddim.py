@@ -148,6 +148,11 @@ def test_without_noise_nothing_is_scored():
     assert not bool(_tables(_scheduler(), eta=0.0).scored.any())
 
 
+def test_a_clean_image_has_no_noise_to_take_away():
+    with pytest.raises(InputError, match=r"alphas_cumprod: expected at least 0, and less than 1.* got 0\.5 to 1"):
+        ddim_tables(torch.tensor([1.0, 0.5]), torch.tensor([1, 0]), 1.0)
+
+
 def test_samples_of_a_batch_may_be_at_different_steps():
     tables = _tables(_scheduler())
     picked = torch.tensor([3, 0, 7, 9])

@@ -61,7 +61,7 @@ def ddim_tables(
         The tables, on the device of ``alphas_cumprod``.
 
     Raises:
-        InputError: for wrong shapes, timesteps out of range, eta below 0, or epsilon prediction on a
+        InputError: for wrong shapes, timesteps or alphas out of range, eta below 0, or epsilon prediction on a
             schedule that starts at a_t = 0, where the noise says nothing about the image.
 
     Example:
@@ -91,6 +91,11 @@ def ddim_tables(
     previous = times - trained // steps
     alpha = table[times]
     alpha_prev = torch.where(previous >= 0, table[previous.clamp(min=0)], final)
+    if not bool(((alpha >= 0) & (alpha < 1)).all()):
+        raise InputError(
+            "alphas_cumprod: expected at least 0, and less than 1 at the timesteps, for a clean image has no noise to take "
+            f"away; got {float(alpha.min()):g} to {float(alpha.max()):g}"
+        )
     if prediction_type == "epsilon" and bool((alpha <= 0).any()):
         raise InputError(
             "prediction_type: 'epsilon' cannot start from a schedule with zero terminal signal "
