@@ -369,7 +369,7 @@ def halves():
         yield pytest.param(*each, marks=() if each in quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("family", "dtype", "checkpointing"), halves())
+@pytest.mark.parametrize(("family", "dtype", "checkpointing"), list(halves()))
 def test_the_ratio_of_an_untouched_policy_in_half_precision(settings, family, dtype, checkpointing, capsys):
     """Over all scored steps, guidance and prompt noise on; measured and printed."""
     policy = build_policy(settings(family, model__dtype=dtype, model__gradient_checkpointing=checkpointing))
