@@ -149,7 +149,9 @@ def test_without_noise_nothing_is_scored():
 
 
 def test_a_clean_image_has_no_noise_to_take_away():
-    with pytest.raises(InputError, match=r"alphas_cumprod: expected at least 0, and less than 1.* got 0\.5 to 1"):
+    with pytest.raises(
+        InputError, match=r"alphas_cumprod: expected at least 0, and less than 1.* got 0\.5 to 1"
+    ):
         ddim_tables(torch.tensor([1.0, 0.5]), torch.tensor([1, 0]), 1.0)
 
 
