@@ -70,7 +70,13 @@ def test_the_network_is_called_as_often_as_estimated(config, tmp_path, changes):
     assert sum(rows) == plan.branches * (plan.images * plan.steps + replayed)
 
 
-@pytest.mark.parametrize("changes", [{}, {"prompt_noise__eta": 0.0}, {"shaping__potential": "stepwise"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"prompt_noise__eta": 0.0}, {"shaping__potential": "stepwise"}, ONE_PASS,
+        {"objective__loss": "nft", "objective__timesteps": 1.0},
+    ],
+)  # fmt: skip
 def test_bytes_are_those_of_a_real_iteration(config, tmp_path, monkeypatch, changes):
     loop = build_loop(config(**changes), tmp_path)
     plan, standing, kept = probe.plan_of(loop), probe.standing_of(loop), []
@@ -89,7 +95,8 @@ def test_bytes_are_those_of_a_real_iteration(config, tmp_path, monkeypatch, chan
     network = {p.data_ptr(): p.numel() * 4 for p in loop.policy.network.parameters()}
     parts = [loop.policy.pipeline.vae, loop.policy.pipeline.text_encoder]
     rest = sum(t.numel() * t.element_size() for m in parts for t in (*m.parameters(), *m.buffers()))
-    assert standing.model == sum(network.values()) + rest
+    drawer = sum(p.numel() * 4 for p in loop.policy.parameters()) if loop.objective.contrast else 0  # a copy
+    assert standing.model == sum(network.values()) + rest + drawer
     assert standing.instruments == sum(
         t.numel() * t.element_size()
         for t in (*loop.encoder.model.parameters(), *loop.encoder.model.buffers())

@@ -63,6 +63,15 @@ def test_samples_do_not_depend_on_the_batch_or_on_their_neighbours(config):
     assert (together.images[0, 0] - together.images[0, 1]).abs().max() > 0.01
 
 
+def test_the_way_to_an_image_need_not_be_kept(config):
+    policy = build_policy(config())
+    conditioning = policy.encode(PROMPTS)
+    whole = rollout(policy, conditioning, KEYS, 3, 4)
+    end = rollout(policy, conditioning, KEYS, 3, 4, keep_path=False)
+    assert torch.equal(end.latents, whole.latents[:, :, -1:])
+    assert torch.equal(end.images, whole.images) and torch.equal(end.log_probs, whole.log_probs)
+
+
 def test_the_last_step_of_a_schedule_that_ends_clean_is_never_scored(config):
     policy = build_policy(config())
     drawn = rollout(policy, policy.encode(PROMPTS), KEYS, 2, 8)

@@ -38,6 +38,8 @@ class Plan:
     """Further rewards that every image is scored by."""
     taught: int = 0
     """Denoising steps whose gradients are taken while images are drawn (`driftrl.one_pass`); 0 replays them."""
+    path: bool = True
+    """Whether every latent on the way to an image is kept, or the last one alone."""
 
     @property
     def images(self) -> int:
@@ -132,7 +134,8 @@ def stored_bytes(
         clean: features kept of each predicted clean latent; 0 without stepwise potentials.
         gradients: numbers of a candidate's gradient; 0 where they are not taken in one pass.
     """
-    path = (plan.steps + 1) * (math.prod(latent) + clean) + plan.steps
+    latents = plan.steps + 1 if plan.path else 1
+    path = latents * math.prod(latent) + (plan.steps + 1) * clean + plan.steps
     return FLOAT * plan.images * (path + math.prod(image) + (math.prod(noise) if noise else 0) + gradients)
 
 

@@ -50,7 +50,9 @@ def matches(
         float32 [n, 3], for `driftrl.conditioning.noise_cost`.
     """
     count, total = min(images.shape[1], candidates), len(prompt_set)
-    clean = rollout(policy, conditioning, keys, count, batch, first=first).images.flatten(0, 1)
+    clean = rollout(policy, conditioning, keys, count, batch, first=first, keep_path=False).images.flatten(
+        0, 1
+    )
     noised = images[:, :count].flatten(0, 1)
     places = [place for _, _, place in keys for _ in range(count)]
     own = [prompt_set[place] for place in places]

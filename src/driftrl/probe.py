@@ -80,6 +80,7 @@ def plan_of(loop: TrainingLoop) -> Plan:
         rescored=objective.rescore,
         judges=len(loop.judges),
         taught=int(taught(policy.scored, objective.timesteps).sum()) if loop.in_one_pass else 0,
+        path=loop.replays,
     )
 
 

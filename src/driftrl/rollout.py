@@ -119,6 +119,7 @@ def rollout(
     finished: Callable[[Tensor], None] | None = None,
     lesson: Lesson | None = None,
     first: Sequence[int] | None = None,
+    keep_path: bool = True,
 ) -> Rollout:
     """Draw ``candidates`` images for each of P prompts.
 
@@ -136,6 +137,7 @@ def rollout(
         finished: called with the images [n, 3, height, width] of each batch, in order.
         lesson: gradients of log-probabilities to take on the way.
         first: P numbers of the first candidate, 0 by default: what tells rows with the same key apart.
+        keep_path: keep the latents of every step, which replay wants; else x_0 alone, a T-th of the memory.
 
     Returns:
         Trajectories, log-probabilities and images of all P x N candidates.
@@ -152,7 +154,9 @@ def rollout(
         """The next batch, put where it belongs."""
         chunk = flat[done : done + size]
         own = torch.arange(done, done + len(chunk), device=policy.device) // candidates
-        parts = _denoise(policy, conditioning.rows(own), chunk, scored, prompt_noise, keep_clean, lesson)
+        parts = _denoise(
+            policy, conditioning.rows(own), chunk, scored, prompt_noise, keep_clean, lesson, keep_path
+        )
         for name, part in parts.items():
             if len(part) == len(flat):
                 kept[name] = part
@@ -182,6 +186,7 @@ def _denoise(
     prompt_noise: PromptNoise,
     keep_clean: bool,
     lesson: Lesson | None,
+    keep_path: bool,
 ) -> dict[str, Tensor]:
     """One batch of n candidates, from noise to image: the fields of a `Rollout`, each [n, ...]."""
     device, shape = policy.device, policy.latent_shape
@@ -208,7 +213,7 @@ def _denoise(
             if keep_clean:
                 clean.append(latent_features(move.x0))
             scores.append(score.detach())
-            path.append(x)
+            path = [*path, x] if keep_path else [x]
     parts = {
         "latents": torch.stack(path, 1),
         "log_probs": torch.stack(scores, 1),

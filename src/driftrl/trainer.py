@@ -171,6 +171,11 @@ class TrainingLoop:
         self.restored_sizes(checkpoint.batch_sizes(path))
         self._saved = self.position.iteration
 
+    @property
+    def replays(self) -> bool:
+        """Whether the update goes the way of the drawn latents again."""
+        return not self.in_one_pass and self.objective.contrast is None
+
     def sizes(self) -> Tensor:
         """Batch sizes of rollout and update in each process: int64 [processes, 2]."""
         return self.team.gather(torch.tensor([[self.rollout_batch.now, self.update_batch.now]]))
@@ -369,7 +374,7 @@ class TrainingLoop:
         with self.memory.drawing(self.policy):
             return rollout(
                 self.policy, conditioning, keys, count, batch, noise, self.on_sampled, stepwise, scoring.add,
-                lesson, first,
+                lesson, first, self.replays,
             )  # fmt: skip
 
     def _learn(
@@ -480,7 +485,9 @@ def _demand_finite(what: str, values: Tensor, texts: list[str]) -> None:
     wrong = ~torch.isfinite(values)
     if bool(wrong.any()):
         prompt, candidate, *rest = wrong.nonzero()[0].tolist()
-        step = f", denoising step {rest[0]}" if rest else ""
+        step = (
+            f", denoising step {rest[0]}" if rest and values.shape[2] > 1 else ""
+        )  # else the last latents alone
         raise NotFiniteError(f"a {what} is not finite for {texts[prompt]!r}, candidate {candidate}{step}")
 
 

@@ -54,7 +54,8 @@ class Rollout:
     """Trajectories of N candidates for each of P prompts."""
 
     latents: Tensor
-    """[P, N, T + 1, C, H, W], from x_T to x_0, as they were stored: what replay scores."""
+    """[P, N, T + 1, C, H, W], from x_T to x_0, as they were stored: what replay scores; or x_0 alone, [P, N, 1, C, H, W],
+    where nothing is replayed."""
     log_probs: Tensor
     """float32 [P, N, T]: mean over latent dimensions; 0 at steps that are never scored."""
     images: Tensor

@@ -540,7 +540,14 @@ class _Studio:
             # The keys of `generate`, which gives the same images: a prompt's place, not that in its batch.
             keys = [(seed, EVALUATION, place) for place in places]
             drawn = rollout(
-                self.policy, rows, keys, count, self.size, noise, lambda n: self._tell(label, n)
+                self.policy,
+                rows,
+                keys,
+                count,
+                self.size,
+                noise,
+                lambda n: self._tell(label, n),
+                keep_path=False,
             ).images
             yield self.bench.read(drawn, [prompts[place] for place in places])
             if folder is not None and self.mine:

@@ -111,4 +111,4 @@ def generate(
     batch = batch_size or default_batch(policy.device)
     with torch.no_grad():
         conditioning = policy.encode(list(prompts))
-    return rollout(policy, conditioning, keys, images, batch, prompt_noise, progress).images
+    return rollout(policy, conditioning, keys, images, batch, prompt_noise, progress, keep_path=False).images
