@@ -196,7 +196,10 @@ def _denoise(
         own = [noise.generator(*key, "prompt") for key in keys]
         eps = noise.placed(noise.normal(own, rows.embeds.shape[1:]), device)
     x = noise.placed(noise.normal(draws, shape), device)
-    path, scores, clean = [x], [], []
+    # In place, for stacking them in the end would take twice the memory.
+    path = x.new_empty(len(keys), len(scored) + 1 if keep_path else 1, *shape)
+    path[:, 0] = x
+    scores, clean = [], []
     with nullcontext() if lesson is None else policy.sample_gradients(len(keys)) as gradients:
         for step, counts in enumerate(scored):
             at = torch.full((len(keys),), step, device=device)
@@ -213,9 +216,9 @@ def _denoise(
             if keep_clean:
                 clean.append(latent_features(move.x0))
             scores.append(score.detach())
-            path = [*path, x] if keep_path else [x]
+            path[:, step + 1 if keep_path else 0] = x
     parts = {
-        "latents": torch.stack(path, 1),
+        "latents": path,
         "log_probs": torch.stack(scores, 1),
         "images": policy.decode(x).contiguous(),
     }
