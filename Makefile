@@ -22,8 +22,8 @@ demo: $(VENV)/installed  ## train with DRIFT on the embedded model and write run
 	$(BIN)/driftrl train experiments/demo.yaml --out runs/demo
 	@echo "open runs/demo/report.html"
 
-test: $(VENV)/installed  ## every test that takes less than a minute, a file at a time on each core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+test: $(VENV)/installed  ## every test that takes less than a minute, one at a time on each core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(VENV)/installed  ## the longer ones
 	$(BIN)/python -m pytest -m slow --timeout 3600

@@ -21,6 +21,8 @@ if "DRIFTRL_TEST_DEVICE" not in os.environ:
 import pytest
 import torch
 
+from launcher import Launcher
+
 torch.set_num_threads(1)
 # A shell's background jobs ignore Ctrl-C, and so would the programs that tests start and stop by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -154,6 +156,13 @@ def config(pipeline_folder, encoder_folder):
         return parse_config(data)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("jobs"))
+    yield launcher
+    launcher.close()
 
 
 def driftrl(*arguments, cwd=None):

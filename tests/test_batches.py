@@ -53,7 +53,7 @@ def same(one, two):
     [
         pytest.param({}, marks=pytest.mark.slow),
         {"objective__kl_weight": 0.1},
-        {"model__dtype": "bfloat16"},
+        pytest.param({"model__dtype": "bfloat16"}, marks=pytest.mark.slow),
     ],
 )
 def test_out_of_memory_halves_the_batch_and_changes_no_bit(config, tmp_path, changes):

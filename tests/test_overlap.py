@@ -245,7 +245,7 @@ def _sample(loop):
     [
         {},
         {"objective__kl_weight": 0.1, "objective__kl_schedule": "early"},
-        {"model__dtype": "bfloat16"},
+        pytest.param({"model__dtype": "bfloat16"}, marks=pytest.mark.slow),
         {"objective__loss": "nft"},
     ],
     ids=["drift", "kl", "half", "nft"],

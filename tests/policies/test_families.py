@@ -108,6 +108,8 @@ def replay(policy, conditioning, drawn, spec, batch):
 def test_replay_has_ratio_one_also_with_gradient_checkpointing(settings, family, sampler):
     """Guidance and prompt noise on; the replay has gradients and so does checkpoint."""
     changes = {"sampling__flow_sampler": sampler, "model__gradient_checkpointing": True}
+    if sampler == "cps" and family in DIFFUSION:
+        return  # which have one sampler
     policy = build_policy(settings(family, **changes))
     spec, conditioning = PromptNoise(0.05), policy.encode(PROMPTS)
     drawn = rollout(policy, conditioning, KEYS, 5, 4, spec)
@@ -384,7 +386,7 @@ def test_the_ratio_of_an_untouched_policy_in_half_precision(settings, family, dt
     assert found.log_ratio < 1e-5
 
 
-@pytest.mark.parametrize("batch", [4, 3])
+@pytest.mark.parametrize("batch", [pytest.param(4, marks=pytest.mark.slow), 3])
 def test_rescoring_makes_up_for_a_network_that_depends_on_its_batch(settings, batch):
     """Without it the first step's ratios are off by more than the clip range; with it they are 1, also where the last
     batch of an optimiser step is smaller and pairs without advantage are left out.
@@ -429,7 +431,7 @@ def test_the_loss_scale_changes_no_gradient(settings):
     assert norms[0].grad_norm == pytest.approx(norms[1].grad_norm, rel=1e-6)
 
 
-@mostly("sd", "sd3", "qwen")
+@mostly("sd", "sd3")
 def test_full_fine_tuning_trains_saves_and_resumes(settings, family, folders, tmp_path):
     """The checkpoint is a network that diffusers loads; the base model stays at hand; resuming changes nothing."""
 

@@ -247,7 +247,7 @@ def test_doubling_is_upsampling_and_a_convolution():
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 5.0])
 def test_replay_of_the_embedded_model_in_other_batches(guidance):
     """Rounding depends on the batch, with Winograd too; a log-ratio must not show it."""
     policy = build_policy(load_config(None, [f"sampling.guidance_scale={guidance}", "sampling.steps=4"]))
