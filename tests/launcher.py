@@ -51,9 +51,12 @@ for line in sys.stdin:
     if job["signals"]:
         while not pathlib.Path(job["until"]).exists():
             time.sleep(0.02)
-        for k, number in enumerate(job["signals"]):
-            time.sleep(0.5 * (k > 0 or len(job["signals"]) > 1))
-            os.kill(next(pid for pid, rank in children.items() if rank == job["whom"]), number)
+        target = next(pid for pid, rank in children.items() if rank == job["whom"])
+        for number in job["signals"]:
+            if len(job["signals"]) > 1:
+                time.sleep(0.5)
+                assert os.waitpid(target, os.WNOHANG) == (0, 0), "ended before all signals were sent"
+            os.kill(target, number)
     status = {}
     while len(status) < len(children):
         pid, code = os.wait()

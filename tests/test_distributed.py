@@ -70,7 +70,7 @@ def test_two_processes_train_as_one(train, tmp_path, method):
         "def reward(images, prompts):\n    return images.mean((1, 2, 3)) * 10\n"
     )
     settings = {
-        "iterations": 6,
+        "iterations": 10,
         "reward": "smooth:reward",
         "sampling__batch_size": 6,
         **(ONE_PASS if method == "one pass" else MEMORY.get(method, {})),
@@ -88,13 +88,13 @@ def test_two_processes_train_as_one(train, tmp_path, method):
         assert {name: a[name] for name in counted} == {name: b[name] for name in counted}
         for name in ("reward/mean", "diversity/kept_mean", "loss", "loss/kl", "policy/grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (name, a["iteration"])
-    start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 6)
-    assert (last - start).abs().max() > 3e-3
-    torch.testing.assert_close(weights(tmp_path / "two", 6), last, atol=1e-5, rtol=0)
+    start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 10)
+    assert (last - start).abs().max() > 5e-3
+    torch.testing.assert_close(weights(tmp_path / "two", 10), last, atol=1e-5, rtol=0)
 
 
 IN_PARTS = {
-    "adapter__kind": "full", "adapter__shard": True, "prompts__per_iteration": 4, "optimizer__batch_size": 3,
+    "adapter__kind": "full", "adapter__shard": True, "prompts__per_iteration": 4, "optimizer__batch_size": 2,
     "sampling__batch_size": 6, "objective__timestep_choice": "random", "objective__timesteps": 0.7,
     "reward": "smooth:reward", "optimizer__learning_rate": 2e-4,
 }  # fmt: skip
@@ -112,7 +112,7 @@ def test_weights_in_parts_train_as_whole_ones(train, launch, smooth, tmp_path, k
     """Of every weight each of two processes holds a part (FSDP). The steps' pairs are drawn over all samples, so the
     processes have different numbers of micro-batches. Divergence from the reference is asked between them.
     """
-    settings = {"iterations": 2, "objective__kl_weight": kl, **IN_PARTS}
+    settings = {"iterations": 3, "objective__kl_weight": kl, **IN_PARTS}
     for name, processes in (("one", 1), ("two", 2)):
         statuses, said = train(name, processes, **settings)
         assert set(statuses) == {0}, said
@@ -122,22 +122,22 @@ def test_weights_in_parts_train_as_whole_ones(train, launch, smooth, tmp_path, k
         for name in ("reward/mean", "loss", "loss/kl", "policy/grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (name, a["iteration"])
     assert (one[-1]["loss/kl"] > 0) == (kl > 0)
-    start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 2)
+    start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 3)
     assert (last - start).abs().max() > 5e-4
-    close_but_for_signs(weights(tmp_path / "two", 2), last)
+    close_but_for_signs(weights(tmp_path / "two", 3), last)
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-        files = [tmp_path / run / "checkpoints/000002" / name for run in ("one", "two")]
+        files = [tmp_path / run / "checkpoints/000003" / name for run in ("one", "two")]
         if name == "config.json":
             assert json.loads(files[0].read_text()) == json.loads(files[1].read_text())
         else:
             found = [load_file(file) for file in files]
             assert found[0].keys() == found[1].keys()
             close_but_for_signs(*(torch.cat([f[key].flatten() for key in sorted(f)]) for f in found))
-    statuses, said = launch(tmp_path, 1, "train", "--resume", "two", "--set", "iterations=3")
+    statuses, said = launch(tmp_path, 1, "train", "--resume", "two", "--set", "iterations=4")
     assert statuses == [0], said
-    statuses, said = launch(tmp_path, 2, "train", "--resume", "one", "--set", "iterations=3")
+    statuses, said = launch(tmp_path, 2, "train", "--resume", "one", "--set", "iterations=4")
     assert statuses == [0, 0], said
-    close_but_for_signs(weights(tmp_path / "one", 3), weights(tmp_path / "two", 3))
+    close_but_for_signs(weights(tmp_path / "one", 4), weights(tmp_path / "two", 4))
 
 
 def close_but_for_signs(one, two):

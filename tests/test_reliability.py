@@ -621,7 +621,7 @@ def damaged_folders(run, tmp_path, count):
 
 def test_damaged_run_folders(config, tmp_path):
     run = Trainer(config(iterations=2), tmp_path / "run").run()
-    assert 0 < damaged_folders(run, tmp_path, 15) < 15
+    assert 0 < damaged_folders(run, tmp_path, 25) < 25
 
 
 @pytest.mark.slow
@@ -730,7 +730,9 @@ def test_memory_stays_flat(config, tmp_path):
 
 
 def test_a_second_interrupt_stops_at_once(config, launch, tmp_path):
-    """After the first it finishes the iteration, for all it knows, which would take two minutes."""
+    """After the first it finishes the iteration, for all it knows, which would take two minutes; the launcher makes sure that
+    it is still there for the second.
+    """
     (tmp_path / "stuck.py").write_text(
         "import time\ncalls = []\n\ndef reward(images, prompts):\n    calls.append(1)\n"
         "    time.sleep(0 if len(calls) < 2 else 120)\n    return images.mean((1, 2, 3))\n"

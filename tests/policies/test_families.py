@@ -108,8 +108,6 @@ def replay(policy, conditioning, drawn, spec, batch):
 def test_replay_has_ratio_one_also_with_gradient_checkpointing(settings, family, sampler):
     """Guidance and prompt noise on; the replay has gradients and so does checkpoint."""
     changes = {"sampling__flow_sampler": sampler, "model__gradient_checkpointing": True}
-    if sampler == "cps" and family in DIFFUSION:
-        return  # which have one sampler
     policy = build_policy(settings(family, **changes))
     spec, conditioning = PromptNoise(0.05), policy.encode(PROMPTS)
     drawn = rollout(policy, conditioning, KEYS, 5, 4, spec)
@@ -367,11 +365,11 @@ def halves():
     """Every family in bfloat16 with checkpointing, two in float16 without; the other pairs are slow."""
     quick = {(family, "bfloat16", True) for family in FAMILIES if family not in VARIANTS}
     quick |= {("sd", "float16", False), ("sd3", "float16", False)}
-    for each in itertools.product(FAMILIES, ("bfloat16", "float16"), (True, False)):
-        yield pytest.param(*each, marks=() if each in quick else pytest.mark.slow)
+    every = itertools.product(FAMILIES, ("bfloat16", "float16"), (True, False))
+    return [pytest.param(*each, marks=() if each in quick else pytest.mark.slow) for each in every]
 
 
-@pytest.mark.parametrize(("family", "dtype", "checkpointing"), list(halves()))
+@pytest.mark.parametrize(("family", "dtype", "checkpointing"), halves())
 def test_the_ratio_of_an_untouched_policy_in_half_precision(settings, family, dtype, checkpointing, capsys):
     """Over all scored steps, guidance and prompt noise on; measured and printed."""
     policy = build_policy(settings(family, model__dtype=dtype, model__gradient_checkpointing=checkpointing))
