@@ -85,6 +85,18 @@ def test_cads_is_the_papers_rule():
 
 
 @pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+@pytest.mark.parametrize("padding", [1, 251])
+def test_padding_has_no_say_and_gets_no_noise(schedule, padding):
+    """Zeros after a prompt: the same noise on its tokens however long they are."""
+    zeros = torch.zeros(3, padding, 7, dtype=E.dtype)
+    noise = torch.cat([NOISE, _normal(3, padding, 7, seed=9)], 1)
+    got = annealed_noise(torch.cat([E, zeros], 1), noise, TIMES, 0.05, schedule)
+    torch.testing.assert_close(got[:, :5], annealed_noise(E, NOISE, TIMES, 0.05, schedule))
+    assert torch.equal(got[:, 5:], zeros)
+    assert torch.equal(annealed_noise(zeros, zeros + 1, 500, 0.05, schedule), zeros)
+
+
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
 def test_gradient_reaches_embeddings_and_noise(schedule):
     embeds, noise = _normal(2, 2, 3, seed=2).requires_grad_(), _normal(2, 2, 3, seed=3).requires_grad_()
     times = torch.tensor([800, 300])

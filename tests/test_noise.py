@@ -1,8 +1,10 @@
 """Keyed generators."""
 
 import numpy as np
+import pytest
 import torch
 
+from driftrl.checks import InputError
 from driftrl.noise import generator, normal, seed_of
 
 
@@ -36,3 +38,10 @@ def test_draws_are_standard_normal_and_unrelated():
     assert abs(float(x.std()) - 1) < 0.02
     correlation = torch.corrcoef(x)
     assert float((correlation - torch.eye(400)).abs().max()) < 0.75
+
+
+@pytest.mark.parametrize("part", [0.5, True, None, np.float32(1)])
+def test_a_key_is_of_words_and_whole_numbers(part):
+    with pytest.raises(InputError, match="key: expected a whole number"):
+        seed_of(0, part)
+    assert seed_of(np.int64(3), torch.tensor(4)) == seed_of(3, 4)

@@ -146,7 +146,9 @@ def test_when_it_pays():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     served = {"reward": [{"name": "tiny-animals"}, {"name": "http://127.0.0.1:1"}]}
     assert [overlaps(parse_config(data), cpu) for data in ({}, served)] == [False, True]
-    assert overlaps(parse_config({}), cuda)
+    jpeg = {"reward": "compressibility"}
+    assert [overlaps(parse_config(data), cuda) for data in ({}, served, jpeg)] == [False, True, True]
+    assert not overlaps(parse_config(jpeg), cpu)
     for asked in (True, False):
         settings = parse_config({"sampling": {"overlap_reward": asked}})
         assert overlaps(settings, cpu) is overlaps(settings, cuda) is asked

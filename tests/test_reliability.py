@@ -18,13 +18,14 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import run_command
 from driftrl import Trainer, checkpoint, terms
+from driftrl.batches import MemoryWarning
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
 from driftrl.config import TrainConfig, dump_config, load_config, parse_config
-from driftrl.files import sha256, write_json
+from driftrl.files import sha256, sort_header, write_json
 from driftrl.rewards.guarded import GuardedReward
 from driftrl.trainer import NotFiniteWarning
 
@@ -187,6 +188,42 @@ def test_a_reward_that_hangs_is_given_up():
     with pytest.raises(RunFailedError, match=r"no answer within 0\.05 s"):
         slow(torch.rand(2, 3, 8, 8), ["a cat"] * 2)
     assert time.monotonic() - start < 10
+
+
+def test_a_reward_keeps_nothing_for_a_backward_pass():
+    """A user's function around a network would keep every activation of every image."""
+    weight = torch.ones(3, requires_grad=True)
+
+    def score(images, prompts):
+        assert not torch.is_grad_enabled()
+        return (images.mean((2, 3)) * weight).sum(1)
+
+    for timeout in (None, 10.0):
+        GuardedReward(score, attempts=1, timeout=timeout)(torch.rand(2, 3, 8, 8), ["a cat"] * 2)
+
+
+def test_a_reward_that_runs_out_of_memory_gets_fewer_images_at_once():
+    asked = []
+
+    def score(images, prompts):
+        assert len(images) == len(prompts)
+        asked.append(len(images))
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return images.mean((1, 2, 3))
+
+    reward, images = GuardedReward(score, attempts=1), torch.rand(10, 3, 8, 8)
+    with pytest.warns(MemoryWarning, match="images at once, 10: it is 2 from here on"):
+        assert torch.equal(reward(images, ["a cat"] * 10), images.mean((1, 2, 3)))
+    assert asked == [10, 5, 2, 2, 2, 2, 2]
+    reward(images[:3], ["a cat"] * 3)
+    assert asked[7:] == [2, 1]
+
+    def never(images, prompts):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(RunFailedError, match="out of memory, though"):
+        GuardedReward(never, attempts=1)(images, ["a cat"] * 10)
 
 
 @pytest.mark.parametrize(
@@ -374,6 +411,36 @@ def test_keep_last_and_keep_every(config, tmp_path):
         "000004",
         "000005",
     ]
+
+
+def test_whole_checkpoints_are_read_again_only_where_they_changed(config, tmp_path, monkeypatch):
+    run = Trainer(config(iterations=3), tmp_path / "run").run()
+    folder, read = run / "checkpoints", []
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: read.append(path.parent.name) or sha256(path))
+    checkpoint.prune(folder, 3)
+    assert set(read) == {"000001", "000002", "000003"}
+    read.clear()
+    checkpoint.prune(folder, 3)
+    assert not read
+    (folder / "000003/training.safetensors").write_bytes(b"damaged")
+    checkpoint.prune(folder, 1)
+    assert set(read) == {"000003"}
+    assert [p.name for p in checkpoint.listing(folder)] == ["000002", "000003"]
+
+
+def test_a_header_is_sorted_where_it_stands(tmp_path):
+    """Beside the tensors of a large model there is no memory for a copy of them."""
+    names = [f"{k:03d} \u00e9 layer" for k in torch.randperm(64).tolist()]
+    tensors = {name: torch.full((k + 1,), float(k)) for k, name in enumerate(names)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+    sort_header(tmp_path / "a.safetensors")
+    after = (tmp_path / "a.safetensors").read_bytes()
+    start = 8 + int.from_bytes(after[:8], "little")
+    assert len(after) == len(before) and after[start:] == before[start:]
+    assert list(json.loads(after[8:start])) == sorted(names)
+    found = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
 
 
 def test_a_second_process_is_refused(config, tmp_path):

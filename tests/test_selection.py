@@ -191,3 +191,10 @@ def test_integers_and_no_prompts():
 def test_refuses_what_it_cannot_use(rewards, keep, strategy, says):
     with pytest.raises(InputError, match=says):
         select(rewards, keep, strategy)
+
+
+def test_how_many_to_keep_is_a_whole_number_of_any_kind():
+    rewards = torch.tensor([[1.0, 2.0, 4.0]])
+    assert torch.equal(select(rewards, np.int64(2)), select(rewards, 2))
+    with pytest.raises(InputError, match="rewards: expected at least one candidate"):
+        select(torch.zeros(2, 0), 1)

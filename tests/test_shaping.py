@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -347,3 +348,33 @@ def test_each_potential_wants_its_shape(potential):
 def test_new_functions_refuse_what_does_not_fit(call, name):
     with pytest.raises(InputError, match=name):
         call()
+
+
+def test_the_discount_is_not_rounded_before_its_powers():
+    potentials = torch.zeros(1, 1, 51, dtype=torch.bfloat16)
+    potentials[..., -1] = 1
+    returns = stepwise_intrinsic(potentials, 0.99)[1][0, 0]
+    assert returns.dtype == torch.bfloat16
+    assert returns[0].item() == pytest.approx(0.99**50, rel=2**-8)
+
+
+def test_images_all_alike_have_a_finite_gradient_of_entropy():
+    distances = torch.zeros(1, 3, 3, requires_grad=True)
+    share = entropy_share(distances)
+    assert share.tolist() == [[pytest.approx(math.log(1e-3))] * 3]
+    share.sum().backward()
+    assert bool(torch.isfinite(distances.grad).all())
+
+
+def test_neighbours_are_counted_in_whole_numbers_of_any_kind():
+    distances = _uniform(2, 4, 4)
+    assert torch.equal(nearest_distance(distances, np.int64(2)), nearest_distance(distances, 2))
+    with pytest.raises(InputError, match=r"k: expected a whole number; got 1\.5"):
+        nearest_distance(distances, 1.5)
+    with pytest.raises(InputError, match="groups of at least two"):
+        nearest_distance(torch.zeros(2, 1, 1))
+
+
+def test_constant_steps_are_counted_as_such():
+    with pytest.warns(DiversityWarning, match="6 of 6 groups and steps"):
+        intrinsic_advantage(torch.ones(2, 4, 3))

@@ -3,17 +3,19 @@
 import json
 import re
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from driftrl import Trainer, noise
-from driftrl.build import build_loop, load_pipeline
+from driftrl import Trainer, checkpoint, noise
+from driftrl.build import build_loop, load_pipeline, objective_of
 from driftrl.checkpoint import CheckpointWarning, Position, newest
 from driftrl.checks import InputError
-from driftrl.config import load_config
+from driftrl.cli.train import train
+from driftrl.config import dump_config, load_config
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.noise_check import CHECKED_EVERY, PromptNoiseWarning
 from driftrl.prompts import draw
@@ -300,3 +302,46 @@ def test_pairs_are_chosen_as_asked(choice):
     first = [steps == [0, 1] for steps in by_sample.values()]
     assert all(first) if choice == "noisiest" else not all(first)
     assert pairs.sample.tolist() != sorted(pairs.sample.tolist())  # shuffled among the updates
+
+
+def test_the_optimisers_state_lies_in_memory_as_before(config, tmp_path):
+    """A fused optimiser refuses moments that are laid out otherwise than their weights; convolutions are channels last."""
+    settings = config(iterations=1, adapter__kind="full", optimizer__learning_rate=1e-5)
+    run = Trainer(settings, tmp_path / "run").run()
+    loop = build_loop(settings, run)
+    last = checkpoint.newest(run / "checkpoints")
+    checkpoint.load(last, loop.policy, loop.optimizer)
+    moments = [
+        (parameter, value)
+        for parameter, state in loop.optimizer.state.items()
+        for value in state.values()
+        if value.shape == parameter.shape and value.dim() == 4
+    ]
+    assert any(not parameter.is_contiguous() for parameter, _ in moments)
+    assert all(value.stride() == parameter.stride() for parameter, value in moments)
+
+
+def test_nothing_of_training_is_kept_for_the_evaluation_after_it(config, tmp_path, monkeypatch):
+    """Two models may not have room beside each other."""
+    path, made, alive = tmp_path / "run.yaml", [], []
+    path.write_text(dump_config(config(iterations=1, evaluation__at_end=True)))
+
+    def build(*arguments):
+        loop = build_loop(*arguments)
+        made.extend([weakref.ref(loop), weakref.ref(loop.policy), weakref.ref(loop.policy.network)])
+        return loop
+
+    monkeypatch.setattr("driftrl.run.build_loop", build)
+    monkeypatch.setattr("driftrl.cli.evaluate.evaluate", lambda folder, **_: alive.extend(r() for r in made))
+    train(path, [], tmp_path / "run", None, True)
+    assert alive == [None, None, None]
+
+
+def test_where_batches_round_differently_samples_are_scored_again(config):
+    """TF32, which convolutions on a GPU compute float32 in, has errors beyond the clip range."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert torch.backends.cudnn.allow_tf32
+    found = [objective_of(config(), device).rescore for device in (cpu, cuda)]
+    assert found == [False, True]
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert not objective_of(config(), cuda).rescore

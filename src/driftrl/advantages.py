@@ -56,13 +56,14 @@ def advantages_of(
 
     Args:
         rewards: [P, G], of the kept candidates.
-        rule: baseline, scale and clip.
+        rule: baseline, scale and clip, which is at least 0.
         candidates: [P, N], of all candidates.
         history: the P prompts' rows, ``candidates`` included; needed by baseline ``running``.
 
     Raises:
         InputError: as `group_relative` and `running_relative` do, or for ``running`` without a history.
     """
+    at_least("clip", rule.clip, 0.0)
     if one_of("baseline", rule.baseline, BASELINES) == "running":
         if history is None:
             raise InputError("history: baseline 'running' needs each prompt's last rewards; got None")

@@ -52,6 +52,8 @@ REWARDS = (
 )  # fmt: skip
 NETWORKS = ("pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward")
 """Rewards whose weights are asked for as NAME@FOLDER, or come from the hub."""
+ON_THE_HOST = ("compressibility", "incompressibility")
+"""Rewards that a CPU computes wherever the model is."""
 READ_THE_PROMPT = ("tiny-animals", "pickscore", "hpsv2", "clipscore", "imagereward")
 """Rewards that say how well an image matches its prompt."""
 REWARD_DTYPES = ("auto", "float32", "bfloat16")
@@ -636,34 +638,38 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
         objective,
         optimizer,
         run / "checkpoints",
-        config.seed,
-        config.prompts.per_iteration,
-        config.sampling.batch_size or default_batch(policy.device),
-        config.logging.checkpoint_every,
-        config.logging.keep_last,
-        config.logging.keep_every,
-        config.guards.max_failures,
-        config.model_dump(mode="json"),
-        build_judges(config, reward, towers),
-        team,
-        overlaps(config, policy.device),
-        build_similarity(config, reward, towers),
-        in_one_pass(config, policy, objective, team),
+        seed=config.seed,
+        prompts_per_iteration=config.prompts.per_iteration,
+        rollout_batch=config.sampling.batch_size or default_batch(policy.device),
+        checkpoint_every=config.logging.checkpoint_every,
+        keep_last=config.logging.keep_last,
+        keep_every=config.logging.keep_every,
+        max_failures=config.guards.max_failures,
+        configuration=config.model_dump(mode="json"),
+        judges=build_judges(config, reward, towers),
+        team=team,
+        overlap_reward=overlaps(config, policy.device),
+        similarity=build_similarity(config, reward, towers),
+        in_one_pass=in_one_pass(config, policy, objective, team),
     )
 
 
 def method_of(config: TrainConfig) -> Method:
     """What a configuration says of sampling, selection, advantages and shaping."""
     return Method(
-        config.sampling.candidates,
-        config.selection.keep,
-        config.selection.strategy,
-        prompt_noise_of(config, "train"),
-        AdvantageRule(**config.advantage.model_dump()),
-        Shaping(**config.shaping.model_dump(exclude={"encoder"})),
-        Anchor(config.objective.kl_share, config.objective.reference_kl, config.objective.reference_every),
-        parts_of(config.reward),
-        Window(window, config.sampling.window_every) if (window := config.sampling.window) else None,
+        candidates=config.sampling.candidates,
+        keep=config.selection.keep,
+        strategy=config.selection.strategy,
+        prompt_noise=prompt_noise_of(config, "train"),
+        advantage=AdvantageRule(**config.advantage.model_dump()),
+        shaping=Shaping(**config.shaping.model_dump(exclude={"encoder"})),
+        anchor=Anchor(
+            share=config.objective.kl_share,
+            threshold=config.objective.reference_kl,
+            every=config.objective.reference_every,
+        ),
+        rewards=parts_of(config.reward),
+        window=Window(window, config.sampling.window_every) if (window := config.sampling.window) else None,
     )
 
 
@@ -674,20 +680,30 @@ def objective_of(config: TrainConfig, device: torch.device) -> Objective:
         spec = config.objective
         contrast = NegativeAware(spec.nft_beta, config.advantage.clip, spec.nft_decay, spec.nft_decay_max)
     return Objective(
-        config.objective.clip_range,
-        config.objective.kl_weight,
-        config.objective.timesteps,
-        config.objective.timestep_choice,
-        config.optimizer.updates,
-        config.optimizer.epochs,
-        config.optimizer.batch_size or (48 if device.type == "cpu" else 96),
-        config.optimizer.max_grad_norm,
-        rescore=contrast is None and (config.model.dtype != "float32" or config.model.compile),
+        clip_range=config.objective.clip_range,
+        kl_weight=config.objective.kl_weight,
+        timesteps=config.objective.timesteps,
+        timestep_choice=config.objective.timestep_choice,
+        updates=config.optimizer.updates,
+        epochs=config.optimizer.epochs,
+        batch_size=config.optimizer.batch_size or (48 if device.type == "cpu" else 96),
+        max_grad_norm=config.optimizer.max_grad_norm,
+        rescore=contrast is None and _rounds_by_batch(config, device),
         loss_scale=2.0**14 if config.model.dtype == "float16" else 1.0,
         divergence=config.objective.divergence,
         kl_schedule=config.objective.kl_schedule,
         contrast=contrast,
     )
+
+
+def _rounds_by_batch(config: TrainConfig, device: torch.device) -> bool:
+    """Whether a log-probability depends, by more than the clip range bears, on the batch that it is computed in: in half
+    precision, where blocks are compiled, and where a GPU's convolutions take TF32 for float32.
+    """
+    tf32 = device.type == "cuda" and (
+        torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    )
+    return config.model.dtype != "float32" or config.model.compile or tf32
 
 
 def in_one_pass(config: TrainConfig, policy: PipelinePolicy, objective: Objective, team: Team) -> bool:
@@ -722,7 +738,9 @@ def overlaps(config: TrainConfig, device: torch.device) -> bool:
     if asked != "auto":
         return asked
     names = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
-    return device.type == "cuda" or any(name.startswith(("http://", "https://")) for name in names)
+    # On the GPU that draws, kernels of both wait in one queue, and beside each other they want its memory.
+    beside = ON_THE_HOST if device.type == "cuda" else ()
+    return any(name in beside or name.startswith(("http://", "https://")) for name in names)
 
 
 def open_sizes(config: TrainConfig) -> tuple[bool, bool]:

@@ -18,13 +18,16 @@ from typing import Any
 import torch
 
 from driftrl.checks import InputError
-from driftrl.distributed import part, whole
+from driftrl.distributed import in_parts, part, whole
 from driftrl.files import new_folder, read_json, sha256, sort_header, write_json
 from driftrl.types import Policy
 
 FORMAT = 1
 MEMORY = "memory.safetensors"
 """What a method remembers between iterations; absent where that is nothing."""
+
+_WHOLE: dict[Path, tuple[tuple[str, int, int], ...]] = {}
+"""Of checkpoints that `prune` found whole: name, size and time of each file."""
 
 
 class CheckpointWarning(UserWarning):
@@ -113,15 +116,19 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None = N
     Raises:
         InputError: if it is damaged or does not fit.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     problem = damage(path)
     if problem:
         raise InputError(f"{path}: {problem}")
     try:
-        # Copied, for what is loaded is a view of the file, and would change or crash with it.
-        tensors = {name: value.clone() for name, value in load_file(path / "training.safetensors").items()}
+        with safe_open(path / "training.safetensors", "pt") as file:
+            # Copied, for what is loaded is a view of the file, and would change or crash with it.
+            tensors = {
+                name: file.get_tensor(name).clone()
+                for name in file.keys()  # noqa: SIM118 (no mapping)
+                if optimizer is not None or name.endswith("/value")
+            }
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path / 'training.safetensors'}: {error}") from error
     named = dict(policy.named_parameters())
@@ -139,13 +146,19 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None = N
             state = {k.rsplit("/", 1)[1]: v for k, v in tensors.items() if k.rsplit("/", 1)[0] == name}
             if state:
                 count = state.pop("step", None)
-                optimizer.state[parameter] = {
-                    k: part(v.to(parameter.device), parameter) for k, v in state.items()
-                }
+                optimizer.state[parameter] = {k: _laid_out(v, parameter) for k, v in state.items()}
                 if count is not None:
                     optimizer.state[parameter]["step"] = count.to(parameter.device) if fused else count
     state = read_json(path / "state.json")
     return Position(int(state["iteration"]), int(state.get("failures", 0)))
+
+
+def _laid_out(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A moment as the parameter lies in memory, channels last for instance, which a fused optimiser insists on."""
+    value = value.to(parameter.device)
+    if in_parts(parameter) or value.shape != parameter.shape:
+        return part(value, parameter)
+    return torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
 
 
 def load_memory(path: Path) -> dict[str, torch.Tensor]:
@@ -215,15 +228,29 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint is not damaged; as many bytes as before, written when they were, are not read again."""
+    try:
+        stamps = tuple(sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.iterdir()))
+    except OSError:
+        return False
+    if _WHOLE.get(path) != stamps:
+        if damage(path) is not None:
+            return False
+        _WHOLE[path] = stamps
+    return True
+
+
 def prune(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
     """Delete all but the newest ``keep_last`` checkpoints, and those of iterations divisible by ``keep_every``.
 
-    What a crash left half-written goes too. A damaged checkpoint does not count among the newest.
+    What a crash left half-written goes too. A damaged checkpoint does not count among the newest; what was found whole is
+    read again only where a file of it has changed since.
     """
     paths, whole = listing(folder), 0
     for path in reversed(paths if len(paths) > keep_last else []):
         if whole < keep_last:
-            whole += damage(path) is None
+            whole += _is_whole(path)
         elif keep_every is None or int(path.name) % keep_every:
             shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".*.tmp"):

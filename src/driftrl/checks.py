@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -100,6 +102,35 @@ def at_least(name: str, value: float, minimum: float) -> float:
     if not value >= minimum:
         raise InputError(f"{name}: expected at least {minimum}; got {value}")
     return value
+
+
+def whole_number(name: str, value: SupportsIndex) -> int:
+    """``value`` as a Python number, if it is a whole number of any kind, NumPy's too, and no truth value.
+
+    Raises:
+        InputError: otherwise.
+    """
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise InputError(f"{name}: expected a whole number; got {value!r}")
+    return operator.index(value)
+
+
+def per_sample(name: str, values: Tensor | float, samples: Tensor) -> Tensor:
+    """``values`` as [N], one for each of ``samples`` [N, ...], on their device and in float64 (float32 on MPS); a
+    single number counts for all.
+
+    Raises:
+        InputError: for another shape.
+    """
+    wide = torch.float32 if samples.device.type == "mps" else torch.float64
+    given = torch.as_tensor(values).to(device=samples.device, dtype=wide)
+    if given.dim() == 0:
+        given = given.expand(samples.shape[:1])
+    if samples.dim() < 1 or given.shape != samples.shape[:1]:
+        raise InputError(
+            f"{name}: expected one per sample, {list(samples.shape[:1])}; got {list(given.shape)}"
+        )
+    return given
 
 
 def floating(tensor: Tensor) -> Tensor:

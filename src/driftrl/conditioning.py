@@ -45,7 +45,8 @@ def annealed_noise(
 
     With ``s = t / num_train_timesteps``, ``a`` is ``s`` (``linear``), 1 (``constant``) or
     ``(1 - cos(pi s)) / 2`` (``cosine``); rms is the root mean square of each sample's embedding over tokens
-    and channels, so that ``eta`` means the same for every text encoder.
+    and channels, so that ``eta`` means the same for every text encoder. Tokens that are all zeros are padding: they are
+    left out of the rms and stay zero, so that it means the same for short and long prompts too.
 
     ``cads`` is the rule of that paper instead: ``sqrt(g) e + eta sqrt(1 - g) noise`` with ``g`` rising
     linearly from 0 at ``s >= tau2`` to 1 at ``s <= tau1``; brought back to the mean and standard deviation of
@@ -103,28 +104,34 @@ def annealed_noise(
 
     share = (when / num_train_timesteps).clamp(0.0, 1.0).reshape(-1, 1, 1)
     clean, draw = embeds.to(dtype), noise.to(device=embeds.device, dtype=dtype)
+    tokens = (clean != 0).any(dim=-1, keepdim=True)
     if schedule == "cads":
         gamma = ((tau2 - share) / (tau2 - tau1)).clamp(0.0, 1.0)
-        noised = gamma.sqrt() * clean + eta * (1.0 - gamma).sqrt() * draw
-        return torch.lerp(noised, _with_moments_of(clean, noised), psi).to(embeds.dtype)
+        noised = (gamma.sqrt() * clean + eta * (1.0 - gamma).sqrt() * draw) * tokens
+        return torch.lerp(noised, _with_moments_of(clean, noised, tokens), psi).to(embeds.dtype)
     if schedule == "linear":
         amount = share
     elif schedule == "cosine":
         amount = 0.5 - 0.5 * (math.pi * share).cos()
     else:
         amount = torch.ones_like(share)
-    rms = clean.square().mean(dim=(1, 2), keepdim=True).sqrt()
-    return (clean + eta * amount * rms * draw).to(embeds.dtype)
+    rms = _mean(clean.square(), tokens).sqrt()
+    return (clean + eta * amount * rms * draw * tokens).to(embeds.dtype)
 
 
-def _with_moments_of(target: Tensor, values: Tensor) -> Tensor:
-    """``values`` moved and scaled to each sample's mean and standard deviation of ``target``."""
-    dims = (1, 2)
-    centred = values - values.mean(dim=dims, keepdim=True)
-    std = centred.square().mean(dim=dims, keepdim=True).sqrt()
-    target_mean = target.mean(dim=dims, keepdim=True)
-    target_std = (target - target_mean).square().mean(dim=dims, keepdim=True).sqrt()
-    return centred * (target_std / std.clamp(min=torch.finfo(std.dtype).tiny)) + target_mean
+def _mean(values: Tensor, tokens: Tensor) -> Tensor:
+    """Mean [N, 1, 1] over the channels of those ``tokens`` [N, L, 1] that there are; ``values`` are 0 at the others."""
+    padding = tokens.shape[1] / tokens.sum(dim=1, keepdim=True).clamp(min=1)  # 1 where there is none
+    return values.mean(dim=(1, 2), keepdim=True) * padding.to(values.dtype)
+
+
+def _with_moments_of(target: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
+    """``values`` moved and scaled to each sample's mean and standard deviation of ``target``, both over its tokens."""
+    mean = _mean(target, tokens)
+    centred = (values - _mean(values, tokens)) * tokens
+    std = _mean(centred.square(), tokens).sqrt()
+    target_std = _mean(((target - mean) * tokens).square(), tokens).sqrt()
+    return (centred * (target_std / std.clamp(min=torch.finfo(std.dtype).tiny)) + mean) * tokens
 
 
 def noise_cost(noised: Tensor, clean: Tensor, unrelated: Tensor) -> NoiseCost:

@@ -143,7 +143,7 @@ class SamplingConfig(Section):
     less where model.memory_budget, or a GPU's memory, does not suffice."""
     overlap_reward: Literal["auto"] | bool = "auto"
     """Score each finished batch while the next one is denoised, in place of all images at the end. 'auto': for reward
-    servers and beside a GPU, not where reward and model share a CPU's cores."""
+    servers, and for compressibility beside a GPU; not where reward and model share a CPU's cores or a GPU."""
 
     @model_validator(mode="after")
     def _consistent(self) -> SamplingConfig:

@@ -75,12 +75,14 @@ def sort_header(path: Path) -> None:
 
     So equal tensors make equal files, byte for byte.
     """
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns the data
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+    with path.open("r+b") as file:  # in place, for the tensors may be most of the memory there is
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"{path}: its sorted header takes {len(text)} bytes, and there are {size}")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def sha256(path: Path) -> str:

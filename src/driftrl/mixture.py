@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, has_shape, one_of
+from driftrl.checks import InputError, floating, has_shape, one_of
 
 NORMALIZATIONS: tuple[str, ...] = ("none", "prompt", "batch", "fixed")
 
@@ -73,12 +73,12 @@ def mixed(scores: Tensor, parts: Sequence[Part], among: Tensor | None = None) ->
     if has_shape("scores", scores, "[P, N, R]").shape[-1] != len(parts):
         raise InputError(f"scores: expected {len(parts)} columns, one per reward; got {list(scores.shape)}")
     wide = torch.float32 if scores.device.type == "mps" else torch.float64  # MPS has no float64
-    precision = torch.finfo(scores.dtype).eps
+    precision = torch.finfo(floating(scores).dtype).eps
     among = (scores if among is None else among).to(wide)
     total = torch.zeros(scores.shape[:2], dtype=wide, device=scores.device)
     for k, (part, values) in enumerate(zip(parts, scores.to(wide).unbind(-1), strict=True)):
         total += part.weight * _normalised(values, part, among[..., k], precision)
-    return total.to(scores.dtype)
+    return total.to(floating(scores).dtype)
 
 
 def columns(scores: Tensor, parts: Sequence[Part]) -> dict[str, Tensor]:

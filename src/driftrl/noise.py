@@ -8,10 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from driftrl.checks import whole_number
+
 
 def seed_of(*key: int | str) -> int:
     """A 63-bit seed for a key, the same on every machine; different keys give unrelated seeds. A number is itself,
-    whether Python's or NumPy's.
+    whether Python's or NumPy's. (PyTorch's CPU generators start from the lower 32 bits of a seed.)
+
+    Raises:
+        InputError: for a part that is neither a string nor a whole number.
 
     Example:
         >>> from driftrl.noise import seed_of
@@ -19,7 +24,8 @@ def seed_of(*key: int | str) -> int:
         True
     """
     parts = (
-        "str:" + part.replace("/", "//") if isinstance(part, str) else f"int:{int(part)}" for part in key
+        "str:" + part.replace("/", "//") if isinstance(part, str) else f"int:{whole_number('key', part)}"
+        for part in key
     )
     text = "/".join(parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

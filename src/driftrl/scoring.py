@@ -27,6 +27,7 @@ class Scoring:
         self._rewards, self._prompts, self._overlap = tuple(rewards), list(prompts), overlap
         self._parts: list[Future[list[Tensor]]] = []
         self._added = 0
+        self._device: torch.device | None = None
         self._queue: SimpleQueue[tuple[Future[list[Tensor]], Tensor, list[str]] | None] = SimpleQueue()
         self._left = threading.Event()
 
@@ -42,6 +43,7 @@ class Scoring:
         if not self._overlap:
             return
         if not self._parts:
+            self._device = images.device
             # A daemon: a reward that hangs must not keep the process alive, as a pool's thread would.
             threading.Thread(target=self._work, name="driftrl-reward", daemon=True).start()
         future: Future[list[Tensor]] = Future()
@@ -65,6 +67,8 @@ class Scoring:
         return [reward(images, prompts).float() for reward in self._rewards]
 
     def _work(self) -> None:
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # which each thread has of its own
         problem: BaseException | None = None
         while (job := self._queue.get()) is not None and not self._left.is_set():
             future, images, prompts = job

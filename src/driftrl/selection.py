@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, has_shape, is_finite, one_of
+from driftrl.checks import InputError, has_shape, is_finite, one_of, whole_number
 
 STRATEGIES: tuple[str, ...] = (
     "concentrated",
@@ -75,8 +75,9 @@ def select(
     one_of("strategy", strategy, STRATEGIES)
     has_shape("rewards", rewards, "[P, N]")
     prompts, candidates = rewards.shape
-    if isinstance(keep, bool) or not isinstance(keep, int):
-        raise InputError(f"keep: expected a whole number; got {keep!r}")
+    keep = whole_number("keep", keep)
+    if candidates == 0:
+        raise InputError("rewards: expected at least one candidate per prompt; got none")
     if not 1 <= keep <= candidates:
         raise InputError(f"keep: expected 1 to {candidates}, the number of candidates per prompt; got {keep}")
     if strategy == "all" and keep != candidates:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least, floating, has_shape, is_finite, one_of
+from driftrl.checks import InputError, at_least, floating, has_shape, is_finite, one_of, whole_number
 from driftrl.clusters import cluster_sizes, spectral_clusters
 
 MEASURES: tuple[str, ...] = ("pairwise", "nearest", "entropy", "clusters")
@@ -184,6 +184,9 @@ def nearest_distance(distances: Tensor, k: int = 1) -> Tensor:
     group = distances.shape[-1]
     if distances.shape[-2] != group:
         raise InputError(f"distances: expected shape [P, G, G]; got {list(distances.shape)}")
+    if group < 2:
+        raise InputError(f"distances: expected groups of at least two; got {list(distances.shape)}")
+    k = whole_number("k", k)
     if not 1 <= k < group:
         raise InputError(f"k: expected 1 to {group - 1}, the others of a group; got {k}")
     diagonal = torch.eye(group, dtype=torch.bool, device=distances.device)
@@ -213,7 +216,8 @@ def entropy_share(distances: Tensor, k: int = 1, floor: float = 1e-3) -> Tensor:
     """
     if not floor > 0:
         raise InputError(f"floor: expected more than 0; got {floor}")
-    return (2.0 * nearest_distance(distances, k)).clamp(min=0.0).sqrt().clamp(min=floor).log()
+    # Clamped before the root, whose gradient at 0 is infinite.
+    return (2.0 * nearest_distance(distances, k)).clamp(min=floor**2).sqrt().log()
 
 
 def intrinsic_advantage(diversity: Tensor, clip: float = 1.0) -> Tensor:
@@ -290,13 +294,14 @@ def _spread(diversity: Tensor) -> tuple[Tensor, Tensor]:
 def _warn_of_constant(diversity: Tensor, vanishes: Tensor | None = None) -> None:
     vanishes = _spread(diversity)[1] if vanishes is None else vanishes
     if bool(vanishes.any()):
+        steps = " and steps" if vanishes.dim() == 3 else ""
         why = (
             "Of two images each is as far from the other: keep three or more"
             if diversity.shape[1] == 2
             else "All images alike, or an encoder that cannot tell them apart?"
         )
         warnings.warn(
-            f"the diversity of {int(vanishes.sum())} of {vanishes.numel()} groups is constant "
+            f"the diversity of {int(vanishes.sum())} of {vanishes.numel()} groups{steps} is constant "
             f"(mean {float(diversity.detach().float().mean()):.3g}): it decides nothing there. {why}",
             DiversityWarning,
             stacklevel=3,
@@ -438,5 +443,8 @@ def stepwise_intrinsic(potentials: Tensor, gamma: float = 1.0) -> tuple[Tensor, 
     if not 0.0 <= gamma <= 1.0:
         raise InputError(f"gamma: expected 0 to 1; got {gamma}")
     before, after = potentials[..., :-1], potentials[..., 1:]
-    discount = gamma ** torch.arange(steps, 0, -1, device=potentials.device, dtype=potentials.dtype)
+    # Powers in Python's own floats: in half precision gamma itself would be rounded first.
+    discount = torch.tensor(
+        [gamma**left for left in range(steps, 0, -1)], device=potentials.device, dtype=potentials.dtype
+    )
     return gamma * after - before, discount * potentials[..., -1:] - before

@@ -102,6 +102,7 @@ class TrainingLoop:
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         checkpoints: Path,
+        *,
         seed: int = 0,
         prompts_per_iteration: int = 8,
         rollout_batch: int = 128,

@@ -186,7 +186,3 @@ class Policy(Protocol):
     def save_adapter(self, folder: Path, values: Mapping[str, Tensor] | None = None) -> None:
         """Write what was trained, in diffusers' LoRA format; ``values`` are all of the trainable parameters, by name."""
         ...
-
-    def load_adapter(self, folder: Path) -> None:
-        """Read what `save_adapter` wrote."""
-        ...

@@ -91,6 +91,17 @@ def test_the_latents_of_the_policy(config):
     torch.testing.assert_close(encoder(images), z.flatten(1))
 
 
+def test_an_autoencoder_gets_few_pixels_at_once(config, monkeypatch):
+    """It takes gigabytes for a large picture; the features stay the same."""
+    policy, counts = build_policy(config()), []
+    encoder, images = build_encoder("policy:latents", CPU, policy), torch.rand(5, 3, 16, 16)
+    whole, encode = encoder(images), policy.pipeline.vae.encode
+    monkeypatch.setattr("driftrl.diversity.encoders.PIXELS_AT_ONCE", 2 * 16 * 16)
+    monkeypatch.setattr(policy.pipeline.vae, "encode", lambda x: counts.append(len(x)) or encode(x))
+    torch.testing.assert_close(encoder(images), whole)
+    assert counts == [2, 2, 1]
+
+
 def test_the_mid_block_of_the_policy_ignores_the_adapter(config):
     policy = build_policy(config())
     encoder = build_encoder("policy:mid-block", CPU, policy)

@@ -174,3 +174,12 @@ def test_bad_order_is_refused(q):
 def test_bad_input_is_refused(features, message):
     with pytest.raises(InputError, match=message):
         vendi_score(features)
+
+
+@pytest.mark.parametrize("n", range(2, 20))
+def test_order_zero_is_a_whole_number(n):
+    features = torch.eye(n, requires_grad=True)
+    score = vendi_score(features, q=0)
+    assert score.item() == n
+    score.backward()
+    assert not features.grad.any()

@@ -291,3 +291,13 @@ def test_bad_settings_are_refused():
             bootstrap_interval(values)
     with pytest.raises(InputError, match="values: 1 of 2 values are not finite"):
         bootstrap_interval([1.0, math.nan])
+
+
+def test_a_baseline_of_nothing_but_rounding_is_none():
+    gain = gain_at_equal([(4, 1), (3, 3), (7, -4)], [(-5, -2), (2, 1), (-1, 4), (8, -1), (-4, -3)], 0)
+    assert gain.relative is None and math.isfinite(gain.absolute)
+
+
+def test_no_points_at_all_are_said_so():
+    with pytest.raises(InputError, match="points: expected numbers; got None"):
+        upper_envelope(None)

@@ -72,6 +72,22 @@ def test_half_precision_is_widened_before_the_ratio():
     assert float(result.clip_fraction) == 1.0
 
 
+@pytest.mark.parametrize("advantage", [1.0, 0.0])
+def test_a_ratio_that_overflows_is_clipped_too(advantage):
+    """exp(100) is no float32: infinity times the 0 of a clipped gradient, or of no advantage, would be NaN."""
+    log_prob = torch.tensor([100.0], requires_grad=True)
+    loss = clipped_surrogate(log_prob, torch.zeros(1), torch.tensor([advantage])).loss
+    loss.sum().backward()
+    torch.testing.assert_close(loss.detach(), torch.tensor([-advantage * 1.0001]))
+    assert log_prob.grad.tolist() == [0.0]
+
+
+def test_at_the_edge_of_the_range_nothing_is_clipped():
+    edge = torch.tensor([1.0 + 1e-4]).log()
+    inside = clipped_surrogate(edge.nextafter(torch.zeros(1)), torch.zeros(1), torch.ones(1))
+    assert inside.clip_fraction == 0
+
+
 def test_diagnostics():
     log_ratio = _t(0.0, 0.5, -0.5, 0.01)
     result = clipped_surrogate(

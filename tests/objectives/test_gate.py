@@ -27,6 +27,34 @@ def test_disagreement_counts_ranks_not_units():
     assert reward_disagreement(rewards, [rewards]).abs().max() == 0
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        torch.tensor([1, 2, 200], dtype=torch.uint8), torch.tensor([-128, 0, 127], dtype=torch.int8),
+        torch.tensor([-(2**31), 0, 2**31 - 1], dtype=torch.int32), torch.tensor([0.0, 60000.0, 65504.0]).half(),
+    ],
+)  # fmt: skip
+def test_ranks_are_compared_not_subtracted(row):
+    """Whole numbers would wrap around, halves overflow."""
+    torch.testing.assert_close(win_rates(row[None]).float(), torch.tensor([[0.0, 0.5, 1.0]]))
+    assert win_rates(torch.tensor([[False, True]])).tolist() == [[0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("own", "judge"),
+    [
+        (torch.tensor([[1, 2, 3]]), torch.tensor([[0.3, 0.2, 0.1]])),
+        (torch.tensor([[1.0, 2.0, 3.0]]).half(), torch.tensor([[90000.0, 80000.0, 70000.0]])),
+        (torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[2**24 + 2, 2**24 + 1, 2**24]])),
+    ],
+)
+def test_a_judge_is_ranked_in_its_own_numbers(own, judge):
+    """Not in those of the reward, in which neighbours may be one number."""
+    assert reward_disagreement(own, [judge]).tolist() == [[-1.0, 0.0, 1.0]]
+    with pytest.raises(InputError, match="rewards: expected a tensor"):
+        reward_disagreement([[1.0, 2.0]], [judge])
+
+
 def test_the_gate_takes_the_most_suspect_share():
     u = _normal(4, 5, seed=1)
     for share in (0.05, 0.1, 0.5, 0.9):

@@ -100,3 +100,9 @@ def test_early_steps_weigh_more_and_the_mean_stays():
 def test_refuses_what_does_not_fit(call, name):
     with pytest.raises(InputError, match=name):
         call()
+
+
+def test_one_std_for_all():
+    mean, reference = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    each = kl_equal_variance(mean, reference, torch.full((3,), 0.5))
+    torch.testing.assert_close(kl_equal_variance(mean, reference, 0.5), each)

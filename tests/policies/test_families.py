@@ -10,6 +10,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import Linear
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -323,27 +324,6 @@ def test_one_iteration_and_the_adapter_in_the_stock_pipeline(settings, family, f
     assert np.abs(ours - theirs).max() <= 1
 
 
-def test_adapters_of_earlier_releases_are_read(settings, family, tmp_path):
-    """They have diffusers' own names for attention layers."""
-    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
-
-    policy = build_policy(settings(family))
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.normal_()
-    wanted = [parameter.detach().clone() for parameter in policy.parameters()]
-    policy.save_adapter(tmp_path)
-    path = tmp_path / "pytorch_lora_weights.safetensors"
-    part = f"{policy.component}."
-    new = {name.removeprefix(part): value for name, value in load_file(path).items()}
-    old = convert_state_dict_to_diffusers(new)
-    assert set(old) != set(new)
-    save_file({part + name: value for name, value in old.items()}, path)
-    other = build_policy(settings(family))
-    other.load_adapter(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), wanted, strict=True))
-
-
 @mostly("sd", "sd3", "flux")
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_is_rescored_in_the_updates_own_batches(settings, family, dtype):
@@ -359,6 +339,57 @@ def test_half_precision_is_rescored_in_the_updates_own_batches(settings, family,
     stats = update(policy, optimizer, drawn, torch.randn(2, 4), conditioning, objective, (0, 0), spec)
     assert stats.ratio_deviation < 1e-5
     assert stats.grad_norm > 0
+
+
+def test_masks_and_lengths_are_not_rounded(settings, family):
+    """Half precision has no 257."""
+    policy, seen = build_policy(settings(family, model__dtype="bfloat16")), {}
+    conditioning, run = policy.encode(PROMPTS), policy._run
+
+    def watched(latents, timesteps, embeds, extra):
+        seen.update({name: value.dtype for name, value in extra.items()})
+        return run(latents, timesteps, embeds, extra)
+
+    policy._run = watched
+    rollout(policy, conditioning, KEYS, 2, 4)
+    counted = {name for name in conditioning.extra if name in ("mask", "length")}
+    assert counted == {"sana": {"mask"}, "qwen": {"mask"}, "zimage": {"length"}}.get(family, set())
+    assert all(seen[name] in (torch.bool, torch.int64) for name in counted)
+
+
+@mostly("sd", "sd3")
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_in_half_precision_a_lora_computes_in_it_too(settings, family, dtype):
+    """And is trained in float32. PEFT copies what comes into a layer to float32 for it, and is no nearer to the same
+    network in float32: the rounding of everything else decides.
+    """
+
+    def asked(dtype, cast=False):
+        """Mean and gradient, and the precisions that matrices of LoRA have seen."""
+        policy, seen = build_policy(settings(family, model__dtype=dtype)), set()
+        policy.fast, draw = None, torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
+        for layer in policy.network.modules():
+            if isinstance(layer, Linear):
+                layer.cast_input_dtype_enabled |= cast
+                for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+                    matrix.register_forward_hook(lambda m, i, o: seen.update({i[0].dtype, o.dtype}))
+        latents, steps = torch.randn(8, *policy.latent_shape, generator=draw), torch.tensor([0, 1] * 4)
+        move = score_step(policy, latents, steps, policy.encode(PROMPTS * 4), None, PromptNoise())
+        move.mean.square().sum().backward()
+        assert (
+            {p.dtype for p in policy.parameters()}
+            == {p.grad.dtype for p in policy.parameters()}
+            == {torch.float32}
+        )
+        return move.mean.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()]), seen
+
+    truth, (*ours, seen), (*peft, cast) = asked("float32"), asked(dtype), asked(dtype, cast=True)
+    assert seen == {getattr(torch, dtype)} and cast == {torch.float32}
+    for a, b, true, more in zip(ours, peft, truth, (1.15, 1.5), strict=False):
+        assert (a - true).norm() < more * (b - true).norm()
 
 
 def halves():

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from driftrl.checks import InputError
-from driftrl.transitions.ddim import PREDICTION_TYPES, ddim_tables, ddim_transition
+from driftrl.transitions.ddim import PREDICTION_TYPES, ddim_noised, ddim_tables, ddim_transition
 
 SHAPE = (2, 4, 3, 3)
 
@@ -246,3 +246,36 @@ def test_half_precision_is_computed_in_float32():
 def test_refuses_what_it_cannot_use(call, says):
     with pytest.raises(InputError, match=says):
         call(torch.tensor([0.5]))
+
+
+@pytest.mark.parametrize(
+    ("alphas", "times", "final", "says"),
+    [
+        ([0.9, 0.6, 0.3], [0, 2], 1.0, "timesteps: expected whole numbers, each less"),
+        ([0.9, 0.6, 0.3], [2, 2], 1.0, "timesteps: expected whole numbers, each less"),
+        ([0.9, 0.6, 0.3], [1.5, 0.5], 1.0, "timesteps: expected whole numbers"),
+        ([0.9, 0.6, 0.3], [2, 0], 2.0, "nearer to the clean image"),
+        ([0.9, 0.6, 0.3], [2, 0], float("nan"), "nearer to the clean image"),
+        ([0.3, 0.6, 0.9], [2, 0], 1.0, "nearer to the clean image"),
+        ([0.9, 0.0, 0.0], [2, 1, 0], 1.0, "nearer to the clean image"),
+    ],
+)
+def test_refuses_schedules_that_lead_nowhere(alphas, times, final, says):
+    with pytest.raises(InputError, match=says):
+        ddim_tables(torch.tensor(alphas), torch.tensor(times), final, prediction_type="v_prediction")
+
+
+def test_noised_in_half_precision_rounds_once():
+    x0, eps = torch.full((1, 1), 300.0).bfloat16(), torch.zeros(1, 1)
+    got = ddim_noised(x0, eps, torch.tensor([1e-5]))
+    assert got.dtype == torch.bfloat16 and got.item() == pytest.approx(300 * 1e-5**0.5, rel=2**-7)
+    for wrong in ((x0, torch.zeros(3), torch.tensor([0.5])), (x0, eps, torch.tensor([0.5, 0.5]))):
+        with pytest.raises(InputError, match="expected"):
+            ddim_noised(*wrong)
+
+
+def test_one_number_counts_for_all_samples():
+    x, out = _normal(3, 4, seed=0), _normal(3, 4, seed=1)
+    each = ddim_transition(out, x, torch.full((3,), 0.3), torch.full((3,), 0.6))
+    for a, b in zip(ddim_transition(out, x, 0.3, torch.tensor(0.6)), each, strict=True):
+        torch.testing.assert_close(a, b)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from driftrl.checks import InputError
-from driftrl.transitions.flow_sde import cps_transition, flow_sde_transition
+from driftrl.transitions.flow_sde import cps_transition, flow_noised, flow_sde_transition
 
 TRANSITIONS = [flow_sde_transition, cps_transition]
 
@@ -167,3 +167,21 @@ def test_refuses_what_it_cannot_use(transition):
         transition(x, x, half, torch.tensor([0.5, 0.5]))
     with pytest.raises(InputError, match="noise_level"):
         transition(x, x, half, half, noise_level=-0.1)
+
+
+def test_noised_in_half_precision_rounds_once():
+    """t itself would round to 1, and nothing of the image be left."""
+    x0 = torch.full((1, 1), 300.0).bfloat16()
+    got = flow_noised(x0, torch.zeros(1, 1), torch.tensor([0.9985]))
+    assert got.dtype == torch.bfloat16 and got.item() == pytest.approx(0.45, rel=2**-7)
+    for wrong in ((x0, torch.zeros(3), torch.tensor([0.5])), (x0, x0, torch.tensor([0.5, 0.5]))):
+        with pytest.raises(InputError, match="expected"):
+            flow_noised(*wrong)
+
+
+@pytest.mark.parametrize("transition", TRANSITIONS)
+def test_one_number_counts_for_all_samples(transition):
+    x, v = _normal(3, 4, seed=0), _normal(3, 4, seed=1)
+    each = transition(v, x, torch.full((3,), 0.5), torch.full((3,), 0.25))
+    for a, b in zip(transition(v, x, 0.5, torch.tensor(0.25)), each, strict=True):
+        torch.testing.assert_close(a, b)

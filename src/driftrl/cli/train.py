@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shlex
 import sys
@@ -27,7 +28,7 @@ from rich.table import Column
 from rich.text import Text
 
 from driftrl.checks import InputError, counted
-from driftrl.config import load_config
+from driftrl.config import TrainConfig, load_config
 from driftrl.distributed import leads
 
 WIDE = 100
@@ -46,6 +47,23 @@ def train(
 
         # A prompt set that is not there should not wait for the end.
         evaluated(parsed.evaluation.prompts, parsed.prompts.set, resume)
+    folder = _trained(parsed, out, resume, console, quiet)
+    if parsed.evaluation.at_end:
+        import torch
+
+        from driftrl.cli.evaluate import evaluate
+
+        # It builds its own model, and two may not have room beside each other.
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        evaluate(folder, quiet=quiet)
+
+
+def _trained(
+    parsed: TrainConfig, out: Path | None, resume: Path | None, console: Console, quiet: bool
+) -> Path:
+    """Train, and return the run's folder; nothing else is kept."""
     with console.status("loading model, reward and encoder", spinner="dots"):
         from transformers.utils import logging
 
@@ -107,17 +125,15 @@ def train(
         )  # fmt: skip
         trainer.team.wait()  # none of them ends before the first one has said so
         sys.exit(128 + trainer.stopped_by)
-    last = trainer.folder / "checkpoints" / f"{trainer.loop.position.iteration:06d}"
+    folder = trainer.folder
+    last = folder / "checkpoints" / f"{trainer.loop.position.iteration:06d}"
     console.print(
-        f"done: {trainer.folder}\nadapter for diffusers: pipe.load_lora_weights({str(last)!r})",
+        f"done: {folder}\nadapter for diffusers: pipe.load_lora_weights({str(last)!r})",
         highlight=False,
         soft_wrap=True,
         markup=False,
     )
-    if parsed.evaluation.at_end:
-        from driftrl.cli.evaluate import evaluate
-
-        evaluate(trainer.folder, quiet=quiet)
+    return folder
 
 
 class Gain:

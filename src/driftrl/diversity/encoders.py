@@ -19,6 +19,9 @@ DREAMSIM = {"dreamsim": "ensemble"} | {
 }
 """The variants of the published package: its ensemble and its single branches."""
 
+PIXELS_AT_ONCE = 2**20
+"""Pixels that an autoencoder encodes at once, as many as a policy decodes: 4 images of 512 x 512."""
+
 
 class TransformersEncoder:
     """Features of an image model that `transformers.AutoModel` loads: CLIP, SigLIP, DINOv2, ResNet and their like.
@@ -172,6 +175,11 @@ class MidBlockEncoder:
 
 def encode_latents(vae: Any, images: Tensor) -> Tensor:
     """Scaled mean latents float32 [N, C, h, w] of images [N, 3, H, W] in 0..1; some autoencoders have no others."""
+    chunk = max(1, PIXELS_AT_ONCE // (images.shape[-2] * images.shape[-1]))
+    return _in_batches(images, chunk, lambda part: _encoded(vae, part))
+
+
+def _encoded(vae: Any, images: Tensor) -> Tensor:
     parameter = next(vae.parameters())
     x = (images * 2 - 1).to(parameter.device, parameter.dtype)
     if hasattr(vae.config, "z_dim"):  # an autoencoder of films, whose channels are scaled one by one

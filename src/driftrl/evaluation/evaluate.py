@@ -46,7 +46,7 @@ from driftrl.mixture import mixed
 from driftrl.pictures import image_folder, save_png, to_pil
 from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.prompts import evaluated
-from driftrl.rewards.guarded import untouched, where_raised
+from driftrl.rewards.guarded import untouched, where_raised, without_gradients
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
 from driftrl.types import Encoder, Policy, Reward
 
@@ -187,7 +187,7 @@ class Readings:
 def _asked(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """What a reward gives, in float64 on the CPU."""
     try:
-        values = torch.as_tensor(untouched(name, images, partial(reward, images, prompts)))
+        values = torch.as_tensor(untouched(name, images, partial(without_gradients, reward, images, prompts)))
     except (InputError, RunFailedError):
         raise
     except Exception as error:  # of a user's function

@@ -159,7 +159,8 @@ def gain_at_equal(curve_a: Points, curve_b: Points, axis: str | int) -> Gain:
         gained=AXES[1 - held],
         held=AXES[held],
         absolute=absolute,
-        relative=absolute / baseline if baseline > 0 else None,
+        # What rounding leaves of a mean that is 0 is no baseline.
+        relative=absolute / baseline if baseline > 8 * np.finfo(float).eps * np.abs(on_b).max() else None,
         smallest=float(difference.min()),
         largest=float(difference.max()),
         low=float(levels[0]),
@@ -300,6 +301,8 @@ def _array(name: str, values: Points | Numbers) -> Array:
     try:
         given = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
         array = np.asarray(given, dtype=np.float64)
+        if given is None:
+            raise TypeError("got None")
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: expected numbers; {error}") from error
     if not np.isfinite(array).all():

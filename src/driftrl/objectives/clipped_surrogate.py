@@ -9,6 +9,9 @@ from torch import Tensor
 
 from driftrl.checks import InputError, has_shape
 
+LARGEST_LOG_RATIO = 80.0
+"""Its exponential is a float32; a policy this far away is lost in any case."""
+
 
 class ClippedSurrogate(NamedTuple):
     """Loss of each pair, and what to watch: scalar tensors without gradient, left on their device."""
@@ -65,9 +68,10 @@ def clipped_surrogate(
     dtype = torch.promote_types(torch.promote_types(log_prob.dtype, old_log_prob.dtype), torch.float32)
     weights = advantages.detach().to(dtype)
     log_ratio = log_prob.to(dtype) - old_log_prob.detach().to(dtype)
-    ratio = log_ratio.exp()
+    # A ratio that overflows would make 0 * inf of the gradient where the loss is clipped, or the advantage is 0.
+    ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     loss = torch.maximum(-weights * ratio, -weights * clipped)
     with torch.no_grad():
-        outside = ((ratio - 1.0).abs() > clip_range).to(loss.dtype).mean()
+        outside = (ratio != clipped).to(loss.dtype).mean()
         return ClippedSurrogate(loss, ratio.mean(), outside, 0.5 * log_ratio.square().mean())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, has_shape, is_finite
+from driftrl.checks import InputError, floating, has_shape, is_finite
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Anchor:
 
 
 def win_rates(rewards: Tensor) -> Tensor:
-    """Share of the other candidates of its prompt that each one beats, a draw counting half: [P, N] in 0..1.
+    """Share of the other candidates of its prompt that each one beats, a draw counting half: [P, N] in 0..1, in the
+    dtype of ``rewards``, or float32 for whole numbers.
 
     Raises:
         InputError: if ``rewards`` is not [P, N] with N >= 2.
@@ -37,8 +38,10 @@ def win_rates(rewards: Tensor) -> Tensor:
     has_shape("rewards", rewards, "[P, N]")
     if rewards.shape[1] < 2:
         raise InputError(f"rewards: expected at least two candidates per prompt; got {list(rewards.shape)}")
-    ahead = rewards[:, :, None] - rewards[:, None, :]
-    return (0.5 * (ahead.sign() + 1).sum(dim=-1) - 0.5) / (rewards.shape[1] - 1)
+    # Compared, not subtracted: differences of whole numbers wrap around.
+    own, other = rewards[:, :, None], rewards[:, None, :]
+    beaten = (own > other).sum(dim=-1) + 0.5 * ((own == other).sum(dim=-1) - 1)
+    return beaten.to(floating(rewards).dtype) / (rewards.shape[1] - 1)
 
 
 def reward_disagreement(rewards: Tensor, others: Sequence[Tensor]) -> Tensor:
@@ -63,14 +66,16 @@ def reward_disagreement(rewards: Tensor, others: Sequence[Tensor]) -> Tensor:
         >>> reward_disagreement(torch.tensor([[1.0, 2.0, 3.0]]), [torch.tensor([[30.0, 20.0, 10.0]])])
         tensor([[-1.,  0.,  1.]])
     """
-    if not others:
+    is_finite("rewards", has_shape("rewards", rewards, "[P, N]"))
+    if len(others) == 0:
         raise InputError("others: expected at least one further reward to compare with; got none")
-    is_finite("rewards", rewards)
     for other in others:
-        if other.shape != rewards.shape:
+        if has_shape("others", other, "[P, N]").shape != rewards.shape:
             raise InputError(f"others: expected shape {list(rewards.shape)}; got {list(other.shape)}")
         is_finite("others", other)
-    return win_rates(rewards) - torch.stack([win_rates(other.to(rewards)) for other in others]).mean(dim=0)
+    own = win_rates(rewards)
+    # Ranked before they take on the dtype of the rewards, in which neighbours may be one number.
+    return own - torch.stack([win_rates(other).to(own) for other in others]).mean(dim=0)
 
 
 def gate(disagreement: Tensor, share: float) -> Tensor:

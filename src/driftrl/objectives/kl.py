@@ -11,7 +11,7 @@ DIVERGENCES: tuple[str, ...] = ("kl", "wasserstein")
 SCHEDULES: tuple[str, ...] = ("uniform", "early")
 
 
-def divergence(kind: str, mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
+def divergence(kind: str, mean: Tensor, mean_ref: Tensor, std: Tensor | float) -> Tensor:
     """The divergence [N] that is named: `kl_equal_variance`, or `wasserstein_equal_variance`.
 
     Raises:
@@ -22,7 +22,7 @@ def divergence(kind: str, mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor
     return wasserstein_equal_variance(mean, mean_ref)
 
 
-def kl_equal_variance(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
+def kl_equal_variance(mean: Tensor, mean_ref: Tensor, std: Tensor | float) -> Tensor:
     """``KL(N(mean, std^2 I) || N(mean_ref, std^2 I))``, as the **mean** over all dimensions but the first.
 
     It is ``(mean - mean_ref)^2 / (2 std^2)`` averaged over latent dimensions: the same convention as the
@@ -32,7 +32,7 @@ def kl_equal_variance(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
     Args:
         mean: [N, ...], of the policy being trained.
         mean_ref: [N, ...], of the reference (the adapter switched off).
-        std: [N], or a shape that broadcasts to ``mean`` such as [N, 1, ..., 1] or []; positive.
+        std: a number, [N], or a shape that broadcasts to ``mean`` such as [N, 1, ..., 1]; positive.
 
     Returns:
         [N], in nats per dimension, at least 0; float32, or float64 if an argument is.
@@ -53,9 +53,9 @@ def kl_equal_variance(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
             f"mean_ref: expected the shape of mean, {list(mean.shape)}; got {list(mean_ref.shape)}"
         )
     dtype = torch.float32
-    for tensor in (mean, mean_ref, std):
+    for tensor in (mean, mean_ref, *([std] if isinstance(std, Tensor) else [])):
         dtype = torch.promote_types(dtype, tensor.dtype)
-    scale = std.detach().to(device=mean.device, dtype=dtype)
+    scale = torch.as_tensor(std).detach().to(device=mean.device, dtype=dtype)
     if scale.dim() == 1 and scale.shape[0] in (1, mean.shape[0]):
         scale = scale.view(-1, *[1] * (mean.dim() - 1))
     elif not _fits(scale.shape, mean.shape):

@@ -232,7 +232,7 @@ class SanaPolicy(FlowPolicy):
             list(prompts), device=self.device,
             complex_human_instruction=usual["complex_human_instruction"].default,
         )  # fmt: skip
-        extra = {"mask": mask.float(), "null_mask": null_mask.float()}
+        extra = {"mask": mask.long(), "null_mask": null_mask.long()}
         return Conditioning(embeds.float(), null[:1].float(), extra)
 
     def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
@@ -265,11 +265,12 @@ class QwenImagePolicy(PackedPolicy):
         return Conditioning(embeds, null, {"mask": mask, "null_mask": null_mask.repeat(len(embeds), 1)})
 
     def _padded(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings float32 [n, `longest`, D] and which tokens are the prompt's, as float32 [n, `longest`]."""
+        """Embeddings float32 [n, `longest`, D] and which tokens are the prompt's, bool [n, `longest`]."""
         embeds, mask = self.pipeline.encode_prompt(
             prompts, device=self.device, max_sequence_length=self.longest
         )
-        mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask.float()
+        mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
+        mask = mask.bool()
         missing = self.longest - embeds.shape[1]
         return F.pad(embeds.float(), (0, 0, 0, missing)), F.pad(mask, (0, missing))
 
@@ -279,7 +280,7 @@ class QwenImagePolicy(PackedPolicy):
             hidden_states=self._packed(latents),
             timestep=timesteps.to(latents.dtype) / 1000,
             encoder_hidden_states=embeds,
-            encoder_hidden_states_mask=extra["mask"].bool(),
+            encoder_hidden_states_mask=extra["mask"],
             img_shapes=[[(1, height // 2, width // 2)]] * len(latents),
             return_dict=False,
         )[0]
@@ -323,9 +324,7 @@ class ZImagePolicy(FlowPolicy):
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         found, null = self._read(list(prompts)), self._read([""])
-        lengths = [
-            torch.tensor([float(len(own)) for own in one], device=self.device) for one in (found, null)
-        ]
+        lengths = [torch.tensor([len(own) for own in one], device=self.device) for one in (found, null)]
         extra = {"length": lengths[0], "null_length": lengths[1].repeat(len(found))}
         return Conditioning(self._padded(found), self._padded(null), extra)
 
@@ -341,7 +340,7 @@ class ZImagePolicy(FlowPolicy):
         return torch.stack([F.pad(one.float(), (0, 0, 0, self.longest - len(one))) for one in found])
 
     def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
-        lengths = extra["length"].int().tolist()  # the host waits here, once for a batch
+        lengths = extra["length"].tolist()  # the host waits here, once for a batch
         output = self.network(
             list(latents.unsqueeze(2)),
             1 - timesteps / 1000,

@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from driftrl.checks import InputError
-
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class FullWeights:
-    """All weights of a diffusers model, kept in float32; the ones it came with wait in main memory."""
+    """All weights of a diffusers model, kept in float32; the ones it came with wait in main memory until they are asked for."""
 
     def __init__(self, network: Any) -> None:
         """Make ``network`` trainable."""
@@ -30,7 +28,9 @@ class FullWeights:
         named = dict(self.network.named_parameters())
         kept = {name: parameter.data for name, parameter in named.items()}
         for name, parameter in named.items():
-            parameter.data = self._start[name].to(parameter.device, parameter.dtype)
+            # Who asks once asks in every batch: from now on they are on the device, as short as they came.
+            self._start[name] = self._start[name].to(parameter.device)
+            parameter.data = self._start[name].to(parameter.dtype)
         try:
             yield
         finally:
@@ -40,18 +40,3 @@ class FullWeights:
     def save(self, folder: Path, values: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write the network as diffusers does: ``type(network).from_pretrained(folder)`` reads it."""
         self.network.save_pretrained(folder, max_shard_size="1TB")
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: if the file is missing or does not fit.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        path = folder / WEIGHTS
-        try:
-            self.network.load_state_dict(load_file(path))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise InputError(f"{path}: expected the weights of this network: {error}") from error

@@ -15,6 +15,7 @@ from driftrl.noise import seed_of
 from driftrl.policies.per_sample import SampleGradients
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+HALF = (torch.float16, torch.bfloat16)
 
 
 def add_lora(network: nn.Module, rank: int, alpha: float, targets: list[str], seed: int) -> None:
@@ -43,6 +44,30 @@ def add_lora(network: nn.Module, rank: int, alpha: float, targets: list[str], se
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    _in_the_layers_precision(network)
+
+
+class _Matrix(nn.Linear):
+    """A matrix of a LoRA that is trained in float32, and multiplied in the precision of what comes in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """For x [..., in]."""
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def _in_the_layers_precision(network: nn.Module) -> None:
+    """Let the LoRA on linear layers in half precision compute in it: PEFT would copy what comes into each of them to
+    float32, keep the copies for the backward pass, and multiply without the GPU's fast units.
+    """
+    from peft.tuners.lora import Linear
+
+    for layer in network.modules():
+        if isinstance(layer, Linear) and layer.get_base_layer().weight.dtype in HALF:
+            matrices = [*layer.lora_A.values(), *layer.lora_B.values()]
+            if all(type(matrix) is nn.Linear and matrix.bias is None for matrix in matrices):
+                layer.cast_input_dtype_enabled = False
+                for matrix in matrices:
+                    matrix.__class__ = _Matrix
 
 
 class LoRA:
@@ -77,10 +102,6 @@ class LoRA:
         """Write it in diffusers' LoRA format."""
         save_lora(self.pipeline, self.component, self.network, folder)
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
-        load_lora(self.component, self.network, folder)
-
 
 def save_lora(pipeline: Any, component: str, network: nn.Module, folder: Path) -> None:
     """Write the adapter so that ``pipeline.load_lora_weights(folder)`` of stock diffusers reads it."""
@@ -94,31 +115,3 @@ def save_lora(pipeline: Any, component: str, network: nn.Module, folder: Path) -
         **{f"{component}_lora_layers": {k: v.detach().cpu() for k, v in layers.items()}},
         **_collate_lora_metadata({component: network}),
     )
-
-
-def load_lora(component: str, network: nn.Module, folder: Path) -> None:
-    """Read into an added adapter what `save_lora` wrote.
-
-    Raises:
-        InputError: if the file is missing or does not fit the adapter.
-    """
-    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-    from peft.utils import set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / WEIGHTS
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: expected an adapter in diffusers' LoRA format: {error}") from error
-    state = convert_unet_state_dict_to_peft({k.removeprefix(f"{component}."): v for k, v in state.items()})
-    try:
-        outcome = set_peft_model_state_dict(network, state)
-    except RuntimeError as error:
-        raise InputError(f"{path}: the adapter does not fit this model, rank or targets: {error}") from error
-    unexpected = list(getattr(outcome, "unexpected_keys", []))
-    missing = [k for k in getattr(outcome, "missing_keys", []) if "lora_" in k]
-    if unexpected or missing:
-        name = (unexpected or missing)[0]
-        raise InputError(f"{path}: the adapter does not fit this model, rank or targets (at {name})")

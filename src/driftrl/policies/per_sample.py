@@ -89,9 +89,10 @@ class _Matrix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, into: Tensor) -> Tensor:
         """For x [b n, ..., in], weight [out, in] and, for its gradients, ``into`` [n, out, in]."""
-        ctx.save_for_backward(x, weight)
+        short = weight.to(x.dtype)
+        ctx.save_for_backward(x, short)
         ctx.into = into
-        return nn.functional.linear(x, weight)
+        return nn.functional.linear(x, short)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:

@@ -244,9 +244,9 @@ class PipelinePolicy:
             if self.compiled:  # torch.compile looks at everything a tensor has
                 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
             if fast is None:
-                output = run(
-                    inputs, timesteps, embeds, {k: v.to(self.dtype) for k, v in extra.items()}
-                ).float()
+                # Masks and lengths stay what they are: half precision cannot count.
+                extra = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in extra.items()}
+                output = run(inputs, timesteps, embeds, extra).float()
             else:
                 output = fast(inputs, timesteps, embeds)
         if guidance_scale != 1.0:
@@ -359,10 +359,6 @@ class PipelinePolicy:
     def save_adapter(self, folder: Path, values: Mapping[str, Tensor] | None = None) -> None:
         """Write what was trained: a LoRA in diffusers' format, or the whole network as diffusers saves it."""
         self._trained().save(folder, values)
-
-    def load_adapter(self, folder: Path) -> None:
-        """Read what `save_adapter` wrote."""
-        self._trained().load(folder)
 
 
 def _joined(parts: Sequence[Conditioning]) -> Conditioning:

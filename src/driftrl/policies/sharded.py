@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from driftrl.checks import InputError
-from driftrl.distributed import own, part
+from driftrl.distributed import own
 from driftrl.policies.full import WEIGHTS, FullWeights
 
 
@@ -71,23 +70,6 @@ class ShardedWeights(FullWeights):
             folder / WEIGHTS,
             metadata={"format": "pt"},
         )
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: if the file is missing or does not fit.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            state = load_file(folder / WEIGHTS)
-            with torch.no_grad():
-                for name, parameter in self.network.named_parameters():
-                    parameter.copy_(part(state[name], parameter))
-        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-            raise InputError(f"{folder / WEIGHTS}: expected the weights of this network: {error}") from error
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from driftrl.batches import BatchSize
 from driftrl.checks import InputError, RunFailedError
 from driftrl.types import Reward
 
@@ -38,6 +39,7 @@ class GuardedReward:
         """
         self.reward, self.attempts, self.timeout, self.pause = reward, attempts, timeout, pause
         self.name, self.title = name, f"reward {name}".strip()
+        self._batch: BatchSize | None = None
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score N images: float32 [N], detached.
@@ -52,7 +54,7 @@ class GuardedReward:
             if attempt:
                 time.sleep(self.pause * 2 ** (attempt - 1))
             try:
-                return _checked(self._call(images, prompts), len(prompts), self.title)
+                return self._scores(images, prompts)
             except (InputError, RunFailedError) as error:
                 if self.name in str(error):  # the empty name is in every one
                     raise
@@ -66,18 +68,36 @@ class GuardedReward:
         often = "once" if self.attempts == 1 else f"{self.attempts} times"
         raise RunFailedError(f"the {self.title} failed {often} for {named}; the last time: {problem}")
 
+    def _scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Of all, fewer at once where memory does not suffice, and from then on."""
+        batch = self._batch or BatchSize(len(prompts), f"{self.title}: images at once,")
+
+        def work(size: int) -> Tensor:
+            parts = [slice(at, at + size) for at in range(0, len(prompts), size)]
+            return torch.cat([self._part(images[part], prompts[part]) for part in parts])
+
+        scores = batch.attempt(work)
+        if batch.now < len(prompts):
+            self._batch = batch
+        return scores
+
+    def _part(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return _checked(self._call(images, prompts), len(prompts), self.title)
+
     def _call(self, images: Tensor, prompts: Sequence[str]) -> object:
         return untouched(self.title, images, lambda: self._answer(images, prompts))
 
     def _answer(self, images: Tensor, prompts: Sequence[str]) -> object:
         if self.timeout is None:
-            return self.reward(images, prompts)
+            return without_gradients(self.reward, images, prompts)
         answer: list[object] = []
         failure: list[BaseException] = []
 
         def work() -> None:
             try:
-                answer.append(self.reward(images, prompts))
+                if images.device.type == "cuda":
+                    torch.cuda.set_device(images.device)  # which each thread has of its own
+                answer.append(without_gradients(self.reward, images, prompts))
             except BaseException as error:
                 failure.append(error)
 
@@ -89,6 +109,12 @@ class GuardedReward:
         if failure:
             raise failure[0]
         return answer[0]
+
+
+@torch.no_grad()
+def without_gradients(reward: Reward, images: Tensor, prompts: Sequence[str]) -> object:
+    """What a reward gives; a user's function around a network would else keep all that a backward pass needs."""
+    return reward(images, prompts)
 
 
 def untouched(title: str, images: Tensor, call: Callable[[], object]) -> object:

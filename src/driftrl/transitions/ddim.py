@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least, has_shape, one_of
+from driftrl.checks import InputError, at_least, has_shape, one_of, per_sample
 
 PREDICTION_TYPES: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
 
@@ -84,6 +84,11 @@ def ddim_tables(
         raise InputError(
             f"timesteps: expected 0 to {trained - 1}; got {int(times.min())} to {int(times.max())}"
         )
+    if bool((times != timesteps.to(device)).any()) or bool((times.diff() >= 0).any()):
+        raise InputError(
+            f"timesteps: expected whole numbers, each less than the one before, as scheduler.set_timesteps leaves them; "
+            f"got {timesteps.tolist()}"
+        )
 
     wide = torch.float32 if device.type == "mps" else torch.float64
     table = alphas_cumprod.to(wide)
@@ -100,6 +105,11 @@ def ddim_tables(
         raise InputError(
             "prediction_type: 'epsilon' cannot start from a schedule with zero terminal signal "
             "(alphas_cumprod reaches 0); use 'v_prediction' or 'sample'"
+        )
+    if not bool(((alpha_prev > 0) & (alpha_prev >= alpha - 1e-6) & (alpha_prev <= 1)).all()):
+        raise InputError(
+            "alphas_cumprod, final_alpha_cumprod: expected that every step ends nearer to the clean image, above 0 and at most at 1; "
+            f"got {[round(a, 6) for a in alpha.tolist()]} before the steps and {[round(a, 6) for a in alpha_prev.tolist()]} after them"
         )
     std = eta * _variance(alpha, alpha_prev).sqrt()
     return DDIMTables(times, alpha, alpha_prev, std, std > 0)
@@ -149,20 +159,15 @@ def ddim_transition(
         raise InputError(
             f"model_output: expected the shape of x_t, {list(x_t.shape)}; got {list(model_output.shape)}"
         )
-    for name, alpha in (("alpha_t", alpha_t), ("alpha_prev", alpha_prev)):
-        if alpha.shape != x_t.shape[:1]:
-            raise InputError(f"{name}: expected one per sample, [{x_t.shape[0]}]; got {list(alpha.shape)}")
+    a, a_prev = per_sample("alpha_t", alpha_t, x_t), per_sample("alpha_prev", alpha_prev, x_t)
     dtype = torch.promote_types(torch.promote_types(x_t.dtype, model_output.dtype), torch.float32)
-    wide = torch.float32 if x_t.device.type == "mps" else torch.float64
-    a = alpha_t.to(device=x_t.device, dtype=wide)
-    a_prev = alpha_prev.to(device=x_t.device, dtype=wide)
     variance = eta**2 * _variance(a, a_prev)
 
-    def per_sample(coefficient: Tensor) -> Tensor:
+    def column(coefficient: Tensor) -> Tensor:
         return coefficient.to(dtype).view(-1, *[1] * (x_t.dim() - 1))
 
     x, out = x_t.to(dtype), model_output.to(dtype)
-    signal, noise = per_sample(a.sqrt()), per_sample((1 - a).sqrt())
+    signal, noise = column(a.sqrt()), column((1 - a).sqrt())
     if prediction_type == "epsilon":
         x0, eps = (x - noise * out) / signal, out
     elif prediction_type == "sample":
@@ -170,9 +175,9 @@ def ddim_transition(
     else:
         x0, eps = signal * x - noise * out, signal * out + noise * x
     # Rounding may push 1 - a_prev - variance just below zero where there is no room for a direction.
-    direction = per_sample((1 - a_prev - variance).clamp(min=0).sqrt())
-    mean = per_sample(a_prev.sqrt()) * x0 + direction * eps
-    return mean, per_sample(variance.sqrt()), x0
+    direction = column((1 - a_prev - variance).clamp(min=0).sqrt())
+    mean = column(a_prev.sqrt()) * x0 + direction * eps
+    return mean, column(variance.sqrt()), x0
 
 
 def ddim_noised(x0: Tensor, noise: Tensor, alpha_t: Tensor) -> Tensor:
@@ -184,7 +189,10 @@ def ddim_noised(x0: Tensor, noise: Tensor, alpha_t: Tensor) -> Tensor:
         alpha_t: [N], from ``DDIMTables.alpha``.
 
     Returns:
-        The shape and dtype of ``x0``.
+        The shape and dtype of ``x0``; coefficients are computed in float64.
+
+    Raises:
+        InputError: for shapes that do not agree.
 
     Example:
         >>> import torch
@@ -192,8 +200,10 @@ def ddim_noised(x0: Tensor, noise: Tensor, alpha_t: Tensor) -> Tensor:
         >>> ddim_noised(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([0.25]))
         tensor([[0.5000, 0.5000]])
     """
-    alpha = alpha_t.view(-1, *[1] * (x0.dim() - 1))
-    return (alpha.sqrt().to(x0.dtype) * x0) + (1 - alpha).sqrt().to(x0.dtype) * noise
+    if noise.shape != x0.shape:
+        raise InputError(f"noise: expected the shape of x0, {list(x0.shape)}; got {list(noise.shape)}")
+    alpha = per_sample("alpha_t", alpha_t, x0).view(-1, *[1] * (x0.dim() - 1))
+    return alpha.sqrt().to(x0.dtype) * x0 + (1 - alpha).sqrt().to(x0.dtype) * noise.to(x0.dtype)
 
 
 def _variance(alpha: Tensor, alpha_prev: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least
+from driftrl.checks import InputError, at_least, per_sample
 
 NOISE = 1 - 5e-4
 """Times above are pure noise: the start of a schedule, which not every scheduler puts at 1 exactly."""
@@ -61,13 +61,13 @@ def flow_sde_transition(
     sigma_squared = noise_level**2 * now / room
     dt = after - now
 
-    def per_sample(coefficient: Tensor) -> Tensor:
+    def column(coefficient: Tensor) -> Tensor:
         return coefficient.to(dtype).view(-1, *[1] * (x_t.dim() - 1))
 
     x, v = x_t.to(dtype), velocity.to(dtype)
     score_part = sigma_squared / (2.0 * now)
-    mean = per_sample(1.0 + score_part * dt) * x + per_sample((1.0 + score_part * (1.0 - now)) * dt) * v
-    return mean, per_sample((sigma_squared * -dt).sqrt()), x - per_sample(now) * v
+    mean = column(1.0 + score_part * dt) * x + column((1.0 + score_part * (1.0 - now)) * dt) * v
+    return mean, column((sigma_squared * -dt).sqrt()), x - column(now) * v
 
 
 def cps_transition(
@@ -112,15 +112,15 @@ def cps_transition(
         raise InputError(f"noise_level: expected 0 to 1; got {noise_level}")
     now, after, dtype = _times(velocity, x_t, t, t_prev)
 
-    def per_sample(coefficient: Tensor) -> Tensor:
+    def column(coefficient: Tensor) -> Tensor:
         return coefficient.to(dtype).view(-1, *[1] * (x_t.dim() - 1))
 
     x, v = x_t.to(dtype), velocity.to(dtype)
-    x0, x1 = x - per_sample(now) * v, x + per_sample(1.0 - now) * v
+    x0, x1 = x - column(now) * v, x + column(1.0 - now) * v
     angle = noise_level * math.pi / 2
     # sqrt(t_prev^2 - std^2) = t_prev cos(angle), without the cancellation.
-    mean = per_sample(1.0 - after) * x0 + per_sample(after * math.cos(angle)) * x1
-    return mean, per_sample(after * math.sin(angle)), x0
+    mean = column(1.0 - after) * x0 + column(after * math.cos(angle)) * x1
+    return mean, column(after * math.sin(angle)), x0
 
 
 def flow_noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -132,7 +132,10 @@ def flow_noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         t: [N], in 0..1.
 
     Returns:
-        The shape and dtype of ``x0``.
+        The shape and dtype of ``x0``; coefficients are computed in float64.
+
+    Raises:
+        InputError: for shapes that do not agree.
 
     Example:
         >>> import torch
@@ -140,8 +143,10 @@ def flow_noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         >>> flow_noised(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([0.25]))
         tensor([[0.7500, 0.7500]])
     """
-    share = t.to(x0.dtype).view(-1, *[1] * (x0.dim() - 1))
-    return (1 - share) * x0 + share * noise
+    if noise.shape != x0.shape:
+        raise InputError(f"noise: expected the shape of x0, {list(x0.shape)}; got {list(noise.shape)}")
+    share = per_sample("t", t, x0).view(-1, *[1] * (x0.dim() - 1))
+    return (1 - share).to(x0.dtype) * x0 + share.to(x0.dtype) * noise.to(x0.dtype)
 
 
 def _times(velocity: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
@@ -150,9 +155,5 @@ def _times(velocity: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor) -> tuple[Te
         raise InputError(
             f"velocity: expected the shape of x_t, {list(x_t.shape)}; got {list(velocity.shape)}"
         )
-    for name, time in (("t", t), ("t_prev", t_prev)):
-        if time.shape != x_t.shape[:1]:
-            raise InputError(f"{name}: expected one per sample, [{x_t.shape[0]}]; got {list(time.shape)}")
-    wide = torch.float32 if x_t.device.type == "mps" else torch.float64
     dtype = torch.promote_types(torch.promote_types(x_t.dtype, velocity.dtype), torch.float32)
-    return t.to(device=x_t.device, dtype=wide), t_prev.to(device=x_t.device, dtype=wide), dtype
+    return per_sample("t", t, x_t), per_sample("t_prev", t_prev, x_t), dtype

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError
+from driftrl.checks import InputError, whole_number
 from driftrl.diversity.functional._features import as_float64
 
 BLOCK = 1024  # rows per side of a block of distances: 8 MiB in float64
@@ -76,7 +76,7 @@ def manifold(reference: Tensor, generated: Tensor, k: int = 5) -> Manifold:
         )
     if x.device != y.device:
         raise InputError(f"generated: expected on the device of reference, {x.device}; got {y.device}")
-    _check_k(k, len(x), len(y))
+    k = _checked_k(k, len(x), len(y))
 
     centre = x.median(dim=0).values
     x, y = x - centre, y - centre
@@ -199,12 +199,14 @@ def _blocks(n: int, start: int = 0) -> Iterator[slice]:
         yield slice(first, min(first + BLOCK, n))
 
 
-def _check_k(k: int, m: int, n: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise InputError(f"k: expected a whole number of at least 1; got {k!r}")
+def _checked_k(k: int, m: int, n: int) -> int:
+    k = whole_number("k", k)
+    if k < 1:
+        raise InputError(f"k: expected a whole number of at least 1; got {k}")
     for name, size in (("reference", m), ("generated", n)):
         if k >= size:
             raise InputError(
                 f"k: expected fewer than the items of {name}, which are {size}, since an item is not its own "
                 f"neighbour; got {k}; take a smaller k or more images"
             )
+    return k

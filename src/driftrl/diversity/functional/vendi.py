@@ -25,7 +25,8 @@ def vendi_score(features: Tensor, q: float = 1.0) -> Tensor:
     q = 1/2), where singular values keep it at 1e-16.
 
     Args:
-        features: [N, D] embeddings; any real dtype, computed in float64.
+        features: [N, D] embeddings; any real dtype, computed in float64, so that rows that differ by the rounding
+            of a shorter dtype are different rows: they add 1 each to the rank, and next to nothing at q >= 1.
         q: order, from 0 to ``math.inf``.
 
     Returns:
@@ -47,6 +48,8 @@ def vendi_score(features: Tensor, q: float = 1.0) -> Tensor:
     p = _singular_spectrum(z) if order < 1 else _gram_spectrum(z)
     if math.isinf(order):
         return 1.0 / p.amax()
+    if order == 0:
+        return p.pow(0.0).sum()
     log_p = p.log()
     if abs(order - 1.0) < 1e-8:  # nearer than this, the quotient below loses more than the limit does
         return (-p * log_p).sum().exp()
