@@ -46,6 +46,7 @@ bench: $(VENV)/installed  ## ratios, each measured in one run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/floor.py
+	$(BIN)/python benchmarks/adapter.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layers.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/profile_iteration.py
 	$(BIN)/python benchmarks/peers.py $(if $(DDPO),--ddpo $(DDPO))  # makes .venv-trl (.venv-ddpo) on first use; exits with 1 while a goal is missed
