@@ -688,7 +688,7 @@ def objective_of(config: TrainConfig, device: torch.device) -> Objective:
         epochs=config.optimizer.epochs,
         batch_size=config.optimizer.batch_size or (48 if device.type == "cpu" else 96),
         max_grad_norm=config.optimizer.max_grad_norm,
-        rescore=contrast is None and _rounds_by_batch(config, device),
+        rescore=contrast is None and rounds_by_batch(config.model, device),
         loss_scale=2.0**14 if config.model.dtype == "float16" else 1.0,
         divergence=config.objective.divergence,
         kl_schedule=config.objective.kl_schedule,
@@ -696,14 +696,14 @@ def objective_of(config: TrainConfig, device: torch.device) -> Objective:
     )
 
 
-def _rounds_by_batch(config: TrainConfig, device: torch.device) -> bool:
+def rounds_by_batch(model: ModelConfig, device: torch.device) -> bool:
     """Whether a log-probability depends, by more than the clip range bears, on the batch that it is computed in: in half
     precision, where blocks are compiled, and where a GPU's convolutions take TF32 for float32.
     """
     tf32 = device.type == "cuda" and (
         torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
     )
-    return config.model.dtype != "float32" or config.model.compile or tf32
+    return model.dtype != "float32" or model.compile or tf32
 
 
 def in_one_pass(config: TrainConfig, policy: PipelinePolicy, objective: Objective, team: Team) -> bool:

@@ -86,7 +86,7 @@ def doctor(model: str = "tiny-animals") -> None:
 
 def _replayed(model: str, dtype: str) -> Replayed:
     """The ratios of an untouched policy: guidance, prompt noise and gradient checkpointing on, as in a large run."""
-    from driftrl.build import build_policy
+    from driftrl.build import build_policy, rounds_by_batch
     from driftrl.config import parse_config
     from driftrl.ratio import replay_untouched
 
@@ -94,5 +94,7 @@ def _replayed(model: str, dtype: str) -> Replayed:
         "model": {"path": model, "dtype": dtype, "gradient_checkpointing": True},
         "sampling": {"steps": STEPS, "guidance_scale": 5.0},
     }
-    policy = build_policy(parse_config(settings))
-    return replay_untouched(policy, ["a cat"], 3, rescore=dtype != "float32", draw_batch=3, update_batch=2)
+    config = parse_config(settings)
+    policy = build_policy(config)
+    rescore = rounds_by_batch(config.model, policy.device)
+    return replay_untouched(policy, ["a cat"], 3, rescore=rescore, draw_batch=3, update_batch=2)

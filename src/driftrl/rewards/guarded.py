@@ -70,10 +70,10 @@ class GuardedReward:
 
     def _scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Of all, fewer at once where memory does not suffice, and from then on."""
-        batch = self._batch or BatchSize(len(prompts), f"{self.title}: images at once,")
+        batch = self._batch or BatchSize(max(1, len(prompts)), f"{self.title}: images at once,")
 
         def work(size: int) -> Tensor:
-            parts = [slice(at, at + size) for at in range(0, len(prompts), size)]
+            parts = [slice(at, at + size) for at in range(0, max(1, len(prompts)), size)]
             return torch.cat([self._part(images[part], prompts[part]) for part in parts])
 
         scores = batch.attempt(work)
