@@ -113,9 +113,9 @@ def loop_of(policy: world.FlagPolicy, config: TrainConfig) -> TrainingLoop:
         objective_of(config, policy.device),
         optimizer,
         Path("nowhere"),
-        config.seed,
-        config.prompts.per_iteration,
-        BATCH,
+        seed=config.seed,
+        prompts_per_iteration=config.prompts.per_iteration,
+        rollout_batch=BATCH,
         judges=(world.judge,) if gated else (),
     )
 

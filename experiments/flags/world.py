@@ -284,7 +284,3 @@ class FlagPolicy:
     def save_adapter(self, folder: Path, values: Mapping[str, Tensor] | None = None) -> None:
         """Not here: runs take seconds."""
         raise NotImplementedError
-
-    def load_adapter(self, folder: Path) -> None:
-        """Not here."""
-        raise NotImplementedError
