@@ -428,6 +428,18 @@ def test_whole_checkpoints_are_read_again_only_where_they_changed(config, tmp_pa
     assert [p.name for p in checkpoint.listing(folder)] == ["000002", "000003"]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_weights_may_be_read_by_whom_new_files_may(config, tmp_path, umask, mode):
+    """safetensors writes for the owner alone, whatever the umask."""
+    before = os.umask(umask)
+    try:
+        run = Trainer(config(iterations=1), tmp_path / "run").run()
+    finally:
+        os.umask(before)
+    files = list((run / "checkpoints/000001").iterdir())
+    assert {file.name: file.stat().st_mode & 0o777 for file in files} == {file.name: mode for file in files}
+
+
 def test_a_header_is_sorted_where_it_stands(tmp_path):
     """Beside the tensors of a large model there is no memory for a copy of them."""
     names = [f"{k:03d} \u00e9 layer" for k in torch.randperm(64).tolist()]

@@ -46,7 +46,8 @@ def write_json(path: Path, data: Any) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a temporary folder that takes ``path``'s place when everything in it is on disk.
 
-    A folder already at ``path`` is replaced. If the body raises, nothing changes.
+    A folder already at ``path`` is replaced. If the body raises, nothing changes. Who may read the files is as the process
+    has it for new ones (umask).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -55,6 +56,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
+            if file.is_file():  # whoever may read the folder may read what is in it: safetensors are written for their owner alone
+                file.chmod(temporary.stat().st_mode & 0o666)
             _flush(file)
         _flush(temporary)
         if path.exists():
