@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from made import PROMPTS, make_run
 from PIL import Image
@@ -16,6 +17,7 @@ from driftrl.evaluation import compare as comparing
 from driftrl.evaluation.comparison import write_comparison, write_comparison_picture
 from driftrl.evaluation.evaluate import load_evaluation
 from driftrl.evaluation.page import percent
+from driftrl.evaluation.picture import Side, draw
 from driftrl.evaluation.plots import Line, label, plot, ticks
 from driftrl.evaluation.report import _verdict, write_picture, write_report
 from driftrl.evaluation.results import load_result, write_result
@@ -266,3 +268,17 @@ def test_the_base_model_s_name_covers_no_point(dy):
         re.search(r'class="mark cb"><circle cx="[\d.]+" cy="([\d.]+)"', page),
     )
     assert (float(name[1]) - float(base[1])) * dy > 0  # an SVG's y grows downwards
+
+
+def test_the_pictures_labels_lie_within_it(tmp_path):
+    """Long prompts, wide letters, formulas: nothing touches the left edge."""
+    prompts = [
+        "WWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWW",
+        "a photo of a man in a red coat on a bicycle in the rain",
+        "a\tcat for $5, or $6^",
+    ]
+    rows = [[Image.new("RGB", (16, 16), "red")]] * len(prompts)
+    path = draw(tmp_path / "report.png", prompts, [Side("one $a$", "#0f766e", rows)], [])
+    shown = np.asarray(Image.open(path).convert("L"))
+    assert (shown[:, :3] == 255).all()
+    assert (shown[:, :200] < 128).any()

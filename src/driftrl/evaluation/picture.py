@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def draw(path: Path, prompts: Sequence[str], sides: Sequence[Side], charts: Sequ
     from matplotlib.figure import Figure
 
     columns = max((len(row) for side in sides for row in side.rows), default=0)
-    cell, gap, left, top = 0.62, 0.28, 1.15, 0.42
+    cell, gap, left, top = 0.62, 0.28, 1.5, 0.42
     block, tall = columns * cell, len(prompts) * cell
     beside = 2.75 if charts else 0.0
     width, height = left + len(sides) * (block + gap) + beside + 0.1, top + tall + 0.12
@@ -60,7 +61,15 @@ def draw(path: Path, prompts: Sequence[str], sides: Sequence[Side], charts: Sequ
     FigureCanvasAgg(figure)
     for s, side in enumerate(sides):
         x0 = left + s * (block + gap)
-        figure.text(x0 / width, 1 - 0.27 / height, side.name, color=side.colour, fontsize=11, weight="bold")
+        figure.text(
+            x0 / width,
+            1 - 0.27 / height,
+            side.name,
+            color=side.colour,
+            fontsize=11,
+            weight="bold",
+            parse_math=False,
+        )
         for r, row in enumerate(side.rows):
             for c, picture in enumerate(row):
                 corner = ((x0 + c * cell) / width, 1 - (top + (r + 1) * cell) / height)
@@ -69,8 +78,12 @@ def draw(path: Path, prompts: Sequence[str], sides: Sequence[Side], charts: Sequ
                 axes.set_axis_off()
     for r, prompt in enumerate(prompts):
         y = 1 - (top + (r + 0.5) * cell) / height
-        short = prompt if len(prompt) < 17 else prompt[:15] + "\u2026"
-        figure.text((left - 0.12) / width, y, short, ha="right", va="center", fontsize=9, color=INK)
+        lines = "\n".join(textwrap.wrap(" ".join(prompt.split()), 17, max_lines=3, placeholder="\u2026"))
+        label = figure.text(
+            (left - 0.12) / width, y, lines, ha="right", va="center", fontsize=9, color=INK, parse_math=False
+        )
+        room, taken = left - 0.18, label.get_window_extent().width / figure.dpi
+        label.set_fontsize(9 * min(1.0, room / max(room, taken)))
     for k, chart in enumerate(charts):
         x0 = left + len(sides) * (block + gap) + 0.55
         each = max(0.2, (tall - 0.75 * len(charts)) / len(charts))
