@@ -125,6 +125,11 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 
+def is_broken(prompt: str) -> bool:
+    """Whether it has half of a surrogate pair, which is no letter: of JSON's escapes, or of bytes that are no UTF-8."""
+    return any("\ud800" <= letter <= "\udfff" for letter in prompt)
+
+
 def _objects(path: Path, text: str) -> list[str]:
     prompts = []
     for number, line in enumerate(
@@ -139,7 +144,7 @@ def _objects(path: Path, text: str) -> list[str]:
         prompt = item.get("prompt") if isinstance(item, dict) else item
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f'prompts: {path} line {number}: expected a string or an object with a "prompt"')
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        if is_broken(prompt):
             raise InputError(f"prompts: {path} line {number}: half of a surrogate pair, which is no letter")
         prompts.append(prompt.strip())
     return prompts

@@ -80,11 +80,10 @@ def sample(
 def _prompts(given: list[str], prompt_set: str | None) -> list[str]:
     if not given and prompt_set is None:
         raise InputError("sample: expected --prompt TEXT or --prompts FILE, for what to draw; got neither")
-    for prompt in given:
-        if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise InputError(f"--prompt: expected text in UTF-8; got {prompt!r}")
+    from driftrl.prompts import is_broken, load_prompts
+
+    for prompt in filter(is_broken, given):
+        raise InputError(f"--prompt: expected text in UTF-8; got {prompt!r}")
     if prompt_set is None:
         return given
-    from driftrl.prompts import load_prompts
-
     return [*given, *load_prompts(prompt_set)]
