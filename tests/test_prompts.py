@@ -1,11 +1,15 @@
 """Prompt sets and the order in which prompts are drawn."""
 
+import json
+from copy import deepcopy as copy_of
 from itertools import pairwise
 
 import pytest
 
 from driftrl.checks import InputError
-from driftrl.prompts import draw, earlier, evaluated, load_prompts, prompt_sets
+from driftrl.files import write_json
+from driftrl.prompts import as_json, draw, earlier, evaluated, load_prompts, prompt_sets, trained
+from driftrl.types import Prompt
 
 
 def test_the_package_has_its_sets():
@@ -51,7 +55,30 @@ def test_a_file_whose_lines_are_no_prompts_is_refused(tmp_path, name):
         load_prompts(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("line", ["{", '{"text": "a cat"}', "3", '{"prompt": ""}', "[" * 100_000])
+def test_what_a_line_has_beside_its_prompt_is_kept(tmp_path):
+    """GenEval's files say which objects a picture should show."""
+    path = tmp_path / "mine.jsonl"
+    lines = [{"prompt": " a cat ", "include": [{"class": "cat", "count": 1}]}, "a dog", {"prompt": "an owl"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = load_prompts(str(path))
+    assert found == ("a cat", "a dog", "an owl")
+    assert found[0].metadata == lines[0]
+    lines[0]["prompt"] = "a cat"
+    assert [type(prompt) for prompt in found] == [Prompt, str, str]
+    copy = tmp_path / "run" / "prompts.json"
+    copy.parent.mkdir()
+    write_json(copy, as_json(found))
+    (copy.parent / "config.yaml").write_text("")
+    again = trained("gone.jsonl", copy.parent)
+    assert again == found
+    assert as_json(again) == as_json(found) == [lines[0], "a dog", "an owl"]
+    assert copy_of(again[0]).metadata == lines[0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", '{"prompt": "a cat", "share": NaN}', '{"text": "a cat"}', "3", '{"prompt": ""}', "[" * 100_000],
+)
 def test_bad_lines_are_named(tmp_path, line):
     path = tmp_path / "mine.jsonl"
     path.write_text(f'"a cat"\n{line}\n')

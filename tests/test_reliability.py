@@ -227,7 +227,7 @@ def test_a_reward_that_runs_out_of_memory_gets_fewer_images_at_once():
 
 
 @pytest.mark.parametrize(
-    "lie", [torch.zeros(3), torch.zeros(2, 2), None, [0.0, 0.0], torch.zeros(2, dtype=torch.complex64)]
+    "lie", [torch.zeros(3), torch.zeros(2, 2), None, [0.0], torch.zeros(2, dtype=torch.complex64)]
 )
 def test_a_reward_that_lies_is_refused(lie):
     calls = []

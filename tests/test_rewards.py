@@ -1,6 +1,7 @@
 """Rewards and encoders: the real classes at tiny size, against a straight computation."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -126,7 +127,10 @@ def test_an_entry_point_that_cannot_be_loaded_is_bad_input(plugin):
     ("name", "message"),
     [
         ("./mine.py:score", "expected module:function, .*; got the path"),
-        ("mine:score", r"No module named 'mine'; mine\.py is in this folder, .* PYTHONPATH=\. driftrl"),
+        ("mine:score", r"module 'mine' has no attribute 'score'"),
+        ("yours:score", r"No module named 'yours'; expected yours\.py in this folder, or a module"),
+        ("mine.score", r"got 'mine\.score'; did you mean 'mine:score'\?"),
+        ("localhost:8300", r"did you mean 'http://localhost:8300'\?"),
         ("broken_reward:score", "SyntaxError"),
         ("gloomy_reward:score", "RuntimeError: no licence"),
         ("stateful_reward:State", r"is a class; expected .* an instance"),
@@ -146,6 +150,8 @@ def test_rewards_that_cannot_be_imported_are_one_message(tmp_path, monkeypatch, 
     (modules / "stateful_reward.py").write_text("class State:\n    pass\ndef alone(images):\n    pass\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [str(modules)])
+    for name_of_module in ("mine", "yours"):
+        monkeypatch.delitem(sys.modules, name_of_module, raising=False)
     with pytest.raises(InputError, match=message):
         build_reward(name, torch.device("cpu"))
 

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from importlib import resources
@@ -35,6 +36,7 @@ from driftrl.policies.flow import (
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from driftrl.prompts import trained
+from driftrl.rewards.calling import asks_for_metadata
 from driftrl.rewards.guarded import GuardedReward
 from driftrl.rewards.several import SeveralRewards
 from driftrl.rewards.tower import CLIPTower
@@ -371,9 +373,10 @@ def build_reward(
             ) from error
         return _usable(plugin, name)
     known = (*REWARDS, *plugins)
+    module, _, function = name.rpartition(".")
+    near = f"; did you mean '{module}:{function}'?" if module else nearest(name, known)
     raise InputError(
-        f"reward: expected one of {', '.join(known)}, module:function, or http://host:port; "
-        f"got {name!r}{nearest(name, known)}"
+        f"reward: expected one of {', '.join(known)}, module:function, or http://host:port; got {name!r}{near}"
     )
 
 
@@ -394,18 +397,24 @@ def _imported(name: str) -> Reward:
     if "/" in module or module.endswith(".py"):
         raise InputError(
             f"reward: expected module:function, as Python imports it; got the path {name!r}; for rewards.py in this folder: "
-            "PYTHONPATH=. driftrl train --set reward=rewards:function"
+            "driftrl train --set reward=rewards:function"
         )
+    if function.isdecimal():
+        raise InputError(
+            f"reward: expected module:function, or http://host:port of a reward server; got {name!r}; did you mean "
+            f"'http://{name}'?"
+        )
+    here = str(Path.cwd())
+    if here not in sys.path:  # at the end: what is installed is found first
+        sys.path.append(here)
     try:
         reward = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever a user's module does at its import
         hint = ""
         if module == "__main__":
             hint = "; it is of the script or notebook that trained: put it into a module, and name that in config.yaml"
-        elif (
-            isinstance(error, ModuleNotFoundError) and error.name == module and Path(f"{module}.py").is_file()
-        ):
-            hint = f"; {module}.py is in this folder, where Python does not look of itself: PYTHONPATH=. driftrl ..."
+        elif isinstance(error, ModuleNotFoundError) and error.name == module:
+            hint = f"; expected {module}.py in this folder, or a module that is installed"
         what = (
             error if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
         )
@@ -423,7 +432,7 @@ def _usable(reward: Any, name: str) -> Reward:
             f"holds: reward = {reward.__name__}()"
         )
     try:
-        inspect.signature(reward).bind(None, None)
+        inspect.signature(reward).bind(None, None, **({"metadata": []} if asks_for_metadata(reward) else {}))
     except TypeError as error:
         raise InputError(f"reward: {name}: expected (images, prompts) -> Tensor[N]; {error}") from None
     except ValueError:  # compiled functions do not say what they take

@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from driftrl import noise
 from driftrl.checks import InputError, nearest
 from driftrl.files import read_json
+from driftrl.types import Prompt
 
 _OTHER = {".json", ".csv", ".tsv", ".yaml", ".yml"}
 """Files whose lines are no prompts, though they could be read as if they were."""
@@ -29,7 +31,7 @@ def prompt_sets() -> tuple[str, ...]:
 
 def load_prompts(name: str) -> tuple[str, ...]:
     """Read a prompt set: a name of the package, a TXT file (one prompt a line, # for comments) or a JSONL
-    file (strings, or objects with a "prompt").
+    file (strings, or objects with a "prompt"; those that have more are a `Prompt` with the object as its metadata, for rewards).
 
     Raises:
         InputError: if there is no such set or file, or it holds no prompts.
@@ -114,15 +116,38 @@ def earlier(which: Sequence[int]) -> list[int]:
     return [list(which[:place]).count(prompt) for place, prompt in enumerate(which)]
 
 
+def as_json(prompts: Sequence[str]) -> list[Any]:
+    """Prompts as `FILE` has them: strings, and objects of those that have metadata."""
+    return [
+        {**each.metadata, "prompt": each} if isinstance(each, Prompt) and each.metadata else each
+        for each in prompts
+    ]
+
+
 def _copied(file: Path) -> tuple[str, ...]:
-    prompts = read_json(file)
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(each, str) for each in prompts):
+    found = read_json(file)
+    prompts = [_prompt(each) for each in found] if isinstance(found, list) else []
+    if not prompts or None in prompts:
         raise InputError(f"{file} is damaged: expected a list of prompts; name some by --prompts FILE")
-    return tuple(prompts)
+    return tuple(each for each in prompts if each is not None)
+
+
+def _prompt(item: Any) -> str | None:
+    """A string, or an object with a "prompt" and whatever else; None if it is neither."""
+    if not isinstance(item, dict):
+        return item.strip() or None if isinstance(item, str) else None
+    text = item.get("prompt")
+    if not isinstance(text, str) or not text.strip():
+        return None
+    return text.strip() if len(item) == 1 else Prompt(text.strip(), item)
 
 
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def is_broken(prompt: str) -> bool:
@@ -138,13 +163,13 @@ def _objects(path: Path, text: str) -> list[str]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            item = json.loads(line, parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
             raise InputError(f"prompts: {path} line {number}: no JSON") from error
-        prompt = item.get("prompt") if isinstance(item, dict) else item
-        if not isinstance(prompt, str) or not prompt.strip():
+        prompt = _prompt(item)
+        if prompt is None:
             raise InputError(f'prompts: {path} line {number}: expected a string or an object with a "prompt"')
         if is_broken(prompt):
             raise InputError(f"prompts: {path} line {number}: half of a surrogate pair, which is no letter")
-        prompts.append(prompt.strip())
+        prompts.append(prompt)
     return prompts

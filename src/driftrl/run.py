@@ -143,7 +143,7 @@ class Trainer:
         """Write what the run is: its configuration and its prompts."""
         try:
             write_text(self.folder / "config.yaml", dump_config(self.config))
-            write_json(self.folder / prompts.FILE, list(self.loop.prompt_set))
+            write_json(self.folder / prompts.FILE, prompts.as_json(self.loop.prompt_set))
         except OSError as error:
             raise InputError(
                 f"{error.filename2 or error.filename}: cannot be written to: {error.strerror}"
@@ -191,7 +191,7 @@ class Trainer:
         path = self.folder / prompts.FILE
         if path.is_dir():
             raise InputError(f"{path}: expected a file, which a run writes there; got a folder: move it away")
-        if path.is_file() and read_json(path) != list(self.loop.prompt_set):
+        if path.is_file() and read_json(path) != prompts.as_json(self.loop.prompt_set):
             raise InputError(
                 f"--resume {self.folder}: the prompts of {self.config.prompts.set} are others than it began with, which are in "
                 f"{path}; put them back, or start a new run"

@@ -10,10 +10,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Prompt(str):
+    """A prompt that has more than words: a string to everyone but rewards that ask for ``metadata``."""
+
+    metadata: Mapping[str, Any]
+    """The object that stands for it in a JSONL file: its "prompt", and whatever else."""
+
+    def __new__(cls, text: str, metadata: Mapping[str, Any] | None = None) -> Prompt:
+        """The words, and what goes with them."""
+        prompt = super().__new__(cls, text)
+        prompt.metadata = dict(metadata or {})
+        return prompt
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,8 @@ class UpdateStats:
 
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
-"""(images float32 [N, 3, H, W] in 0..1, N prompts) -> rewards [N], or [N, R] of R at once (`driftrl.mixture`)."""
+"""(images float32 [N, 3, H, W] in 0..1, N prompts) -> rewards [N], or [N, R] of R at once (`driftrl.mixture`). One with an
+argument ``metadata`` gets a list of N dictionaries by that name."""
 
 Encoder = Callable[[Tensor], Tensor]
 """images float32 [N, 3, H, W] in 0..1 -> features [N, D]."""

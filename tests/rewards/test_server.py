@@ -29,6 +29,7 @@ from driftrl.checks import InputError, RunFailedError
 from driftrl.rewards.http import HTTPReward
 from driftrl.rewards.protocol import Limits, decode_json, decode_safetensors, encode_json, encode_pngs
 from driftrl.rewards.server import DECODERS, RewardService, create_app, listen, server_of
+from driftrl.types import Prompt
 
 CPU = torch.device("cpu")
 TENSORS, PNGS = "application/x-safetensors", "application/json"
@@ -100,6 +101,27 @@ def test_the_scores_are_those_of_the_reward_here():
         remote.max_images = 2
         torch.testing.assert_close(remote(images, prompts), expected, atol=1e-4, rtol=0)
     assert any("scored 6 images of 64 x 64" in line for line in lines)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "png"])
+def test_what_prompts_have_beside_their_words_goes_along(form):
+    def counts(images, prompts, metadata):
+        assert prompts == ["a cat", "a dog"][-len(prompts) :]
+        return [each.get("count", 0) for each in metadata]
+
+    def indifferent(images, prompts):
+        assert not any(isinstance(prompt, Prompt) for prompt in prompts)
+        return torch.zeros(len(prompts))
+
+    images, prompts = torch.rand(2, 3, 8, 8), [Prompt("a cat", {"count": 2, "où": "\u2028"}), "a dog"]
+    with serving(counts) as (url, _):
+        remote = HTTPReward(url, format=form)
+        assert remote.takes_metadata
+        assert remote(images, prompts).tolist() == [2, 0]
+        remote.max_images = 1
+        assert remote(images[1:], prompts[1:]).tolist() == [0]
+    with serving(indifferent) as (url, _):
+        assert HTTPReward(url, format=form)(images, prompts).tolist() == [0, 0]
 
 
 def test_images_are_scored_in_batches():
@@ -325,6 +347,8 @@ BAD_JSON = {
     "no UTF-8": (b"\xff\xfe{", "no JSON"),
     "a list": (b"[]", "expected {"),
     "another key": (json.dumps({"prompts": ["a"], "images": [GOOD], "code": ""}), "nothing else"),
+    "metadata": (json.dumps({"prompts": ["a"], "images": [GOOD], "metadata": ["b"]}), "a list of objects"),
+    "too much": (json.dumps({"prompts": ["a"], "images": [GOOD], "metadata": [{}, {}]}), "expected 1 objects, one per"),
     "numbers": (json.dumps({"prompts": ["a"], "images": [1]}), r"images\[0\]: expected a PNG in base64"),
     "no base64": (json.dumps({"prompts": ["a"], "images": ["@@@@"]}), "expected a PNG in base64"),
     "non-ASCII": (json.dumps({"prompts": ["a"], "images": ["é"]}), "expected a PNG in base64"),

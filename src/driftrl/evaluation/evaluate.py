@@ -46,9 +46,10 @@ from driftrl.mixture import mixed
 from driftrl.pictures import image_folder, save_png, to_pil
 from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.prompts import evaluated
-from driftrl.rewards.guarded import untouched, where_raised, without_gradients
+from driftrl.rewards.calling import ask, metadata_of, scores_of
+from driftrl.rewards.guarded import untouched, where_raised
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
-from driftrl.types import Encoder, Policy, Reward
+from driftrl.types import Encoder, Policy, Prompt, Reward
 
 FORMAT = 1
 FILE = "evaluation.json"
@@ -133,12 +134,23 @@ class Settings(_Record):
 
     mixture: list[RewardPart] = []
     """The parts of the reward that training raised, where they were several."""
+    metadata: list[dict[str, Any]] = []
+    """Of each prompt, what rewards may ask for beside it; empty where none has any."""
+
+    def asked(self) -> list[str]:
+        """The prompts, with their metadata."""
+        return (
+            [Prompt(*each) for each in zip(self.prompts, self.metadata, strict=True)]
+            if self.metadata
+            else self.prompts
+        )
 
     def fingerprint(self) -> str:
         """A short name for these settings."""
         data = self.model_dump(mode="json")
-        if not self.mixture:  # as it was before there were any
-            del data["mixture"]
+        for key in ("mixture", "metadata"):
+            if not data[key]:  # as it was before there were any
+                del data[key]
         text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -187,7 +199,8 @@ class Readings:
 def _asked(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """What a reward gives, in float64 on the CPU."""
     try:
-        values = torch.as_tensor(untouched(name, images, partial(without_gradients, reward, images, prompts)))
+        answer = untouched(name, images, partial(ask, reward, images, prompts))
+        return scores_of(answer, len(prompts), name).double().cpu()
     except (InputError, RunFailedError):
         raise
     except Exception as error:  # of a user's function
@@ -196,7 +209,6 @@ def _asked(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) ->
         raise RunFailedError(
             f"{name} failed: {type(error).__name__}: {error}{where_raised(error)}"
         ) from error
-    return values.detach().double().cpu()
 
 
 @dataclass(frozen=True)
@@ -219,12 +231,7 @@ class Instruments:
         texts = [prompt for prompt in prompts for _ in range(shape[1])]
         rewards = {}
         for name, reward in self.rewards.items():
-            values = _asked(name, reward, flat, texts)
-            if values.shape != (len(texts),):
-                raise InputError(
-                    f"{name}: expected {len(texts)} values for as many images; got {list(values.shape)}"
-                )
-            rewards[name] = is_finite(name, values).view(shape)
+            rewards[name] = is_finite(name, _asked(name, reward, flat, texts)).view(shape)
 
         def features(name: str, encoder: Encoder) -> Tensor:
             return _features(name, encoder, flat).unflatten(0, shape)
@@ -384,6 +391,7 @@ def evaluate(
         noise_level=sampler.noise_level if policy.component == "transformer" else None,
         size=None if sampler.height is None or sampler.width is None else (sampler.height, sampler.width),
         mixture=mixture,
+        metadata=metadata_of(texts) if any(metadata_of(texts)) else [],
     )
     team = join()
     own = [point.model_dump(mode="json") for point in _previous(folder, settings)] if team.leads else []
@@ -531,7 +539,7 @@ class _Studio:
         """Readings of this process's prompts. With more processes than prompts some have none; they read the first one,
         for the shapes alone.
         """
-        prompts, count = self.settings.prompts, self.settings.images
+        prompts, count = self.settings.asked(), self.settings.images
         together = max(1, self.batch // count)
         own = self.mine or range(1)
         for start in range(0, len(own), together):

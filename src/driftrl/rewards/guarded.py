@@ -14,6 +14,7 @@ from torch import Tensor
 
 from driftrl.batches import BatchSize
 from driftrl.checks import InputError, RunFailedError
+from driftrl.rewards.calling import ask, scores_of
 from driftrl.types import Reward
 
 
@@ -31,7 +32,7 @@ class GuardedReward:
         """Wrap ``reward``.
 
         Args:
-            reward: ``(images [N, 3, H, W], prompts) -> Tensor[N]``.
+            reward: ``(images [N, 3, H, W], prompts) -> Tensor[N]``, with ``metadata`` too if it has such an argument.
             attempts: how often it is tried, at least once.
             timeout: seconds for one try; None waits for ever.
             pause: seconds before the second try; doubled before each further one.
@@ -82,14 +83,14 @@ class GuardedReward:
         return scores
 
     def _part(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return _checked(self._call(images, prompts), len(prompts), self.title)
+        return scores_of(self._call(images, prompts), len(prompts), self.title).to(torch.float32)
 
     def _call(self, images: Tensor, prompts: Sequence[str]) -> object:
         return untouched(self.title, images, lambda: self._answer(images, prompts))
 
     def _answer(self, images: Tensor, prompts: Sequence[str]) -> object:
         if self.timeout is None:
-            return without_gradients(self.reward, images, prompts)
+            return ask(self.reward, images, prompts)
         answer: list[object] = []
         failure: list[BaseException] = []
 
@@ -97,7 +98,7 @@ class GuardedReward:
             try:
                 if images.device.type == "cuda":
                     torch.cuda.set_device(images.device)  # which each thread has of its own
-                answer.append(without_gradients(self.reward, images, prompts))
+                answer.append(ask(self.reward, images, prompts))
             except BaseException as error:
                 failure.append(error)
 
@@ -109,12 +110,6 @@ class GuardedReward:
         if failure:
             raise failure[0]
         return answer[0]
-
-
-@torch.no_grad()
-def without_gradients(reward: Reward, images: Tensor, prompts: Sequence[str]) -> object:
-    """What a reward gives; a user's function around a network would else keep all that a backward pass needs."""
-    return reward(images, prompts)
 
 
 def untouched(title: str, images: Tensor, call: Callable[[], object]) -> object:
@@ -148,15 +143,3 @@ def where_raised(error: Exception) -> str:
         ):
             return f" ({frame.filename}, line {frame.lineno})"
     return ""
-
-
-def _checked(value: object, count: int, title: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise InputError(
-            f"{title}: expected a tensor of {count} numbers, one per image; got {type(value).__name__}"
-        )
-    if value.shape != (count,) or value.is_complex():
-        raise InputError(
-            f"{title}: expected a tensor of {count} numbers, one per image; got shape {list(value.shape)}, {value.dtype}"
-        )
-    return value.detach().to(torch.float32)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from driftrl import __version__
 from driftrl.checks import InputError, RunFailedError, nearest
+from driftrl.rewards.calling import metadata_of
 from driftrl.rewards.protocol import (
     MEDIA,
     PROTOCOL,
@@ -77,6 +78,8 @@ class HTTPReward:
         self.name = str(info.get("reward", ""))
         """What the server calls its reward."""
         self.format = self._choose(format, info.get("formats"))
+        self.takes_metadata = info.get("metadata") is True
+        """Whether the server's reward asks for what prompts have beside their words; else it is not sent."""
         limits = Limits()
         self.max_bytes = self._limit(info, "max_bytes", limits.max_bytes)
         self.max_images = self._limit(info, "max_images", limits.max_images)
@@ -89,6 +92,8 @@ class HTTPReward:
             RunFailedError: if every attempt failed, was too slow or was answered with something else.
         """
         images = images.detach().to("cpu", torch.float32)
+        if not self.takes_metadata:
+            prompts = [str(prompt) for prompt in prompts]
         pngs = encode_pngs(images) if self.format == "png" else []
         parts: list[Tensor] = []
         start = 0
@@ -108,9 +113,8 @@ class HTTPReward:
         stops, size, count, pixels = [], OVERHEAD, 0, 0
         for i, prompt in enumerate(prompts):
             image = max(len(pngs[i]) + 4 if pngs else 0, 0 if pngs else decoded)
-            more = (
-                image + 2 * len(json.dumps(prompt)) + 4
-            )  # twice, for a JSON string within JSON is escaped again
+            words = json.dumps(prompt) + (json.dumps(metadata_of([prompt])[0]) if self.takes_metadata else "")
+            more = image + 2 * len(words) + 8  # twice, for a JSON string within JSON is escaped again
             if OVERHEAD + more > self.max_bytes or decoded > self.max_bytes:
                 raise InputError(
                     f"reward: {self.url} takes at most {self.max_bytes} bytes in a request, and one image of "

@@ -20,6 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from driftrl.checks import InputError, is_finite
+from driftrl.rewards.calling import metadata_of
+from driftrl.types import Prompt
 
 PROTOCOL = 1
 """The number in the paths (/v1/...); a change that breaks clients or servers raises it."""
@@ -62,11 +64,14 @@ def token_of(token: str | None) -> str | None:
 
 
 def encode_safetensors(images: Tensor, prompts: Sequence[str]) -> bytes:
-    """Images [N, 3, H, W] as the float32 tensor ``images``, the prompts as a JSON list in its metadata."""
+    """Images [N, 3, H, W] as the float32 tensor ``images``, the prompts as a JSON list in its metadata, and theirs as another
+    where they have any.
+    """
     from safetensors.torch import save
 
     images = images.detach().to("cpu", torch.float32).contiguous()
-    return save({"images": images}, {"prompts": json.dumps(list(prompts), ensure_ascii=False)})
+    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in _words(prompts).items()}
+    return save({"images": images}, texts)
 
 
 def decode_safetensors(body: bytes, limits: Limits) -> tuple[Tensor, list[str]]:
@@ -87,7 +92,10 @@ def decode_safetensors(body: bytes, limits: Limits) -> tuple[Tensor, list[str]]:
         raise InputError('the safetensors metadata: expected "prompts", a JSON list of strings')
     if set(header) != {"images"} or not isinstance(header["images"], dict):
         raise InputError(f"expected one tensor, 'images'; got {sorted(map(str, header))[:5]}")
-    prompts = _prompts(_json(metadata["prompts"], "the safetensors metadata's prompts"))
+    prompts = _prompts(
+        _json(metadata["prompts"], "the safetensors metadata's prompts"),
+        _json(str(metadata.get("metadata", "null")), "the safetensors metadata's metadata"),
+    )
     dtype, shape = header["images"].get("dtype"), header["images"].get("shape")
     if dtype != "F32":
         raise InputError(f"images: expected dtype F32; got {str(dtype)[:20]}")
@@ -118,7 +126,12 @@ def encode_pngs(images: Tensor) -> list[str]:
 
 def encode_json(pngs: Sequence[str], prompts: Sequence[str]) -> bytes:
     """PNGs in base64 and their prompts as a JSON object."""
-    return json.dumps({"prompts": list(prompts), "images": list(pngs)}).encode("ascii")
+    return json.dumps(_words(prompts) | {"images": list(pngs)}).encode("ascii")
+
+
+def _words(prompts: Sequence[str]) -> dict[str, list[Any]]:
+    metadata = metadata_of(prompts)
+    return {"prompts": list(prompts)} | ({"metadata": metadata} if any(metadata) else {})
 
 
 def decode_json(body: bytes, limits: Limits) -> tuple[Tensor, list[str]]:
@@ -128,9 +141,11 @@ def decode_json(body: bytes, limits: Limits) -> tuple[Tensor, list[str]]:
         InputError: saying what is wrong with it.
     """
     data = _json(body, "the body")
-    if not isinstance(data, dict) or set(data) != {"prompts", "images"}:
-        raise InputError('the body: expected {"prompts": [...], "images": [...]} and nothing else')
-    prompts, texts = _prompts(data["prompts"]), data["images"]
+    if not isinstance(data, dict) or set(data) - {"metadata"} != {"prompts", "images"}:
+        raise InputError(
+            'the body: expected {"prompts": [...], "images": [...]}, perhaps "metadata": [...], and nothing else'
+        )
+    prompts, texts = _prompts(data["prompts"], data.get("metadata")), data["images"]
     if not isinstance(texts, list) or len(texts) != len(prompts):
         raise InputError(f"images: expected a list of {len(prompts)} PNGs in base64, one per prompt")
     files, sizes = [], set()
@@ -180,7 +195,7 @@ def _check_shape(shape: Sequence[int], prompts: int, limits: Limits) -> None:
         )
 
 
-def _prompts(value: Any) -> list[str]:
+def _prompts(value: Any, metadata: Any) -> list[str]:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise InputError("prompts: expected a list of strings, at least one")
     if any(len(text) > MAX_PROMPT for text in value):
@@ -189,7 +204,13 @@ def _prompts(value: Any) -> list[str]:
         "".join(value).encode("utf-8")
     except UnicodeEncodeError as error:  # half of a surrogate pair: JSON can say it, no tokenizer takes it
         raise InputError("prompts: expected Unicode text; got half of a surrogate pair") from error
-    return value
+    if metadata is None:
+        return value
+    if not isinstance(metadata, list) or not all(isinstance(each, dict) for each in metadata):
+        raise InputError("metadata: expected a list of objects")
+    if len(metadata) != len(value):
+        raise InputError(f"metadata: expected {len(value)} objects, one per prompt; got {len(metadata)}")
+    return [Prompt(text, more) for text, more in zip(value, metadata, strict=True)]
 
 
 def _json(text: str | bytes, what: str) -> Any:

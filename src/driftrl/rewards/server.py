@@ -27,6 +27,7 @@ from torch import Tensor
 
 from driftrl import __version__
 from driftrl.checks import InputError, RunFailedError
+from driftrl.rewards.calling import asks_for_metadata
 from driftrl.rewards.guarded import GuardedReward
 from driftrl.rewards.protocol import MEDIA, PROTOCOL, Limits, decode_json, decode_safetensors, token_of
 from driftrl.types import Reward
@@ -112,6 +113,7 @@ class RewardService:
                 "protocol": PROTOCOL,
                 "reward": self.name,
                 "formats": list(MEDIA),
+                "metadata": asks_for_metadata(self.reward.reward),
                 "max_bytes": self.limits.max_bytes,
                 "max_images": self.limits.max_images,
                 "max_side": self.limits.max_side,

@@ -1,0 +1,66 @@
+"""How a reward is called, and what its answer is taken for: functions written for other trainers do as they are."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from driftrl.checks import InputError
+from driftrl.types import Prompt, Reward
+
+
+def asks_for_metadata(reward: Callable[..., object]) -> bool:
+    """Whether ``reward`` has an argument called ``metadata``, as rewards of other trainers do."""
+    called = reward.forward if isinstance(reward, torch.nn.Module) else reward
+    try:
+        return "metadata" in inspect.signature(called).parameters
+    except (TypeError, ValueError):  # compiled functions do not say what they take
+        return False
+
+
+def metadata_of(prompts: Sequence[str]) -> list[dict[str, object]]:
+    """Of each prompt, the object that its line in a JSONL file is; {} where it is words alone."""
+    return [dict(prompt.metadata) if isinstance(prompt, Prompt) else {} for prompt in prompts]
+
+
+@torch.no_grad()
+def ask(reward: Reward, images: Tensor, prompts: Sequence[str]) -> object:
+    """What a reward gives, with its prompts' metadata if it asks for them.
+
+    Without gradients: a user's function around a network would else keep all that a backward pass needs.
+    """
+    if asks_for_metadata(reward):
+        given: Callable[..., object] = reward
+        return given(images, prompts, metadata=metadata_of(prompts))
+    return reward(images, prompts)
+
+
+def scores_of(answer: object, count: int, title: str) -> Tensor:
+    """A reward's answer as a tensor [count] of its own dtype, detached.
+
+    A tensor, NumPy's or a list of as many numbers will do, [count, 1] too, and a pair of one of these and a dictionary of
+    anything, which is left out: what DDPO's and Flow-GRPO's rewards return.
+
+    Raises:
+        InputError: if it is none of these.
+    """
+    wanted = f"{title}: expected a tensor of {count} numbers, one per image"
+    values = answer
+    if isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], dict):
+        values = values[0]
+    if not isinstance(values, Tensor):
+        if not hasattr(values, "__array__") and not isinstance(values, list | tuple):
+            raise InputError(f"{wanted}; got {type(answer).__name__}")
+        try:
+            values = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise InputError(f"{wanted}; got a {type(answer).__name__} of something else") from None
+    values = values.detach()
+    if values.shape == (count, 1):
+        values = values[:, 0]
+    if values.shape != (count,) or values.is_complex() or values.dtype == torch.bool:
+        raise InputError(f"{wanted}; got shape {list(values.shape)}, {values.dtype}")
+    return values
