@@ -250,6 +250,49 @@ def test_a_prompt_set_into_a_folder_with_every_image(tmp_path, pipeline_folder):
         sample(model, [], None, 2, 0, out, base=False, steps=2, guidance_scale=None)
 
 
+def test_what_an_interrupt_leaves_is_said(settings, tmp_path, pipeline_folder, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    assert driftrl("train", settings, "--out", run).returncode == 0
+    monkeypatch.setattr("driftrl.rollout._denoise", interrupt)
+    grid = tmp_path / "grid.png"
+    stopped = driftrl("sample", pipeline_folder, "-p", "a cat", "--out", grid)
+    assert (stopped.returncode, grid.exists()) == (130, False)
+    assert "stopped; nothing was written" in stopped.stderr
+    stopped = driftrl("evaluate", run, "--images", 2)
+    assert stopped.returncode == 130
+    told = f"models that were measured are kept; go on with: driftrl evaluate {run} and the same options"
+    assert told in stopped.stderr
+    monkeypatch.setattr("driftrl.run.build_loop", interrupt)
+    for arguments, told in (
+        ((settings, "--out", tmp_path / "new"), "nothing was trained yet"),
+        (("--resume", run), "the run is as it was"),
+    ):
+        stopped = driftrl("train", *arguments)
+        assert stopped.returncode == 130
+        assert f"stopped; {told}" in stopped.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_quiet_evaluation_says_where_the_report_is(tmp_path, pipeline_folder):
+    result = driftrl(
+        "evaluate",
+        pipeline_folder,
+        "--images",
+        2,
+        "--steps",
+        2,
+        "--prompts",
+        "animals5",
+        "-q",
+        "--out",
+        tmp_path / "e",
+    )
+    assert (result.returncode, result.stderr) == (0, f"{tmp_path / 'e' / 'report.html'}\n")
+
+
 def test_the_package_lists_what_it_has():
     import driftrl as package
 

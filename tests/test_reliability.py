@@ -400,7 +400,17 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_over_itself(config, 
         pytest.raises(InputError, match="none of its checkpoints is whole"),
     ):
         Trainer(config(iterations=2), run, resume=True)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(InputError, match="its checkpoints are gone; start anew"):
+        Trainer(config(iterations=2), run, resume=True)
     assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_is_resumed_by_its_folder_alone(config, tmp_path):
+    run = Trainer(config(iterations=1, seed=3), tmp_path / "run").run()
+    trainer = Trainer(out=run, resume=True)
+    assert trainer.config == config(iterations=1, seed=3)
+    assert trainer.loop.position.iteration == 1
 
 
 def test_keep_last_and_keep_every(config, tmp_path):
@@ -826,4 +836,5 @@ def test_a_second_interrupt_stops_at_once(config, launch, tmp_path):
     assert time.monotonic() - start < 100
     assert statuses == [130], message
     assert "Traceback" not in message
+    assert f"from its last checkpoint it goes on with: driftrl train --resume {run}" in message
     assert checkpoint.newest(run / "checkpoints").name == "000001"

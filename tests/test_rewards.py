@@ -188,6 +188,12 @@ def test_long_labels_leave_room_for_the_pictures():
     assert wide.width <= narrow.width + 8
 
 
+def test_letters_beyond_english_are_drawn_as_they_are():
+    """Pillow's own font has a box for each of them, one like the other."""
+    drawn = {text: grid([torch.zeros(0, 3, 8, 8)], [text]).tobytes() for text in ("ж", "д", "é", "ü", "θ")}
+    assert len(set(drawn.values())) == len(drawn)
+
+
 def test_pictures_keep_their_proportions_and_small_ones_are_enlarged():
     for shape, cell in (
         ((16, 16), (72, 72)),

@@ -83,6 +83,15 @@ def save_png(image: Image.Image, path: Path) -> None:
     temporary.replace(path)
 
 
+def _font(size: float, texts: Sequence[str]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own, which has English letters alone, or where those are not enough what matplotlib brings along."""
+    if all(text.rstrip("\N{HORIZONTAL ELLIPSIS}").isascii() for text in texts):
+        return ImageFont.load_default(size)
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
 def _draw(
     rows: Sequence[Tensor],
     labels: Sequence[str],
@@ -91,7 +100,8 @@ def _draw(
     marks: Sequence[set[int]],
     figures: Sequence[Sequence[float]] | None,
 ) -> Image.Image:
-    font, small = ImageFont.load_default(13), ImageFont.load_default(10)
+    small = ImageFont.load_default(10)
+    font = _font(13, [*labels, title])
     labels = [_shortened(label) for label in labels]
     gap, top = 4, 26 if title else 4
     across, down = _cell(rows, largest)

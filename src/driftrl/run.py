@@ -55,13 +55,15 @@ class Trainer:
         """Check everything before anything is written.
 
         Args:
-            config: the run; the default fine-tunes the embedded model with DRIFT.
+            config: the run; the default fine-tunes the embedded model with DRIFT, or is what is resumed.
             out: the run folder; by default ``runs/<name>-seed<seed>``, numbered if that exists.
             resume: go on with the run in ``out``.
 
         Raises:
             InputError: if the folder holds another run, or something in the configuration cannot be used.
         """
+        if config is None and resume and out is not None and (Path(out) / "config.yaml").is_file():
+            config = load_config(Path(out) / "config.yaml")
         self.config = config or TrainConfig()
         self.team = join()
         if len(set(self.team.texts(dump_config(self.config)))) > 1:
@@ -89,9 +91,11 @@ class Trainer:
             newest = checkpoint.newest(self.folder / "checkpoints") if self.team.leads else None
             found = self.team.first(newest and str(newest))
             self.resumed_from = found and Path(found)
-            if self.resumed_from is None and checkpoint.listing(self.folder / "checkpoints"):
+            if self.resumed_from is None and self._began():
+                there = checkpoint.listing(self.folder / "checkpoints")
+                what = "none of its checkpoints is whole" if there else "its checkpoints are gone"
                 raise InputError(
-                    f"--resume {self.folder}: none of its checkpoints is whole; start anew as it was: driftrl train "
+                    f"--resume {self.folder}: {what}; start anew as it was: driftrl train "
                     f"{self.folder / 'config.yaml'} --out another folder"
                 )
             if self.resumed_from is not None:
@@ -161,6 +165,11 @@ class Trainer:
         return (
             self.team.gather(pixels(iteration.images).cpu()) if wanted and iteration.images.numel() else None
         )
+
+    def _began(self) -> bool:
+        """Whether the folder has more than a configuration: checkpoints, or the figures of iterations."""
+        logged = (self.folder / "metrics.jsonl").is_file()
+        return bool(self.team.first(logged or bool(checkpoint.listing(self.folder / "checkpoints"))))
 
     def _in_the_way(self) -> bool:
         """Whether the folder holds something; the first process looks, before any of them writes there."""

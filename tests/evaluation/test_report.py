@@ -11,10 +11,11 @@ import pytest
 from made import PROMPTS, make_run
 from PIL import Image
 
+from conftest import run_command
 from driftrl.checks import InputError
 from driftrl.config import load_config
 from driftrl.evaluation import compare as comparing
-from driftrl.evaluation.comparison import write_comparison, write_comparison_picture
+from driftrl.evaluation.comparison import find, write_comparison, write_comparison_picture
 from driftrl.evaluation.evaluate import load_evaluation
 from driftrl.evaluation.page import percent
 from driftrl.evaluation.picture import Side, draw
@@ -169,6 +170,34 @@ def test_a_single_seed_is_said_of_the_method_that_has_one(tmp_path):
     page = write_comparison(runs, tmp_path / "out.html").read_text()
     assert "At equal reward drift has more than grpo of: diversity" in page
     assert "At equal reward, on a single seed, once has more than grpo of: diversity" in page
+
+
+def test_a_difference_that_rounds_to_nothing_is_no_headline(tmp_path):
+    runs = [make_run(tmp_path / n, n, 0, 2.0, loss) for n, loss in (("grpo", 0.2), ("close", 0.2005))]
+    assert (
+        find(runs).verdict()[0].startswith("At equal reward, on a single seed, close and grpo cannot be told")
+    )
+
+
+def test_the_command_shows_what_it_found(tmp_path):
+    runs = [make_run(tmp_path / n, n, 0, 2.0, loss) for n, loss in (("grpo", 0.2), ("drift", 0.05))]
+    status, told = run_command("compare", *runs, "--out", tmp_path / "page.html")
+    assert status == 0
+    rows = {
+        line.split()[0]: line.split()[1:]
+        for line in told.splitlines()
+        if line[:4] in ("base", "grpo", "drif")
+    }
+    findings = find(runs)
+    (mean, _), *_ = findings.summary()[2]["cells"]
+    assert rows["drift"][:2] == ["1", f"{mean:.3f}"]
+    (share,) = (
+        p.diversity_share.mean for p in findings.pairs if (p.method, p.metric) == ("drift", "diversity")
+    )
+    assert rows["drift"][-1] == f"{share:+.0%}" and "%" not in rows["grpo"][-1]
+    assert findings.verdict()[0] in told.replace("\n", " ")
+    status, told = run_command("compare", tmp_path / "nowhere", runs[0])
+    assert (status, "there is no such run or file" in told) == (2, True)
 
 
 def test_refuses_to_compare_what_was_not_measured_alike(tmp_path):

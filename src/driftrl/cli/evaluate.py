@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from driftrl.checks import counted
+from driftrl.cli.interrupt import on_interrupt
 from driftrl.distributed import leads
 
 if TYPE_CHECKING:
@@ -61,9 +63,14 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
-        with progress:
+        again = f"driftrl evaluate {shlex.quote(str(source))}" + (" and the same options" if settings else "")
+        kept = f"models that were measured are kept; go on with: {again}"
+        with on_interrupt(console, kept), progress:
             folder = work(source, progress=watch, **settings)
-    if quiet or not leads():
+    if not leads():
+        return folder
+    if quiet:
+        console.print(folder / "report.html", highlight=False, soft_wrap=True, markup=False)
         return folder
 
     evaluation = load_evaluation(folder)

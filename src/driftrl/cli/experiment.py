@@ -40,7 +40,8 @@ def experiment(
     except OSError as error:
         raise InputError(f"{out}: cannot be written to: {error.strerror}") from error
     with console.status("looking at what is there", spinner="dots"):
-        from driftrl.evaluation.comparison import write_comparison
+        from driftrl.cli.compare import show
+        from driftrl.evaluation.comparison import find, write_page
         from driftrl.run import locked, signals
 
     with locked(out):
@@ -70,7 +71,10 @@ def experiment(
         done = [_folder(out, run.name) for run in runs if run.name not in failed]
         if len(done) > 1:
             with console.status("comparing", spinner="dots"):
-                page = write_comparison(done, out / "report.html")
+                findings = find(done)
+                page = write_page(findings, out / "report.html")
+            if not quiet:
+                show(console, findings)
             console.print(f"open {page}", highlight=False, soft_wrap=True, markup=False)
     if failures:
         raise RunFailedError(_told(failures, len(runs)))

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from driftrl.checks import InputError, counted
+from driftrl.cli.interrupt import on_interrupt
 from driftrl.files import make_parent
 
 GRID = "grid.png"
@@ -33,7 +34,7 @@ def sample(
     prompts = _prompts(prompts, prompt_set)
     grid_file = out if picture_file else out / GRID
     make_parent(grid_file)
-    with console.status("loading the model", spinner="dots"):
+    with on_interrupt(console, "nothing was written"), console.status("loading the model", spinner="dots"):
         from transformers.utils import logging
 
         from driftrl.evaluation.generate import generate, open_policy
@@ -51,7 +52,7 @@ def sample(
         progress.advance(task, images)
 
     sets = {}
-    with progress:
+    with on_interrupt(console, "nothing was written"), progress:
         sets["tuned"] = list(generate(policy, prompts, count, seed, prompt_noise=noise, progress=drawn))
         if base:
             with policy.reference():

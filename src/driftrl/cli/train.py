@@ -28,6 +28,7 @@ from rich.table import Column
 from rich.text import Text
 
 from driftrl.checks import InputError, counted
+from driftrl.cli.interrupt import on_interrupt
 from driftrl.config import TrainConfig, load_config
 from driftrl.distributed import leads
 
@@ -60,11 +61,18 @@ def train(
         evaluate(folder, quiet=quiet)
 
 
+def _resuming(folder: Path) -> str:
+    return f"driftrl train --resume {shlex.quote(str(folder))}"
+
+
 def _trained(
     parsed: TrainConfig, out: Path | None, resume: Path | None, console: Console, quiet: bool
 ) -> Path:
     """Train, and return the run's folder; nothing else is kept."""
-    with console.status("loading model, reward and encoder", spinner="dots"):
+    with (
+        on_interrupt(console, "nothing was trained yet" if resume is None else "the run is as it was"),
+        console.status("loading model, reward and encoder", spinner="dots"),
+    ):
         from transformers.utils import logging
 
         from driftrl.cli.estimate import duration
@@ -115,12 +123,12 @@ def _trained(
             )
 
     began = time.perf_counter()
-    with _one_line_warnings(console), progress:
+    at_once = f"from its last checkpoint it goes on with: {_resuming(trainer.folder)}"
+    with on_interrupt(console, at_once), _one_line_warnings(console), progress:
         trainer.run(watch)
     if trainer.stopped_by is not None:
         console.print(
-            f"stopped at iteration {trainer.loop.position.iteration}; go on with: driftrl train --resume "
-            + shlex.quote(str(trainer.folder)),
+            f"stopped at iteration {trainer.loop.position.iteration}; go on with: {_resuming(trainer.folder)}",
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
         trainer.team.wait()  # none of them ends before the first one has said so

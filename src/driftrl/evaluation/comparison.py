@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,30 @@ FULL_TINT = 0.25
 """Change of variety, as a share, from which a cell is tinted fully."""
 
 
-def write_comparison(folders: Sequence[Path], out: Path, against: str | None = None) -> Path:
-    """Write one page that compares evaluated runs, and return its path.
+@dataclass(frozen=True)
+class Findings:
+    """What evaluated runs say beside each other."""
+
+    methods: list[Method]
+    metrics: list[str]
+    pairs: list[comparing.Comparison]
+    rival: str
+    """The method that the others are compared with."""
+
+    def verdict(self) -> list[str]:
+        """In sentences."""
+        return _verdict(self.methods, self.pairs, self.rival)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Rows of a table: the base model and each method's last shared checkpoint, reward and every metric."""
+        return _summary(self.methods, self.metrics)
+
+
+def find(folders: Sequence[Path], against: str | None = None) -> Findings:
+    """Compare evaluated runs.
 
     Args:
         folders: two or more run folders with ``evaluation.json``; runs of one name are seeds of one method.
-        out: the HTML file.
         against: the method that others are compared with; by default that of the first folder.
 
     Raises:
@@ -44,10 +63,22 @@ def write_comparison(folders: Sequence[Path], out: Path, against: str | None = N
     """
     methods = comparing.load_methods(folders)
     metrics = comparing.diversity_metrics(methods, VARIETY)
-    pairs = comparing.compare(methods, metrics, against)
+    return Findings(
+        methods, metrics, comparing.compare(methods, metrics, against), against or methods[0].name
+    )
+
+
+def write_comparison(folders: Sequence[Path], out: Path, against: str | None = None) -> Path:
+    """Write one page that compares evaluated runs, as `find` does, and return its path."""
+    return write_page(find(folders, against), out)
+
+
+def write_page(findings: Findings, out: Path) -> Path:
+    """Write what was found as one HTML file, and return its path."""
+    methods, metrics, pairs, rival = findings.methods, findings.metrics, findings.pairs, findings.rival
     evaluation = methods[0].runs[0].evaluation
     settings = evaluation.settings
-    names, rival = [m.name for m in methods], against or methods[0].name
+    names = [m.name for m in methods]
     tables = []
     for name in metrics:
         volumes = comparing.hypervolumes(methods, name)
@@ -70,8 +101,8 @@ def write_comparison(folders: Sequence[Path], out: Path, against: str | None = N
         rival=rival,
         single=min(len(m.runs) for m in methods) == 1,
         several=max(len(m.runs) for m in methods) > 1,
-        verdict=_verdict(methods, pairs, rival),
-        summary=_summary(methods, metrics),
+        verdict=findings.verdict(),
+        summary=findings.summary(),
         board=_board(methods, metrics, pairs, rival),
         differences=_differences(methods, metrics, rival),
         tables=tables,
@@ -137,16 +168,12 @@ def _verdict(methods: list[Method], pairs: list[comparing.Comparison], rival: st
     for method in methods:
         if method.name == rival or {method.name, rival} & set(fallen):
             continue
-        ahead, behind = [], []
+        ahead: list[str] = []
+        behind: list[str] = []
         for pair in pairs:
-            gain = pair.diversity_gain
-            if pair.method != method.name or gain is None:
-                continue
-            title = METRICS[pair.metric].title
-            if gain.low > 0:
-                ahead.append(title)
-            elif gain.high < 0:
-                behind.append(title)
+            way = _way(pair) if pair.method == method.name else 0
+            if way:
+                (ahead if way > 0 else behind).append(METRICS[pair.metric].title)
         told = [f"more than {rival} of: {', '.join(ahead)}"] if ahead else []
         told += [f"less{'' if ahead else f' than {rival}'} of: {', '.join(behind)}"] if behind else []
         single = min(runs[method.name], runs[rival]) == 1

@@ -450,6 +450,8 @@ def load_evaluation(path: Path) -> Evaluation:
         InputError: if it is missing, damaged, or of another format.
     """
     file = path / FILE if path.is_dir() else path
+    if not path.exists():
+        raise InputError(f"{path}: there is no such run or file")
     if not file.is_file():
         raise InputError(f"{file}: not there; measure the run first: driftrl evaluate {path}")
     return parse_evaluation(read_json(file), file)
