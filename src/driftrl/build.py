@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from driftrl import hub, one_pass
+from driftrl import checkpoint, hub, one_pass
 from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import ModelConfig, RewardPart, TrainConfig
@@ -285,10 +285,15 @@ def _demand_parts(folder: Path) -> None:
 
 
 def build_policy(
-    config: TrainConfig, adapter: bool = True, sharded: bool = False, pipeline: Any = None
+    config: TrainConfig,
+    adapter: bool = True,
+    sharded: bool = False,
+    pipeline: Any = None,
+    start: bool = False,
 ) -> PipelinePolicy:
     """The policy of a configuration, with fresh trainable weights unless told otherwise; of full fine-tuning each
-    process holds all of them, or, ``sharded``, a part. ``pipeline`` is what `load_pipeline` gave, if it was asked.
+    process holds all of them, or, ``sharded``, a part. ``pipeline`` is what `load_pipeline` gave, if it was asked. To
+    ``start`` a run is to load ``adapter.start``, which its checkpoints have in them.
     """
     pipeline = pipeline or load_pipeline(config.model)
     device = device_of(config.model.device)
@@ -310,6 +315,7 @@ def build_policy(
         pipeline.vae.enable_slicing()
     if config.model.vae_tiling:
         pipeline.vae.enable_tiling()
+    begin = policy.start_of(_newest_of(config.adapter.start)) if start and config.adapter.start else None
     if config.model.compile:
         if sharded:
             raise InputError("model.compile: cannot be had with adapter.shard; switch one of them off")
@@ -321,10 +327,20 @@ def build_policy(
         elif lora.kind == "full":
             policy.train_fully()
         else:
-            policy.add_lora(lora.rank, lora.alpha, lora.targets, config.seed)
+            policy.add_lora(lora.rank, lora.alpha, lora.targets, config.seed, begin)
     if config.model.gradient_checkpointing:
         policy.network.enable_gradient_checkpointing()
     return policy
+
+
+def _newest_of(start: str) -> str:
+    """A LoRA as it is named, or of a run its last checkpoint."""
+    if not (Path(start) / "config.yaml").is_file():
+        return start
+    newest = checkpoint.newest(Path(start) / "checkpoints")
+    if newest is None:
+        raise InputError(f"adapter.start: {start}: this run has no checkpoint yet")
+    return str(newest)
 
 
 def build_reward(
@@ -587,8 +603,8 @@ def _policy_encoder(name: str, policy: Policy | None) -> Encoder:
     return MidBlockEncoder(policy.pipeline.vae, policy.network, null, alpha, timestep, policy.reference)
 
 
-def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLoop:
-    """Everything that a run needs, ready to go."""
+def build_loop(config: TrainConfig, run: Path, team: Team = ALONE, start: bool = True) -> TrainingLoop:
+    """Everything that a run needs, ready to go; without ``start`` for going on from a checkpoint."""
     prompt_set = trained(config.prompts.set, run)
     if config.prompts.per_iteration > len(prompt_set):
         raise InputError(
@@ -609,7 +625,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE) -> TrainingLo
     _demand_reachable(config)
     towers: Towers = {}
     reward = build_training_reward(config, towers)
-    policy = build_policy(config, sharded=sharded)
+    policy = build_policy(config, sharded=sharded, start=start)
     encoder = build_encoder(config.shaping.encoder, policy.device, policy)
     if config.objective.asks_for_density and not bool(policy.scored.any()):
         raise InputError(

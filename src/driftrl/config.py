@@ -98,6 +98,9 @@ class AdapterConfig(Section):
     """The adapter's scale is alpha / rank."""
     targets: list[str] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
     """Module names that get an adapter: by default the attention projections."""
+    start: Place | None = None
+    """A LoRA to go on from, in place of a fresh one: a run, a checkpoint, a safetensors file that diffusers reads, a folder or hub
+    name. Rank and targets must be no less than its own. What it is compared with, and held to by a KL, stays the model without it."""
     shard: bool = False
     """Of `full` and several processes: each holds and optimises a part of every weight (FSDP), not the whole."""
 
@@ -489,6 +492,7 @@ class TrainConfig(Section):
                 f"'advantage'; got {shaping.level!r}"
             )
         self._check_shard()
+        self._check_start()
         self._check_nft()
         if self.sampling.eta == 0 and self.objective.asks_for_density:
             raise ValueError(
@@ -502,6 +506,13 @@ class TrainConfig(Section):
             raise ValueError(
                 "shaping.potential: 'stepwise' is of the steps that were drawn, and objective.loss 'nft' learns from others; use "
                 "'terminal'"
+            )
+
+    def _check_start(self) -> None:
+        if self.adapter.start is not None and self.adapter.kind != "lora":
+            raise ValueError(
+                "adapter.start: is a LoRA, and adapter.kind 'full' trains none; merge it into the model, and name that as "
+                "model.path"
             )
 
     def _check_shard(self) -> None:

@@ -84,14 +84,15 @@ class Trainer:
             raise InputError(
                 f"{self.folder} exists and is not empty; choose another --out, or go on with it by --resume {self.folder}"
             )
+        begun = resume and self._began()
         with self.team.together():
-            self.loop: TrainingLoop = build_loop(self.config, self.folder, self.team)
+            self.loop: TrainingLoop = build_loop(self.config, self.folder, self.team, start=not begun)
         if resume:
             self._refuse_other_prompts()
             newest = checkpoint.newest(self.folder / "checkpoints") if self.team.leads else None
             found = self.team.first(newest and str(newest))
             self.resumed_from = found and Path(found)
-            if self.resumed_from is None and self._began():
+            if self.resumed_from is None and begun:
                 there = checkpoint.listing(self.folder / "checkpoints")
                 what = "none of its checkpoints is whole" if there else "its checkpoints are gone"
                 raise InputError(

@@ -325,6 +325,21 @@ def test_one_iteration_and_the_adapter_in_the_stock_pipeline(settings, family, f
     assert np.abs(ours - theirs).max() <= 1
 
 
+@mostly("sd3")
+def test_training_goes_on_from_a_lora(settings, family, tmp_path):
+    """Of another rank and scale, read as diffusers reads it: at first it computes the same."""
+    few = {"adapter__rank": 2, "adapter__alpha": 5.0, "adapter__targets": TARGETS[family]}
+    first = settings(family, iterations=1, optimizer__learning_rate=0.03, **few)
+    ended = Trainer(first, tmp_path / "first").run() / "checkpoints" / "000001"
+    more = few | {"adapter__rank": 3, "adapter__alpha": 1.0, "adapter__start": str(ended)}
+    policy = build_policy(settings(family, **more), start=True)
+    tuned, _ = open_policy(ended)
+    drawn, expected = (generate(each, PROMPTS, 1) for each in (policy, tuned))
+    torch.testing.assert_close(drawn, expected, atol=3e-5, rtol=0)
+    with policy.reference():
+        assert (generate(policy, PROMPTS, 1) - drawn).abs().max() > 1e-4
+
+
 @mostly("sd", "sd3", "flux")
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_is_rescored_in_the_updates_own_batches(settings, family, dtype):

@@ -16,6 +16,7 @@ from driftrl.checks import InputError
 from driftrl.policies import fast_linear, fast_unet, long_prompts
 from driftrl.policies.full import FullWeights
 from driftrl.policies.lora import LoRA
+from driftrl.policies.start import Start, load_start
 from driftrl.types import Conditioning, Transition
 
 RECOMPILED = 64
@@ -283,16 +284,24 @@ class PipelinePolicy:
         images: Tensor = self.pipeline.vae.decode(latents, return_dict=False)[0]
         return images
 
-    def add_lora(self, rank: int, alpha: float, targets: list[str], seed: int) -> None:
-        """Train a LoRA.
+    def add_lora(
+        self, rank: int, alpha: float, targets: list[str], seed: int, start: Start | None = None
+    ) -> None:
+        """Train a LoRA, a fresh one or from ``start`` on.
 
         Raises:
-            InputError: if a target names no layer of the network.
+            InputError: if a target names no layer of the network, or ``start`` does not fit.
         """
         self.weights = LoRA(self.pipeline, self.component, self.network, rank, alpha, targets, seed)
+        if start is not None:
+            start.put_into(self.network, rank)
         if not self.compiled:
             fast_linear.install(self.network)
             self.fast = fast_unet.build(self.network)
+
+    def start_of(self, source: str) -> Start:
+        """A LoRA to start from, a name or folder; to be asked for before anything else is added."""
+        return load_start(self.pipeline, self.component, self.network, source)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the network's transformer blocks, each when it is first called; to be asked for before weights are added.
