@@ -25,7 +25,18 @@ def _flag(*names: str, help: str) -> Any:
     return typer.Option(*names, help=help, metavar="")
 
 
-class _WithSettings(TyperCommand):
+class _Command(TyperCommand):
+    """A command whose --help has no type."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """As ever, but for what would stand in the column of types."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.metavar = ""
+        return option
+
+
+class _WithSettings(_Command):
     """A command whose unknown options may be settings: then it says how these are given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -78,7 +89,7 @@ def register(app: typer.Typer) -> None:
 
         work(config, settings or [], out, resume, quiet)
 
-    @app.command()
+    @app.command(cls=_Command)
     def settings(
         word: Annotated[
             str | None, typer.Argument(metavar="WORD", help="Only those with this in their name or meaning.")
@@ -124,7 +135,7 @@ def register(app: typer.Typer) -> None:
 
         work(config, settings or [], not no_probe)
 
-    @app.command()
+    @app.command(cls=_Command)
     def sample(
         source: Annotated[
             str,
@@ -184,7 +195,7 @@ def register(app: typer.Typer) -> None:
 
         work(source, prompt or [], prompts, count, seed, out, base, steps, guidance_scale, deterministic)
 
-    @app.command()
+    @app.command(cls=_Command)
     def evaluate(
         source: Annotated[
             str,
@@ -268,7 +279,7 @@ def register(app: typer.Typer) -> None:
             guidance_scale=guidance_scale,
         )
 
-    @app.command()
+    @app.command(cls=_Command)
     def compare(
         runs: Annotated[
             list[Path],
@@ -315,7 +326,7 @@ def register(app: typer.Typer) -> None:
 
         work(runs, out, against, blind, seed)
 
-    @app.command()
+    @app.command(cls=_Command)
     def export(
         source: Annotated[
             Path,
@@ -338,7 +349,7 @@ def register(app: typer.Typer) -> None:
 
         work(source, out, comfyui)
 
-    @app.command()
+    @app.command(cls=_Command)
     def judge(
         folder: Annotated[
             Path, typer.Argument(metavar="DIR", help="What driftrl compare --blind DIR wrote.")
@@ -359,7 +370,7 @@ def register(app: typer.Typer) -> None:
 
         work(folder, answers)
 
-    @app.command()
+    @app.command(cls=_Command)
     def experiment(
         plan: Annotated[
             Path, typer.Argument(metavar="PLAN.yaml", help="A YAML file (experiments/README.md).")
@@ -396,7 +407,7 @@ def register(app: typer.Typer) -> None:
 
         work(plan, out, jobs, retry, dry_run, quiet)
 
-    @app.command("serve-reward")
+    @app.command("serve-reward", cls=_Command)
     def serve_reward(
         name: Annotated[
             str, typer.Argument(metavar="NAME", help="A reward of the package, or module:function.")
@@ -450,7 +461,7 @@ def register(app: typer.Typer) -> None:
 
         work(name, host, port, device, dtype, max_megabytes, batch_size, token)
 
-    @app.command()
+    @app.command(cls=_Command)
     def doctor(
         model: Annotated[
             str,
