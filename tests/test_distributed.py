@@ -73,6 +73,8 @@ def test_two_processes_train_as_one(train, tmp_path, method):
         "iterations": 10,
         "reward": "smooth:reward",
         "sampling__batch_size": 6,
+        "evaluation__every": 5,
+        "evaluation__prompts": "animals5",
         **(ONE_PASS if method == "one pass" else MEMORY.get(method, {})),
     }
     for name, processes in (("one", 1), ("two", 2)):
@@ -88,6 +90,9 @@ def test_two_processes_train_as_one(train, tmp_path, method):
         assert {name: a[name] for name in counted} == {name: b[name] for name in counted}
         for name in ("reward/mean", "diversity/kept_mean", "loss", "loss/kl", "policy/grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (name, a["iteration"])
+        held_out = {name: value for name, value in a.items() if name.startswith("evaluation/")}
+        assert len(held_out) == (8 if a["iteration"] % 5 == 0 else 0)
+        assert {name: b[name] for name in held_out} == pytest.approx(held_out, rel=1e-3)
     start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 10)
     assert (last - start).abs().max() > 5e-3
     torch.testing.assert_close(weights(tmp_path / "two", 10), last, atol=1e-5, rtol=0)
@@ -121,6 +126,9 @@ def test_weights_in_parts_train_as_whole_ones(train, launch, smooth, tmp_path, k
         assert a["policy/ratio_deviation"] <= 1e-6 and b["policy/ratio_deviation"] <= 1e-6
         for name in ("reward/mean", "loss", "loss/kl", "policy/grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (name, a["iteration"])
+        held_out = {name: value for name, value in a.items() if name.startswith("evaluation/")}
+        assert len(held_out) == (8 if a["iteration"] % 5 == 0 else 0)
+        assert {name: b[name] for name in held_out} == pytest.approx(held_out, rel=1e-3)
     assert (one[-1]["loss/kl"] > 0) == (kl > 0)
     start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 3)
     assert (last - start).abs().max() > 5e-4
@@ -237,7 +245,9 @@ def test_what_is_not_finite_in_one_process_is_skipped_by_all(train, tmp_path):
         "    scores = images.mean((1, 2, 3))\n"
         "    scores[[prompt == 'a cow' for prompt in prompts]] = float('nan')\n    return scores\n"
     )
-    settings = {"iterations": 4, "reward": "moody:reward", "prompts__set": str(prompts)}
+    settings = {
+        "iterations": 4, "reward": "moody:reward", "prompts__set": str(prompts), "evaluation__every": 4,
+    }  # fmt: skip
     for name, processes in (("one", 1), ("two", 2)):
         statuses, said = train(name, processes, **settings)
         assert set(statuses) == {0}, said
@@ -245,6 +255,8 @@ def test_what_is_not_finite_in_one_process_is_skipped_by_all(train, tmp_path):
     assert skipped[0] == skipped[1]
     assert set(skipped[0]) == {0, 1}
     assert said.count("a reward is not finite for 'a cow'") == 1
+    assert said.count("iteration 4 was not measured: reward") == 1
+    assert not any(name.startswith("evaluation/") for name in metrics(tmp_path / "two")[3])
     torch.testing.assert_close(weights(tmp_path / "two", 4), weights(tmp_path / "one", 4), atol=1e-5, rtol=0)
 
 

@@ -271,9 +271,58 @@ def test_what_scores_similarity(config, tmp_path):
         build_loop(config(prompt_noise__similarity="tiny-animal"), tmp_path)
 
 
+HELD_OUT = {"evaluation__every": 2, "evaluation__images_meanwhile": 3, "evaluation__prompts": "animals5"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"sampling__window": 1, "sampling__window_every": 1}], ids=["plain", "window"]
+)
+def test_what_is_measured_meanwhile_is_what_evaluation_measures(config, tmp_path, changes):
+    """The same images, and training goes as it would; also where only a part of its steps has noise."""
+    from driftrl.evaluation.evaluate import evaluate, load_evaluation
+
+    run = Trainer(config(iterations=4, **HELD_OUT, **changes), tmp_path / "run").run()
+    plain = Trainer(config(iterations=4, **changes), tmp_path / "plain").run()
+    rows, others = (
+        [json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()]
+        for each in (run, plain)
+    )
+    measured = [{name: row.pop(name) for name in list(row) if name.startswith("evaluation/")} for row in rows]
+    assert rows == others
+    assert [bool(figures) for figures in measured] == [False, True, False, True]
+    adapters = [load_file(each / "checkpoints/000004/training.safetensors") for each in (run, plain)]
+    assert all(torch.equal(adapters[1][name], value) for name, value in adapters[0].items())
+    found = load_evaluation(evaluate(run, checkpoints="all", images=3))
+    for point in found.points[0], *(p for p in found.points if p.iteration in (2, 4)):
+        for name in ("reward", "diversity", "diversity/latents", "vendi"):
+            for row in measured[1::2] if point.label == "base" else [measured[point.iteration - 1]]:
+                key = f"evaluation/{name}" + ("/base" if point.label == "base" else "")
+                assert row[key] == pytest.approx(point.figures[name].mean, rel=1e-4, abs=1e-6)
+
+
+def test_a_resumed_run_measures_the_same(config, tmp_path):
+    whole = Trainer(config(iterations=4, **HELD_OUT), tmp_path / "whole").run()
+    parts = Trainer(config(iterations=3, **HELD_OUT), tmp_path / "parts").run()
+    Trainer(config(iterations=4, **HELD_OUT), parts, resume=True).run()
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="expected a prompt set"):
+        Trainer(config(**HELD_OUT | {"evaluation__prompts": "nowhere"}), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_held_out_figures_are_told(config, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config(iterations=2, **HELD_OUT)))
+    train(path, [], tmp_path / "run", None, False)
+    row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[1])
+    now, base = row["evaluation/reward"], row["evaluation/reward/base"]
+    told = f"iteration 2: held out, beside the base model: reward {now:.3f} ({now - base:+.3f}), diversity "
+    assert told in capsys.readouterr().err
+
+
 def test_every_logged_name_is_documented(config, tmp_path):
     several = [{"name": "incompressibility"}, {"name": "tiny-animals", "weight": 0.5}]
-    run = Trainer(config(iterations=1, reward=several), tmp_path / "run").run()
+    run = Trainer(config(iterations=1, reward=several, evaluation__every=1), tmp_path / "run").run()
     text = (
         (Path(__file__).parents[1] / "docs" / "metrics.md")
         .read_text("utf-8")
@@ -287,6 +336,13 @@ def test_every_logged_name_is_documented(config, tmp_path):
     }
     for line in (run / "metrics.jsonl").read_text().splitlines():
         names = {re.sub(r"^reward/[\w-]+/mean$", "reward/NAME/mean", name) for name in json.loads(line)}
+        measured = {name for name in names if name.startswith("evaluation/")}
+        assert {f"evaluation/reward/{part['name']}/base" for part in several} <= measured
+        names -= measured
+        names |= {
+            re.sub(r"^(evaluation/reward)/(?!base)[\w-]+", r"\1/NAME", n.removesuffix("/base"))
+            for n in measured
+        }
         assert "prompt_noise/lost" in names
         assert names <= documented
     timed = json.loads((run / "timings.jsonl").read_text().splitlines()[0]).keys() - {"iteration"}

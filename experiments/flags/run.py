@@ -29,8 +29,9 @@ from torch import Tensor
 from driftrl.build import method_of, objective_of, prompt_noise_of
 from driftrl.checks import InputError
 from driftrl.config import TrainConfig, merged, parse_config
-from driftrl.evaluation.evaluate import REFERENCE, Instruments, measure
+from driftrl.evaluation.evaluate import REFERENCE
 from driftrl.evaluation.pareto import hypervolume
+from driftrl.evaluation.studio import Instruments, measure
 from driftrl.experiment.plan import expand, load_plan, nested
 from driftrl.files import write_text
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout

@@ -373,7 +373,7 @@ class GuardsConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What is measured when training has ended."""
+    """What is measured, when training has ended and before."""
 
     prompts: Place | None = None
     """As prompts.set. Null: eval40 after training on a prompt set of the package; else the prompts of the run, 40 of them
@@ -383,6 +383,11 @@ class EvaluationConfig(Section):
     at_end: bool = True
     """Evaluate base model and last checkpoint after `driftrl train`, and write report.html; of a run made in Python
     `driftrl evaluate RUN` does it."""
+    every: Positive | None = None
+    """Iterations after which these prompts are drawn while training goes on, from the same noise each time: reward, diversity and
+    Vendi score beside the base model's go into metrics.jsonl and the trackers. Null: never."""
+    images_meanwhile: int = Field(4, ge=2)
+    """Images per prompt then."""
 
 
 class TrainConfig(Section):
@@ -527,6 +532,11 @@ class TrainConfig(Section):
         if self.objective.loss == "nft":
             raise ValueError(
                 "adapter.shard: does not go with objective.loss 'nft', whose samples a copy draws"
+            )
+        if self.evaluation.every is not None:
+            raise ValueError(
+                "adapter.shard: does not go with evaluation.every, for processes with fewer prompts would not call the network as "
+                "often; evaluate the checkpoints afterwards"
             )
         if self.shaping.encoder == "policy:mid-block":
             raise ValueError("adapter.shard: does not go with shaping.encoder 'policy:mid-block'")

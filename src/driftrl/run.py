@@ -8,9 +8,11 @@ import os
 import shutil
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -23,13 +25,15 @@ from PIL import Image
 from torch import Tensor
 
 from driftrl import checkpoint, probe, prompts
-from driftrl.build import build_loop, open_sizes
+from driftrl.build import build_loop, open_sizes, prompt_noise_of
 from driftrl.checkpoint import Position
 from driftrl.checks import InputError, RunFailedError
 from driftrl.config import TrainConfig, dump_config, flat, load_config
 from driftrl.distributed import LostProcessError, join
+from driftrl.evaluation.held_out import HeldOut
 from driftrl.files import read_json, write_json, write_text
 from driftrl.pictures import candidates_grid, pixels, save_png
+from driftrl.rewards.several import SeveralRewards
 from driftrl.trainer import Iteration, TrainingLoop
 
 RESUMABLE = {"iterations", "logging", "guards", "evaluation"}
@@ -78,6 +82,8 @@ class Trainer:
         self.on_stop: Callable[[], Any] | None = None
         """Called once when a signal asks the run to end."""
         self._check_trackers()
+        self._asked_meanwhile = self._held_out_prompts()
+        self._held_out: HeldOut | None = None
         if resume:
             self._check_resume()
         elif self._in_the_way():
@@ -128,6 +134,7 @@ class Trainer:
                     self._describe()
 
             def seen(iteration: Iteration) -> None:
+                iteration = self._measured(iteration)
                 images = self._pictured(iteration)
                 if log is not None:
                     log.write(iteration, images)
@@ -165,6 +172,49 @@ class Trainer:
         wanted = ends or iteration.number % self.config.logging.images_every == 0
         return (
             self.team.gather(pixels(iteration.images).cpu()) if wanted and iteration.images.numel() else None
+        )
+
+    def _held_out_prompts(self) -> tuple[str, ...]:
+        """What is measured in training; read at the start, so that what is not there is not found out later."""
+        if self.config.evaluation.every is None:
+            return ()
+        return prompts.evaluated(self.config.evaluation.prompts, self.config.prompts.set, self.folder)[1]
+
+    def _measured(self, iteration: Iteration) -> Iteration:
+        """With figures of prompts that are held out, if it is time for them."""
+        every = self.config.evaluation.every
+        if every is None or iteration.number % every:
+            return iteration
+        start = time.perf_counter()
+        try:
+            if self._held_out is None:
+                self._held_out = self._made_held_out()
+            figures = self._held_out.figures()
+        except (InputError, RunFailedError) as error:
+            warnings.warn(
+                f"iteration {iteration.number} was not measured: {error}", RuntimeWarning, stacklevel=2
+            )
+            return iteration
+        seconds = iteration.seconds | {"evaluation": time.perf_counter() - start}
+        return replace(iteration, metrics=iteration.metrics | figures, seconds=seconds)
+
+    def _made_held_out(self) -> HeldOut:
+        loop = self.loop
+        rewards = {"reward": loop.reward}
+        if isinstance(loop.reward, SeveralRewards):
+            parts = [] if isinstance(self.config.reward, str) else self.config.reward
+            rewards = {
+                f"reward/{part.name}": reward for part, reward in zip(parts, loop.reward.rewards, strict=True)
+            }
+        return HeldOut(
+            loop.policy,
+            rewards,
+            loop.encoder,
+            self._asked_meanwhile,
+            self.config.evaluation.images_meanwhile,
+            batch=loop.rollout_batch.now,
+            team=self.team,
+            noise=prompt_noise_of(self.config, "test"),
         )
 
     def _began(self) -> bool:

@@ -13,16 +13,9 @@ from conftest import run_command
 from driftrl.build import load_pipeline
 from driftrl.checks import InputError, RunFailedError
 from driftrl.config import load_config
-from driftrl.evaluation.evaluate import (
-    FILE,
-    Instruments,
-    Readings,
-    _asked,
-    evaluate,
-    load_evaluation,
-    measure,
-)
+from driftrl.evaluation.evaluate import FILE, evaluate, load_evaluation
 from driftrl.evaluation.generate import generate, open_policy
+from driftrl.evaluation.studio import Instruments, Readings, _asked, measure
 
 
 @pytest.fixture(scope="session")

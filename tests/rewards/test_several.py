@@ -11,7 +11,6 @@ from driftrl.build import build_loop, build_training_reward
 from driftrl.checks import InputError, RunFailedError
 from driftrl.config import RewardPart, TrainConfig, dump_config, load_config, parse_config
 from driftrl.evaluation.evaluate import (
-    Readings,
     Settings,
     evaluate,
     formula,
@@ -20,6 +19,7 @@ from driftrl.evaluation.evaluate import (
 )
 from driftrl.evaluation.measures import describe
 from driftrl.evaluation.report import write_picture, write_report
+from driftrl.evaluation.studio import Readings
 from driftrl.mixture import Part, mixed
 from driftrl.rewards.guarded import GuardedReward
 from driftrl.rewards.several import SeveralRewards

@@ -20,9 +20,10 @@ from pydantic import BaseModel, ConfigDict
 
 from driftrl.checks import InputError
 from driftrl.evaluation.compare import Run, load_runs
-from driftrl.evaluation.evaluate import SHOWN, Point, Settings, sheet_cells, sheet_columns
+from driftrl.evaluation.evaluate import Point, Settings
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.evaluation.page import render, webp_uri
+from driftrl.evaluation.sheets import SHOWN, sheet_cells, sheet_columns
 from driftrl.files import new_folder, sha256, write_json, write_text
 from driftrl.noise import generator
 from driftrl.pictures import to_pil

@@ -10,20 +10,16 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from driftrl import checkpoint
-from driftrl.batches import BatchSize, out_of_memory
 from driftrl.build import (
     TINY_ANIMALS,
     Towers,
@@ -34,22 +30,19 @@ from driftrl.build import (
     tower_of,
 )
 from driftrl.checkpoint import CheckpointWarning
-from driftrl.checks import InputError, RunFailedError, is_finite
+from driftrl.checks import InputError
 from driftrl.config import RewardPart, load_config, parse_config
-from driftrl.distributed import Team, join
-from driftrl.diversity.functional import manifold, mean_pairwise_distance, vendi_score
-from driftrl.embeddings import Embeddings
-from driftrl.evaluation.generate import EVALUATION, open_policy, run_of
+from driftrl.distributed import join
+from driftrl.evaluation.generate import open_policy, run_of
 from driftrl.evaluation.pareto import bootstrap_interval
+from driftrl.evaluation.studio import NEIGHBOURS, Instruments, Progress, Readings, Studio, measure
 from driftrl.files import make_folder, read_json, sha256, write_json, write_text
 from driftrl.mixture import mixed
-from driftrl.pictures import image_folder, save_png, to_pil
 from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.prompts import evaluated
-from driftrl.rewards.calling import ask, metadata_of, scores_of
-from driftrl.rewards.guarded import untouched, where_raised
-from driftrl.rollout import NO_NOISE, PromptNoise, rollout
-from driftrl.types import Encoder, Policy, Prompt, Reward
+from driftrl.rewards.calling import metadata_of
+from driftrl.rollout import NO_NOISE
+from driftrl.types import Prompt
 
 FORMAT = 1
 FILE = "evaluation.json"
@@ -57,18 +50,11 @@ LEVEL = 0.95
 """Coverage of the bootstrap intervals over prompts."""
 NEEDED = {"reward", "diversity"}
 """Figures that reports and comparisons cannot do without."""
-NEIGHBOURS = 5
-"""k of recall, precision, density and coverage, where there are more than k images per prompt."""
-LATENT_SIDE = 8
-"""Places on a side that latents are averaged down to: layout and colours, and small enough to keep."""
 REFERENCE = 2**30
 """Added to the seed for the reference images of recall: another draw of the base model, so that the base
 model's own figure says what a perfect copy would reach, and equal seeds do not pass for coverage."""
-SHOWN, CELL = 16, 128
-"""Images per prompt on a sheet for reports, and the greatest side of each in pixels."""
-
-Progress = Callable[[str, int, int], Any]
-"""Called with (what is being drawn, images done, images in all)."""
+LATENT_SIDE = 8
+"""Places on a side that latents are averaged down to: layout and colours, and small enough to keep."""
 
 
 class _Record(BaseModel):
@@ -182,68 +168,6 @@ class Evaluation(_Record):
         return _pictures(folder, self.settings) / point.label / f"{place:03d}.webp"
 
 
-@dataclass(frozen=True)
-class Readings:
-    """What the instruments read off N images of each of P prompts."""
-
-    rewards: dict[str, Tensor]
-    """By the name of the figure: [P, N]."""
-    features: Tensor
-    """[P, N, D] by the encoder."""
-    clip: Tensor | None
-    """[P, N, E] image embeddings, or None."""
-    latents: Tensor | None = None
-    """[P, N, F] by the model's autoencoder, or None."""
-
-
-def _asked(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """What a reward gives, in float64 on the CPU."""
-    try:
-        answer = untouched(name, images, partial(ask, reward, images, prompts))
-        return scores_of(answer, len(prompts), name).double().cpu()
-    except (InputError, RunFailedError):
-        raise
-    except Exception as error:  # of a user's function
-        if isinstance(error, RuntimeError) and out_of_memory(error):
-            raise
-        raise RunFailedError(
-            f"{name} failed: {type(error).__name__}: {error}{where_raised(error)}"
-        ) from error
-
-
-@dataclass(frozen=True)
-class Instruments:
-    """What images are measured with."""
-
-    rewards: Mapping[str, Reward]
-    encoder: Encoder
-    clip: Encoder | None
-    latents: Encoder | None = None
-
-    def read(self, images: Tensor, prompts: Sequence[str]) -> Readings:
-        """Read images [P, N, 3, H, W] of P prompts.
-
-        Raises:
-            InputError: if a reward gives another number of values or changes the images, or anything is not finite.
-            RunFailedError: if a reward raises an error.
-        """
-        shape, flat = images.shape[:2], images.flatten(0, 1)
-        texts = [prompt for prompt in prompts for _ in range(shape[1])]
-        rewards = {}
-        for name, reward in self.rewards.items():
-            rewards[name] = is_finite(name, _asked(name, reward, flat, texts)).view(shape)
-
-        def features(name: str, encoder: Encoder) -> Tensor:
-            return _features(name, encoder, flat).unflatten(0, shape)
-
-        return Readings(
-            rewards,
-            features("encoder's features", self.encoder),
-            None if self.clip is None else features("CLIP embeddings", self.clip),
-            None if self.latents is None else features("latents", self.latents),
-        )
-
-
 def with_mixture(readings: Readings, reference: Readings, mixture: Sequence[RewardPart]) -> Readings:
     """With the reward that several rewards make together, if there are several, put first as 'reward'.
 
@@ -271,38 +195,6 @@ def formula(reward: str | Sequence[RewardPart]) -> str:
             f"{weight}{part.name}" + ("" if part.normalize == "none" else f" ({part.normalize}{numbers})")
         )
     return " + ".join(terms)
-
-
-def measure(readings: Readings, reference: Tensor, neighbours: int = NEIGHBOURS) -> dict[str, list[float]]:
-    """Figures per prompt (design section 3), by name: lists of P numbers.
-
-    Args:
-        readings: of N >= 2 images of each of P prompts.
-        reference: [P, M, D] features of the base model's images of the same prompts, M >= 2.
-        neighbours: k of the nearest-neighbour measures; at most N - 1 and M - 1 are used.
-
-    Raises:
-        InputError: for fewer than two images or features that are not finite.
-    """
-    count = min(readings.features.shape[1], reference.shape[1])
-    if count < 2:
-        raise InputError(
-            f"images: expected at least 2 per prompt, for variety is between images; got {count}"
-        )
-    figures = {name: values.mean(1).tolist() for name, values in readings.rewards.items()}
-    figures["diversity"] = [float(mean_pairwise_distance(f)) for f in readings.features]
-    if readings.clip is not None:
-        figures["diversity/clip"] = [float(mean_pairwise_distance(f)) for f in readings.clip]
-    if readings.latents is not None:
-        figures["diversity/latents"] = [float(mean_pairwise_distance(f)) for f in readings.latents]
-    figures["vendi"] = [float(vendi_score(f)) for f in readings.features]
-    figures["vendi/2"] = [float(vendi_score(f, q=2.0)) for f in readings.features]
-    scores = [
-        manifold(r, f, min(neighbours, count - 1)) for r, f in zip(reference, readings.features, strict=True)
-    ]
-    for name in ("recall", "precision", "density", "coverage"):
-        figures[name] = [float(getattr(score, name)) for score in scores]
-    return figures
 
 
 def evaluate(
@@ -407,10 +299,11 @@ def evaluate(
         make_folder(folder)
 
     bench = _instruments(settings, clip_folder if has_clip else None, policy)
-    studio = _Studio(
+    studio = Studio(
         policy,
         bench,
-        settings,
+        settings.asked(),
+        count,
         batch=batch_size or default_batch(policy.device),
         progress=progress,
         models=len(todo) + 1,
@@ -422,7 +315,9 @@ def evaluate(
         if path is not None:
             checkpoint.load(path, policy)
         with policy.reference() if path is None else nullcontext():
-            readings = studio.shoot(label, seed, NO_NOISE if path is None else noise, folder, keep_images)
+            readings = studio.shoot(
+                label, seed, NO_NOISE if path is None else noise, _pictures(folder, settings), keep_images
+            )
         readings = with_mixture(readings, reference, mixture)
         values = measure(readings, reference.features, settings.neighbours)
         base = None if path is None else known.get("base")
@@ -490,92 +385,6 @@ def parse_evaluation(data: Any, file: Path) -> Evaluation:
     return evaluation
 
 
-class _Studio:
-    """Draws and reads all prompts with one model after the other, a batch of images at a time."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        bench: Instruments,
-        settings: Settings,
-        *,
-        batch: int,
-        progress: Progress | None,
-        models: int,
-        team: Team,
-    ) -> None:
-        self.policy, self.bench, self.settings = policy, bench, settings
-        self.batch, self.progress, self.team, self.done = batch, progress, team, 0
-        self.size = BatchSize(batch, "the number of images drawn at once,")
-        self.mine = range(len(settings.prompts))[team.share(len(settings.prompts))]
-        self.total = models * settings.images * len(self.mine)
-        self.conditioning = Embeddings(policy, settings.prompts)
-
-    def shoot(
-        self,
-        label: str,
-        seed: int,
-        noise: PromptNoise = NO_NOISE,
-        folder: Path | None = None,
-        keep_images: bool = False,
-    ) -> Readings:
-        """Readings of all prompts; with a folder, sheets for reports go there, and images if asked."""
-        with self.team.together():
-            parts = list(self._read(label, seed, noise, folder, keep_images))
-
-        def everyone(own: list[Tensor]) -> Tensor:
-            return self.team.gather(torch.cat(own)[: len(self.mine)])
-
-        clip = [part.clip for part in parts if part.clip is not None]
-        latents = [part.latents for part in parts if part.latents is not None]
-        return Readings(
-            {name: everyone([part.rewards[name] for part in parts]) for name in self.bench.rewards},
-            everyone([part.features for part in parts]),
-            everyone(clip) if clip else None,
-            everyone(latents) if latents else None,
-        )
-
-    def _read(
-        self, label: str, seed: int, noise: PromptNoise, folder: Path | None, keep_images: bool
-    ) -> Iterator[Readings]:
-        """Readings of this process's prompts. With more processes than prompts some have none; they read the first one,
-        for the shapes alone.
-        """
-        prompts, count = self.settings.asked(), self.settings.images
-        together = max(1, self.batch // count)
-        own = self.mine or range(1)
-        for start in range(0, len(own), together):
-            places = own[start : start + together]
-            rows = self.conditioning.rows(places)
-            # The keys of `generate`, which gives the same images: a prompt's place, not that in its batch.
-            keys = [(seed, EVALUATION, place) for place in places]
-            drawn = rollout(
-                self.policy,
-                rows,
-                keys,
-                count,
-                self.size,
-                noise,
-                lambda n: self._tell(label, n),
-                keep_path=False,
-            ).images
-            yield self.bench.read(drawn, [prompts[place] for place in places])
-            if folder is not None and self.mine:
-                root = _pictures(folder, self.settings) / label
-                for place, images in zip(places, drawn, strict=True):
-                    _save_sheet(images, root / f"{place:03d}.webp")
-                    if keep_images:
-                        for k, image in enumerate(images):
-                            save_png(
-                                to_pil(image), root / image_folder(place, prompts[place]) / f"{k:03d}.png"
-                            )
-
-    def _tell(self, label: str, count: int) -> None:
-        self.done += count
-        if self.progress is not None:
-            self.progress(label, self.done, self.total)
-
-
 def _instruments(settings: Settings, clip_folder: Path | None, policy: PipelinePolicy) -> Instruments:
     from driftrl.diversity.encoders import LatentEncoder
 
@@ -599,13 +408,6 @@ def _instruments(settings: Settings, clip_folder: Path | None, policy: PipelineP
         if "tiny-animals" not in (*parts, *settings.rewards):
             rewards["similarity"] = model
     return Instruments(rewards, encoder, clip, LatentEncoder(policy.pipeline.vae, side=LATENT_SIDE))
-
-
-def _features(name: str, encoder: Encoder, images: Tensor) -> Tensor:
-    features = encoder(images).detach().float().cpu()
-    if features.dim() != 2 or len(features) != len(images):
-        raise InputError(f"{name}: expected shape [{len(images)}, D]; got {list(features.shape)}")
-    return is_finite(name, features)
 
 
 def _figures(values: dict[str, list[float]], base: Point | None) -> dict[str, Figure]:
@@ -694,36 +496,3 @@ def _previous(folder: Path, settings: Settings) -> list[Point]:
 
 def _pictures(folder: Path, settings: Settings) -> Path:
     return folder / "images" / f"evaluation-{settings.fingerprint()}"
-
-
-def _save_sheet(images: Tensor, path: Path) -> None:
-    """The first images [n, 3, H, W] in rows of four without gaps, as a small WebP."""
-    pictures = [to_pil(image) for image in images[:SHOWN]]
-    scale = min(1.0, CELL / max(pictures[0].size))
-    width, height = (max(1, round(side * scale)) for side in pictures[0].size)
-    columns = sheet_columns(len(pictures))
-    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
-    for k, picture in enumerate(pictures):
-        small = picture if scale == 1.0 else picture.resize((width, height), Image.Resampling.LANCZOS)
-        sheet.paste(small, ((k % columns) * width, (k // columns) * height))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, "WEBP", quality=88, method=4)
-
-
-def sheet_columns(count: int) -> int:
-    """Columns of a sheet of ``count`` images."""
-    return min(4, count)
-
-
-def sheet_cells(sheet: Path, images: int) -> list[Image.Image]:
-    """The single images of a sheet; none if it is not there."""
-    try:
-        with Image.open(sheet) as file:
-            whole = file.convert("RGB")
-    except OSError:
-        return []
-    count = min(SHOWN, images)
-    columns = sheet_columns(count)
-    width, height = whole.width // columns, whole.height // -(-count // columns)
-    corners = [((k % columns) * width, (k // columns) * height) for k in range(count)]
-    return [whole.crop((x, y, x + width, y + height)) for x, y in corners]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from driftrl.checks import counted
-from driftrl.evaluation.evaluate import SHOWN, Evaluation, Point, sheet_cells
+from driftrl.evaluation.evaluate import Evaluation, Point
 from driftrl.evaluation.page import COLOURS, webp_uri
 from driftrl.evaluation.picture import Side
+from driftrl.evaluation.sheets import SHOWN, sheet_cells
 
 FIRST = 8
 """Prompts whose pictures are open; the others are one click away."""

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from driftrl.checks import counted
 from driftrl.distributed import join
-from driftrl.evaluation.evaluate import Evaluation, Figure, Point, Progress, Settings, load_evaluation
+from driftrl.evaluation.evaluate import Evaluation, Figure, Point, Settings, load_evaluation
 from driftrl.evaluation.evaluate import evaluate as measured
 from driftrl.evaluation.gallery import FIRST, evenly, pictures, prompt_rows, side, spread
 from driftrl.evaluation.measures import METRICS, VARIETY, Metric, asked, describe, trained
@@ -26,6 +26,7 @@ from driftrl.evaluation.picture import COLOURS as PICTURE_COLOURS
 from driftrl.evaluation.picture import MUTED, Chart, Stroke, draw
 from driftrl.evaluation.plots import Line, plot
 from driftrl.evaluation.results import read_metrics
+from driftrl.evaluation.studio import Progress
 from driftrl.files import write_text
 
 PART = re.compile(r"reward/.+/mean")

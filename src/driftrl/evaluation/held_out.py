@@ -1,0 +1,80 @@
+"""The policy measured while it is trained, on prompts and noise of its own: how reward and variety go, before the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from driftrl.distributed import Team
+from driftrl.diversity.functional import mean_pairwise_distance, vendi_score
+from driftrl.evaluation.evaluate import LATENT_SIDE
+from driftrl.evaluation.studio import Instruments, Readings, Studio
+from driftrl.rollout import NO_NOISE, PromptNoise
+from driftrl.types import Encoder, Reward
+
+PREFIX = "evaluation/"
+
+
+class HeldOut:
+    """Draws the same images of the same prompts again and again, with whatever the policy has become."""
+
+    def __init__(
+        self,
+        policy: Any,
+        rewards: Mapping[str, Reward],
+        encoder: Encoder,
+        prompts: Sequence[str],
+        images: int,
+        *,
+        batch: int,
+        team: Team,
+        noise: PromptNoise = NO_NOISE,
+    ) -> None:
+        """Measure ``policy``, which is one of a diffusers pipeline.
+
+        Args:
+            policy: what is trained.
+            rewards: by the name of the figure.
+            encoder: what training measures diversity with; the policy's own autoencoder measures it too.
+            prompts: P prompts, of which each process of ``team`` draws its share.
+            images: of each, at least 2.
+            batch: images drawn at once; changes no figure beyond rounding.
+            team: the processes; all must ask.
+            noise: on the tuned policy's prompts, never on the base model's.
+        """
+        from driftrl.diversity.encoders import LatentEncoder
+
+        self.policy, self.noise = policy, noise
+        bench = Instruments(rewards, encoder, None, LatentEncoder(policy.pipeline.vae, side=LATENT_SIDE))
+        self.studio = Studio(policy, bench, prompts, images, batch=batch, progress=None, models=1, team=team)
+        self._base: dict[str, float] | None = None
+
+    def figures(self) -> dict[str, float]:
+        """Means over all prompts: ``evaluation/NAME``, and of the base model, drawn once, ``evaluation/NAME/base``.
+
+        Raises:
+            InputError: if something is not finite.
+            RunFailedError: if a reward fails.
+        """
+        self.policy.add_noise_in(None)  # in training there may be steps without
+        if self._base is None:
+            with self.policy.reference():
+                self._base = _means(self.studio.shoot("base", 0))
+        now = _means(self.studio.shoot("tuned", 0, self.noise))
+        found = {f"{PREFIX}{name}": value for name, value in now.items()}
+        return found | {f"{PREFIX}{name}/base": value for name, value in self._base.items()}
+
+
+def _means(readings: Readings) -> dict[str, float]:
+    def variety(features: Tensor) -> float:
+        return float(torch.stack([mean_pairwise_distance(each) for each in features]).mean())
+
+    figures = {name: float(values.mean()) for name, values in readings.rewards.items()}
+    figures["diversity"] = variety(readings.features)
+    if readings.latents is not None:
+        figures["diversity/latents"] = variety(readings.latents)
+    figures["vendi"] = float(torch.stack([vendi_score(each) for each in readings.features]).mean())
+    return figures
