@@ -114,7 +114,8 @@ def test_refuses_what_cannot_be_judged(tmp_path):
         ([zeta, omicron, other], "two runs"),
         ([zeta, zeta], "nothing to choose"),
         ([zeta, other], r"differ in images \(4 and 8\)"),
-        ([zeta, tmp_path / "nowhere"], "driftrl evaluate"),
+        ([zeta, tmp_path / "nowhere"], "there is no such run"),
+        ([zeta, tmp_path], "driftrl evaluate"),
     ):
         with pytest.raises(InputError, match=message):
             write_blind(runs, out)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from conftest import run_command
+from driftrl import Trainer
 from driftrl.build import load_pipeline
 from driftrl.checks import InputError, RunFailedError
-from driftrl.config import load_config
+from driftrl.config import dump_config, load_config
 from driftrl.evaluation.evaluate import FILE, evaluate, load_evaluation
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.evaluation.studio import Instruments, Readings, _asked, measure
@@ -72,7 +73,7 @@ def test_a_reward_that_fails_or_writes_into_the_images_ends_it_with_one_message(
             RunFailedError,
             r"mine failed: KeyError: 'a cat' \(.*test_evaluate",
         ),
-        (lambda images, prompts: None, RunFailedError, "mine failed: RuntimeError: "),
+        (lambda images, prompts: None, InputError, "mine: expected a tensor of 1 numbers"),
         (lambda images, prompts: images.mul_(0).mean((1, 2, 3)), InputError, "changed the images"),
     ):
         with pytest.raises(error, match=told):
@@ -245,7 +246,7 @@ def test_refuses_features_and_rewards_that_are_no_numbers():
         Instruments({"reward": lambda x, p: torch.tensor([0.0, float("inf")])}, good, None).read(
             images, ["a"]
         )
-    with pytest.raises(InputError, match="expected 2 values"):
+    with pytest.raises(InputError, match="expected a tensor of 2 numbers"):
         Instruments({"reward": lambda x, p: torch.zeros(3)}, good, None).read(images, ["a"])
     with pytest.raises(InputError, match="at least 2"):
         measure(Readings({}, torch.randn(1, 1, 4), None), torch.randn(1, 1, 4))
@@ -294,3 +295,25 @@ def test_refuses_a_damaged_evaluation(run, prompts_file, clip_folder):
             load_evaluation(run)
         with pytest.raises(InputError, match=r"evaluation\.json"):
             evaluate(run, **settings(prompts_file, clip_folder))
+
+
+def test_precision_and_device_may_be_others_than_in_training(config, prompts_file, tmp_path):
+    """A run that was trained on a GPU is looked at where there is none."""
+    run = Trainer(config(iterations=1), tmp_path / "run").run()
+    (run / "config.yaml").write_text(dump_config(config(iterations=1, model__device="cuda:7")))
+    with pytest.raises(InputError, match=r"--device: 'cuda:7' is not available here; try 'auto' or 'cpu'"):
+        open_policy(run)
+    policy, _ = open_policy(run, dtype="bfloat16", device="cpu")
+    assert policy.dtype == torch.bfloat16
+    asked = {"prompts": prompts_file, "images": 2, "device": "cpu"}
+    plain = load_evaluation(evaluate(run, **asked))
+    assert plain.settings.dtype is None
+    assert load_evaluation(evaluate(run, **asked, dtype="float32")) == plain
+    half = load_evaluation(evaluate(run, **asked, dtype="bfloat16"))
+    assert half.settings.dtype == "bfloat16"
+    assert half.base.figures["reward"].mean != plain.base.figures["reward"].mean
+    assert half.base.figures["diversity"].mean == pytest.approx(
+        plain.base.figures["diversity"].mean, abs=0.05
+    )
+    with pytest.raises(InputError, match="--dtype: expected one of float32, bfloat16, float16; got 'bf16'"):
+        evaluate(run, **asked, dtype="bf16")

@@ -19,6 +19,16 @@ Set = Annotated[
     ),
 ]
 
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="float32, bfloat16 or float16; by default that of the run, or float32."
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:1; by default that of the run, or auto.")
+]
+
 
 def _flag(*names: str, help: str) -> Any:
     """A switch, without a type in the help."""
@@ -178,6 +188,8 @@ def register(app: typer.Typer) -> None:
                 help="No noise on the way (DDIM with eta = 0, the plain flow), as stock pipelines draw.",
             ),
         ] = False,
+        dtype: Dtype = None,
+        device: Device = None,
     ) -> None:
         """Draw images with a fine-tuned model, or any model.
 
@@ -190,10 +202,14 @@ def register(app: typer.Typer) -> None:
           driftrl sample tiny-animals -p "an ink fox on a teal background" -p "a frog"
 
           driftrl sample runs/mine --prompts animals8 -n 40 --out pictures/
+
+          driftrl sample black-forest-labs/FLUX.1-dev -p "a cat" --dtype bfloat16
         """
         from driftrl.cli.sample import sample as work
 
-        work(source, prompt or [], prompts, count, seed, out, base, steps, guidance_scale, deterministic)
+        work(
+            source, prompt or [], prompts, count, seed, out, base, steps, guidance_scale, deterministic, dtype, device
+        )  # fmt: skip
 
     @app.command(cls=_Command)
     def evaluate(
@@ -245,6 +261,8 @@ def register(app: typer.Typer) -> None:
         guidance_scale: Annotated[
             float | None, typer.Option(help="By default that of the run.", min=0)
         ] = None,
+        dtype: Dtype = None,
+        device: Device = None,
         quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress display.")] = False,
     ) -> None:
         """Measure reward and variety beside the base model, and write report.html.
@@ -273,6 +291,8 @@ def register(app: typer.Typer) -> None:
             seed=seed,
             encoder=encoder,
             clip=clip,
+            dtype=dtype,
+            device=device,
             keep_images=keep_images,
             out=out,
             steps=steps,

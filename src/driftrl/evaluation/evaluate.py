@@ -120,6 +120,8 @@ class Settings(_Record):
 
     mixture: list[RewardPart] = []
     """The parts of the reward that training raised, where they were several."""
+    dtype: str | None = None
+    """Of the model, where that is not the run's own."""
     metadata: list[dict[str, Any]] = []
     """Of each prompt, what rewards may ask for beside it; empty where none has any."""
 
@@ -134,7 +136,7 @@ class Settings(_Record):
     def fingerprint(self) -> str:
         """A short name for these settings."""
         data = self.model_dump(mode="json")
-        for key in ("mixture", "metadata"):
+        for key in ("mixture", "metadata", "dtype"):
             if not data[key]:  # as it was before there were any
                 del data[key]
         text = json.dumps(data, sort_keys=True)
@@ -212,6 +214,8 @@ def evaluate(
     steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Measure a run's checkpoints beside its base model, or a model alone; return the folder.
@@ -237,6 +241,8 @@ def evaluate(
         steps: denoising steps; by default those of the run.
         guidance_scale: by default that of the run.
         batch_size: images drawn at once; by default what suits the device.
+        dtype: float32, bfloat16 or float16, of the model; by default that of the run.
+        device: by default that of the run.
         progress: told how far it is.
 
     Raises:
@@ -262,7 +268,7 @@ def evaluate(
     parts = {part.name for part in mixture}
     named = list(dict.fromkeys([formula(config.reward), *(name for name in rewards if name not in parts)]))
 
-    policy, noise = open_policy(source, steps, guidance_scale)
+    policy, noise = open_policy(source, steps, guidance_scale, dtype=dtype, device=device)
     sampler = policy.sampler
     settings = Settings(
         model=config.model.path if found else str(source),
@@ -283,6 +289,7 @@ def evaluate(
         noise_level=sampler.noise_level if policy.component == "transformer" else None,
         size=None if sampler.height is None or sampler.width is None else (sampler.height, sampler.width),
         mixture=mixture,
+        dtype=None if dtype == config.model.dtype else dtype,
         metadata=metadata_of(texts) if any(metadata_of(texts)) else [],
     )
     team = join()

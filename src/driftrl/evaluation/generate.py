@@ -11,12 +11,13 @@ from torch import Tensor
 
 from driftrl import checkpoint
 from driftrl.build import build_policy, default_batch, load_pipeline, prompt_noise_of, usual_sampling
-from driftrl.checks import InputError, nearest
+from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import ModelConfig, TrainConfig, load_config
 from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
 from driftrl.types import Policy
 
+DTYPES = ("float32", "bfloat16", "float16")
 EVALUATION = 2**31
 """Stands for the iteration in the keys of evaluation's noise, so that it is never training's."""
 
@@ -57,20 +58,24 @@ def open_policy(
     steps: int | None = None,
     guidance_scale: float | None = None,
     deterministic: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> tuple[PipelinePolicy, PromptNoise]:
     """The policy of a run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'.
 
     ``deterministic`` takes the noise out of the sampler: DDIM with eta = 0, or the plain Euler step of a flow,
-    as stock pipelines have it.
+    as stock pipelines have it. ``dtype`` and ``device`` are those of the run, or float32 and 'auto', unless given.
 
     Raises:
         InputError: if it is none of these, or the run has no checkpoint.
     """
     found = run_of(source)
     pipeline, usual = None, dict[str, float]()
+    place = {"dtype": dtype and one_of("--dtype", dtype, DTYPES), "device": device}
+    place = {key: value for key, value in place.items() if value is not None}
     if found is None:
         _demand_source(str(source))
-        config, noise, path = TrainConfig(model=ModelConfig(path=str(source))), NO_NOISE, None
+        config, noise, path = TrainConfig(model=ModelConfig(path=str(source), **place)), NO_NOISE, None  # type: ignore[arg-type]
         pipeline = load_pipeline(config.model)
         if config.model.path != "tiny-animals":
             usual = dict(zip(("steps", "guidance_scale"), usual_sampling(pipeline), strict=True))
@@ -79,6 +84,7 @@ def open_policy(
         if path is None:
             raise InputError(f"{run}: this run has no checkpoint yet")
         config = load_config(run / "config.yaml")
+        config = config.model_copy(update={"model": config.model.model_copy(update=place)})
         noise = prompt_noise_of(config, "test")
     asked = {"steps": steps, "guidance_scale": guidance_scale}
     if guidance_scale is not None and not math.isfinite(guidance_scale):
@@ -88,7 +94,10 @@ def open_policy(
         changes |= {"eta": 0.0, "noise_level": 0.0}
     sampling = config.sampling.model_copy(update=changes)
     config = config.model_copy(update={"sampling": sampling})
-    policy = build_policy(config, pipeline=pipeline)
+    try:
+        policy = build_policy(config, pipeline=pipeline)
+    except InputError as error:  # the device of another machine, say
+        raise InputError(str(error).replace("model.device:", "--device:", 1)) from error
     if path is not None:
         checkpoint.load(path, policy)
     return policy, noise
