@@ -292,6 +292,8 @@ def test_what_is_measured_meanwhile_is_what_evaluation_measures(config, tmp_path
     assert [bool(figures) for figures in measured] == [False, True, False, True]
     adapters = [load_file(each / "checkpoints/000004/training.safetensors") for each in (run, plain)]
     assert all(torch.equal(adapters[1][name], value) for name, value in adapters[0].items())
+    pictures = sorted(path.name for path in (run / "images").glob("*.png"))
+    assert pictures == ["000001.png", "000004.png", "held-out-000002.png", "held-out-000004.png"]
     found = load_evaluation(evaluate(run, checkpoints="all", images=3))
     for point in found.points[0], *(p for p in found.points if p.iteration in (2, 4)):
         for name in ("reward", "diversity", "diversity/latents", "vendi"):

@@ -385,7 +385,7 @@ class EvaluationConfig(Section):
     `driftrl evaluate RUN` does it."""
     every: Positive | None = None
     """Iterations after which these prompts are drawn while training goes on, from the same noise each time: reward, diversity and
-    Vendi score beside the base model's go into metrics.jsonl and the trackers. Null: never."""
+    Vendi score beside the base model's go into metrics.jsonl and the trackers, pictures into images/. Null: never."""
     images_meanwhile: int = Field(4, ge=2)
     """Images per prompt then."""
 

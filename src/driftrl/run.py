@@ -30,7 +30,7 @@ from driftrl.checkpoint import Position
 from driftrl.checks import InputError, RunFailedError
 from driftrl.config import TrainConfig, dump_config, flat, load_config
 from driftrl.distributed import LostProcessError, join
-from driftrl.evaluation.held_out import HeldOut
+from driftrl.evaluation.held_out import PREFIX, HeldOut
 from driftrl.files import read_json, write_json, write_text
 from driftrl.pictures import candidates_grid, pixels, save_png
 from driftrl.rewards.several import SeveralRewards
@@ -137,7 +137,7 @@ class Trainer:
                 iteration = self._measured(iteration)
                 images = self._pictured(iteration)
                 if log is not None:
-                    log.write(iteration, images)
+                    log.write(iteration, images, self._held_out_picture(iteration))
                 if watch is not None:
                     watch(iteration)
 
@@ -197,6 +197,12 @@ class Trainer:
             return iteration
         seconds = iteration.seconds | {"evaluation": time.perf_counter() - start}
         return replace(iteration, metrics=iteration.metrics | figures, seconds=seconds)
+
+    def _held_out_picture(self, iteration: Iteration) -> Image.Image | None:
+        measured = any(name.startswith(PREFIX) for name in iteration.metrics)
+        if self._held_out is None or not measured:
+            return None
+        return self._held_out.picture(f"iteration {iteration.number}")
 
     def _made_held_out(self) -> HeldOut:
         loop = self.loop
@@ -304,22 +310,30 @@ class _Log:
             for tracker in self.tracker or ():
                 tracker.finish()
 
-    def write(self, iteration: Iteration, images: Tensor | None) -> None:
-        picture = None
+    def write(self, iteration: Iteration, images: Tensor | None, held_out: Image.Image | None = None) -> None:
+        pictures = {} if held_out is None else {"held-out": held_out}
         try:
             self._append("metrics.jsonl", iteration.metrics)
             self._append("timings.jsonl", {"iteration": iteration.number, **iteration.seconds})
             if images is not None:
-                picture = candidates_grid(images, iteration.prompts, iteration.rewards, iteration.chosen)
-                save_png(picture, self.folder / "images" / f"{iteration.number:06d}.png")
+                pictures["candidates"] = candidates_grid(
+                    images, iteration.prompts, iteration.rewards, iteration.chosen
+                )
+            for kind, picture in pictures.items():
+                name = (
+                    f"{iteration.number:06d}.png"
+                    if kind == "candidates"
+                    else f"{kind}-{iteration.number:06d}.png"
+                )
+                save_png(picture, self.folder / "images" / name)
         except OSError as error:
             warnings.warn(f"a log could not be written: {error}", RuntimeWarning, stacklevel=2)
         values = {k: v for k, v in iteration.metrics.items() if k != "iteration"}
         values |= {f"seconds/{k}": v for k, v in iteration.seconds.items()}
         with _warned("a tracker failed"):
             for tracker in self.tracker or ():
-                if picture is not None:
-                    _show(tracker, picture, iteration.number)
+                for kind, picture in pictures.items():
+                    _show(tracker, kind, picture, iteration.number)
                 tracker.log(values, step=iteration.number)
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
@@ -357,12 +371,12 @@ def _trackers(config: TrainConfig, folder: Path) -> list[Any]:
     return trackers
 
 
-def _show(tracker: Any, picture: Image.Image, step: int) -> None:
+def _show(tracker: Any, kind: str, picture: Image.Image, step: int) -> None:
     """Send a picture, made small enough for a web page."""
     small = picture.convert("RGB")
     small.thumbnail((PAGE, PAGE))
     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-    tracker.log_images({"candidates": np.asarray(small)[None]}, step=step, **layout)
+    tracker.log_images({kind: np.asarray(small)[None]}, step=step, **layout)
 
 
 def _wandb_id(folder: Path) -> str:

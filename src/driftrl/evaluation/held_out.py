@@ -6,16 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from driftrl.distributed import Team
 from driftrl.diversity.functional import mean_pairwise_distance, vendi_score
 from driftrl.evaluation.evaluate import LATENT_SIDE
 from driftrl.evaluation.studio import Instruments, Readings, Studio
+from driftrl.pictures import beside, pixels
 from driftrl.rollout import NO_NOISE, PromptNoise
 from driftrl.types import Encoder, Reward
 
 PREFIX = "evaluation/"
+SHOWN = 8
+"""Prompts in the picture, and images of each, at most."""
 
 
 class HeldOut:
@@ -51,6 +55,7 @@ class HeldOut:
         bench = Instruments(rewards, encoder, None, LatentEncoder(policy.pipeline.vae, side=LATENT_SIDE))
         self.studio = Studio(policy, bench, prompts, images, batch=batch, progress=None, models=1, team=team)
         self._base: dict[str, float] | None = None
+        self._rows: dict[str, dict[int, Tensor]] = {"base": {}, "tuned": {}}
 
     def figures(self) -> dict[str, float]:
         """Means over all prompts: ``evaluation/NAME``, and of the base model, drawn once, ``evaluation/NAME/base``.
@@ -62,10 +67,28 @@ class HeldOut:
         self.policy.add_noise_in(None)  # in training there may be steps without
         if self._base is None:
             with self.policy.reference():
-                self._base = _means(self.studio.shoot("base", 0))
-        now = _means(self.studio.shoot("tuned", 0, self.noise))
+                self._base = self._shot("base", NO_NOISE)
+        now = self._shot("tuned", self.noise)
         found = {f"{PREFIX}{name}": value for name, value in now.items()}
         return found | {f"{PREFIX}{name}/base": value for name, value in self._base.items()}
+
+    def picture(self, title: str) -> Image.Image | None:
+        """What was drawn last, beside the base model's, of the first of this process's prompts; None where it has none."""
+        base, tuned = self._rows["base"], self._rows["tuned"]
+        if not tuned:
+            return None
+        texts = [self.studio.prompts[place] for place in tuned]
+        return beside(list(base.values()), list(tuned.values()), texts, ("base model", title))
+
+    def _shot(self, label: str, noise: PromptNoise) -> dict[str, float]:
+        rows = self._rows[label]
+        rows.clear()
+
+        def seen(place: int, images: Tensor) -> None:
+            if len(rows) < SHOWN:
+                rows[place] = pixels(images[:SHOWN]).cpu()
+
+        return _means(self.studio.shoot(label, 0, noise, seen=seen))
 
 
 def _means(readings: Readings) -> dict[str, float]:

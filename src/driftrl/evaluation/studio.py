@@ -163,10 +163,14 @@ class Studio:
         noise: PromptNoise = NO_NOISE,
         folder: Path | None = None,
         keep_images: bool = False,
+        seen: Callable[[int, Tensor], Any] | None = None,
     ) -> Readings:
-        """Readings of all prompts; with a folder, sheets for reports go into its ``label``, and images if asked."""
+        """Readings of all prompts; with a folder, sheets for reports go into its ``label``, and images if asked.
+
+        ``seen`` is called with the place and the images [n, 3, H, W] of each prompt that this process draws.
+        """
         with self.team.together():
-            parts = list(self._read(label, seed, noise, folder, keep_images))
+            parts = list(self._read(label, seed, noise, folder, keep_images, seen))
 
         def everyone(own: list[Tensor]) -> Tensor:
             return self.team.gather(torch.cat(own)[: len(self.mine)])
@@ -181,7 +185,13 @@ class Studio:
         )
 
     def _read(
-        self, label: str, seed: int, noise: PromptNoise, folder: Path | None, keep_images: bool
+        self,
+        label: str,
+        seed: int,
+        noise: PromptNoise,
+        folder: Path | None,
+        keep_images: bool,
+        seen: Callable[[int, Tensor], Any] | None,
     ) -> Iterator[Readings]:
         """Readings of this process's prompts. With more processes than prompts some have none; they read the first one,
         for the shapes alone.
@@ -205,6 +215,9 @@ class Studio:
                 keep_path=False,
             ).images
             yield self.bench.read(drawn, [prompts[place] for place in places])
+            if seen is not None and self.mine:
+                for place, images in zip(places, drawn, strict=True):
+                    seen(place, images)
             if folder is not None and self.mine:
                 root = folder / label
                 for place, images in zip(places, drawn, strict=True):
