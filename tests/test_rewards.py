@@ -136,7 +136,7 @@ def test_an_entry_point_that_cannot_be_loaded_is_bad_input(plugin):
         ("stateful_reward:State", r"is a class; expected .* an instance"),
         (
             "stateful_reward:alone",
-            r"expected \(images, prompts\) -> Tensor\[N\]; too many positional arguments",
+            r"expected \(images, prompts\) -> Tensor\[N\], or with .*; too many positional arguments",
         ),
     ],
 )

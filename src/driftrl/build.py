@@ -450,7 +450,9 @@ def _usable(reward: Any, name: str) -> Reward:
     try:
         inspect.signature(reward).bind(None, None, **({"metadata": []} if asks_for_metadata(reward) else {}))
     except TypeError as error:
-        raise InputError(f"reward: {name}: expected (images, prompts) -> Tensor[N]; {error}") from None
+        raise InputError(
+            f"reward: {name}: expected (images, prompts) -> Tensor[N], or with metadata as a third argument; {error}"
+        ) from None
     except ValueError:  # compiled functions do not say what they take
         pass
     found: Reward = reward
