@@ -51,8 +51,7 @@ def estimate(config: Path | None, settings: list[str], probed: bool) -> None:
             stored, pictures = probe.stored_of(loop, plan), probe.pictures_of(loop, plan)
             costs = probe.measure(loop, lambda phase: status.update(f"trying {phase}")) if probed else None
     _, asked = evaluated(parsed.evaluation.prompts, parsed.prompts.set)
-    texts = len(asked) if parsed.evaluation.at_end else 0
-    console.print(_times(parsed, plan, costs, EVALUATED * texts * parsed.evaluation.images))
+    console.print(_times(parsed, plan, costs, images_evaluated(parsed, len(asked))))
     working = Phases(0, 0, 0, 0, 0) if costs is None else costs.working
     console.print(_memory(plan, standing, stored, gradients, working, costs is not None))
     in_use = peaks(plan, standing, stored, pictures, gradients, working)
@@ -70,6 +69,22 @@ def estimate(config: Path | None, settings: list[str], probed: bool) -> None:
             else "[red]does not fit[/]",
             highlight=False,
         )
+
+
+def images_evaluated(config: TrainConfig, prompts: int) -> int:
+    """Images of ``prompts`` prompts that are drawn to be measured alone, at the end and, if asked, while training goes on.
+
+    Example:
+        >>> from driftrl import TrainConfig
+        >>> from driftrl.cli.estimate import images_evaluated
+        >>> changes = {"iterations": 60, "evaluation": {"every": 20, "images": 16, "images_meanwhile": 4}}
+        >>> images_evaluated(TrainConfig(**changes), prompts=10)
+        640
+    """
+    settings = config.evaluation
+    times = 0 if settings.every is None else config.iterations // settings.every
+    meanwhile = (times + 1) * settings.images_meanwhile if times else 0  # once more by the base model
+    return prompts * (EVALUATED * settings.images * settings.at_end + meanwhile)
 
 
 def size(count: float) -> str:
