@@ -126,9 +126,6 @@ def test_weights_in_parts_train_as_whole_ones(train, launch, smooth, tmp_path, k
         assert a["policy/ratio_deviation"] <= 1e-6 and b["policy/ratio_deviation"] <= 1e-6
         for name in ("reward/mean", "loss", "loss/kl", "policy/grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (name, a["iteration"])
-        held_out = {name: value for name, value in a.items() if name.startswith("evaluation/")}
-        assert len(held_out) == (8 if a["iteration"] % 5 == 0 else 0)
-        assert {name: b[name] for name in held_out} == pytest.approx(held_out, rel=1e-3)
     assert (one[-1]["loss/kl"] > 0) == (kl > 0)
     start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 3)
     assert (last - start).abs().max() > 5e-4
