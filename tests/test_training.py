@@ -274,8 +274,11 @@ def test_what_scores_similarity(config, tmp_path):
 HELD_OUT = {"evaluation__every": 2, "evaluation__images_meanwhile": 3, "evaluation__prompts": "animals5"}
 
 
+WINDOW = {"sampling__window": 1, "sampling__window_every": 1}
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, {"sampling__window": 1, "sampling__window_every": 1}], ids=["plain", "window"]
+    "changes", [pytest.param({}, marks=pytest.mark.slow), WINDOW], ids=["plain", "window"]
 )
 def test_what_is_measured_meanwhile_is_what_evaluation_measures(config, tmp_path, changes):
     """The same images, and training goes as it would; also where only a part of its steps has noise."""
@@ -384,8 +387,8 @@ def test_nothing_of_training_is_kept_for_the_evaluation_after_it(config, tmp_pat
     path, made, alive = tmp_path / "run.yaml", [], []
     path.write_text(dump_config(config(iterations=1, evaluation__at_end=True)))
 
-    def build(*arguments):
-        loop = build_loop(*arguments)
+    def build(*arguments, **named):
+        loop = build_loop(*arguments, **named)
         made.extend([weakref.ref(loop), weakref.ref(loop.policy), weakref.ref(loop.policy.network)])
         return loop
 

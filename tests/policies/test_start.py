@@ -30,7 +30,9 @@ def first(config, tmp_path):
     return Trainer(config(iterations=1, optimizer__learning_rate=0.03, **FEW), tmp_path / "first").run()
 
 
-@pytest.mark.parametrize("form", ["run", "checkpoint", "file", "kohya"])
+@pytest.mark.parametrize(
+    "form", ["run", "kohya", *(pytest.param(form, marks=pytest.mark.slow) for form in ("checkpoint", "file"))]
+)
 def test_it_begins_as_the_other_ended(config, first, drawn, tmp_path, form):
     checkpoint = first / "checkpoints" / "000001"
     source = {
