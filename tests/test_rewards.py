@@ -194,6 +194,21 @@ def test_letters_beyond_english_are_drawn_as_they_are():
     assert len(set(drawn.values())) == len(drawn)
 
 
+def test_a_font_is_looked_for_that_has_the_letters(monkeypatch):
+    from matplotlib import font_manager
+
+    from driftrl import fonts
+
+    assert fonts.families()[0] == "DejaVu Sans"
+    assert fonts.font_file(["кошка", "\u5e7f"]).name == "DejaVuSans.ttf" or len(fonts.families()) > 1
+    monkeypatch.setattr(fonts, "families", lambda: ["STIXGeneral", "DejaVu Sans"])
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    assert "STIXGeneral" in there
+    assert fonts.font_file(["a cat"]).name == "STIXGeneral.ttf"
+    assert fonts.font_file(["\u05d0"]).name == "DejaVuSans.ttf"  # aleph, of Hebrew
+    assert fonts.font_file(["\U0001f408"]).name == "STIXGeneral.ttf"  # which neither has
+
+
 def test_pictures_keep_their_proportions_and_small_ones_are_enlarged():
     for shape, cell in (
         ((16, 16), (72, 72)),

@@ -84,12 +84,12 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def _font(size: float, texts: Sequence[str]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own, which has English letters alone, or where those are not enough what matplotlib brings along."""
+    """Pillow's own, which has English letters alone, or where those are not enough another one."""
     if all(text.rstrip("\N{HORIZONTAL ELLIPSIS}").isascii() for text in texts):
         return ImageFont.load_default(size)
-    import matplotlib
+    from driftrl.fonts import font_file
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    return ImageFont.truetype(font_file(texts), size)
 
 
 def _draw(

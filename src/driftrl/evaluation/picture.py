@@ -49,6 +49,16 @@ class Chart:
 
 def draw(path: Path, prompts: Sequence[str], sides: Sequence[Side], charts: Sequence[Chart]) -> Path:
     """Write the PNG, whole or not at all: a row for each prompt, a block for each side, charts at the right."""
+    from matplotlib import rc_context
+
+    from driftrl.fonts import families
+
+    with rc_context({"font.family": families()}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # scripts that no font here has, emoji
+        return _draw(path, prompts, sides, charts)
+
+
+def _draw(path: Path, prompts: Sequence[str], sides: Sequence[Side], charts: Sequence[Chart]) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -90,9 +100,7 @@ def draw(path: Path, prompts: Sequence[str], sides: Sequence[Side], charts: Sequ
         y0 = height - top - (k + 1) * each - k * 0.75 - 0.08
         _chart(figure.add_axes((x0 / width, y0 / height, (beside - 0.65) / width, each / height)), chart)
     temporary = path.with_name(f".{path.name}.tmp")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # prompts in other scripts, emoji
-        figure.savefig(temporary, format="png", facecolor="#ffffff")
+    figure.savefig(temporary, format="png", facecolor="#ffffff")
     temporary.replace(path)
     return path
 
