@@ -271,6 +271,29 @@ def test_what_scores_similarity(config, tmp_path):
         build_loop(config(prompt_noise__similarity="tiny-animal"), tmp_path)
 
 
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_the_learning_rate_rises_to_its_value(config, tmp_path, one_pass):
+    """A step of AdamW is as long as its rate, whatever the gradient: at first a third of that without; resumed, the same."""
+    single = {"optimizer__updates": 1, "optimizer__one_pass": one_pass, "optimizer__betas": (0.0, 0.0)}
+    if one_pass:
+        single |= {"optimizer__batch_size": 6}
+    rising = Trainer(config(iterations=2, optimizer__warmup=3, **single), tmp_path / "rising").run()
+    at_once = Trainer(config(iterations=1, **single), tmp_path / "at-once").run()
+
+    def moved(run, since, until):
+        one, two = (load_file(run / f"checkpoints/{n:06d}/training.safetensors") for n in (since, until))
+        return torch.cat([(two[name] - one[name]).flatten() for name in two if name.endswith("/value")])
+
+    torch.testing.assert_close(3 * moved(rising, 0, 1), moved(at_once, 0, 1), atol=1e-6, rtol=1e-3)
+    longest = [float(moved(rising, n, n + 1).abs().max()) for n in (0, 1)]
+    assert longest == pytest.approx([1e-3 / 3, 2e-3 / 3], rel=1e-2)
+    for more in (3, 4):
+        Trainer(config(iterations=more, optimizer__warmup=3, **single), rising, resume=True).run()
+    whole = Trainer(config(iterations=4, optimizer__warmup=3, **single), tmp_path / "whole").run()
+    assert torch.equal(moved(whole, 0, 4), moved(rising, 0, 4))
+    assert float(moved(whole, 3, 4).abs().max()) == pytest.approx(1e-3, rel=1e-2)
+
+
 HELD_OUT = {"evaluation__every": 2, "evaluation__images_meanwhile": 3, "evaluation__prompts": "animals5"}
 
 

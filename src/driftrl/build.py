@@ -678,6 +678,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE, start: bool =
         overlap_reward=overlaps(config, policy.device),
         similarity=build_similarity(config, reward, towers),
         in_one_pass=in_one_pass(config, policy, objective, team),
+        warmup=config.optimizer.warmup,
     )
 
 

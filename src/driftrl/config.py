@@ -324,7 +324,9 @@ class OptimizerConfig(Section):
     """AdamW."""
 
     learning_rate: float = Field(1e-3, gt=0, le=1)
-    """Constant over the run; 1e-3 is for a LoRA, all weights want about 1e-5."""
+    """Constant over the run, after `warmup`; 1e-3 is for a LoRA, all weights want about 1e-5."""
+    warmup: int = Field(0, ge=0)
+    """Iterations in which the rate rises to its value in a straight line: 1/N of it in the first of N."""
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), strict=False)
     """Decay of the two running means, each below 1."""
     weight_decay: float = Field(0.0, ge=0)

@@ -116,6 +116,7 @@ class TrainingLoop:
         overlap_reward: bool = False,
         similarity: Reward | None = None,
         in_one_pass: bool = False,
+        warmup: int = 0,
     ) -> None:
         """Take over built objects; ``checkpoints`` is the folder that checkpoints go to, each with
         ``configuration``. ``judges`` are rewards whose disagreement with ``reward`` decides whom the divergence
@@ -124,7 +125,7 @@ class TrainingLoop:
         ``overlap_reward`` each finished batch of images is scored while the next one is drawn.
         ``similarity`` of image and prompt shows whether the noise on the prompt is too strong; None does not look.
         ``in_one_pass`` takes gradients while the candidates are drawn (`driftrl.one_pass`), with batches of the update's
-        size.
+        size. In the first ``warmup`` iterations the learning rate rises to that of ``optimizer``.
         """
         self.policy, self.reward, self.encoder, self.prompt_set = policy, reward, encoder, prompt_set
         self.method, self.objective, self.optimizer, self.checkpoints = (
@@ -134,6 +135,7 @@ class TrainingLoop:
             checkpoints,
         )
         self._move_window(0)
+        self.warmup, self.learning_rates = warmup, [float(group["lr"]) for group in optimizer.param_groups]
         self.seed, self.prompts_per_iteration = seed, prompts_per_iteration
         self.overlap_reward, self.in_one_pass = overlap_reward, in_one_pass
         # Processes that hold parts of the weights call the network equally often, so none may try again on its own.
@@ -383,6 +385,10 @@ class TrainingLoop:
         memory: Memory,
     ) -> UpdateStats:  # fmt: skip
         """The update: by replay, or from gradients that the rollout has taken."""
+        if self.warmup:
+            share = min(1.0, (self.position.iteration + 1) / self.warmup)
+            for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+                group["lr"] = share * rate
         team, key = self.team, (self.seed, self.position.iteration)
         if self.in_one_pass:
             return one_pass.update_from(
