@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
 from driftrl.types import Policy
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES: tuple[str, ...] = get_args(ModelConfig.model_fields["dtype"].annotation)
 EVALUATION = 2**31
 """Stands for the iteration in the keys of evaluation's noise, so that it is never training's."""
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from driftrl.distributed import Team
-from driftrl.diversity.functional import mean_pairwise_distance, vendi_score
 from driftrl.evaluation.evaluate import LATENT_SIDE
-from driftrl.evaluation.studio import Instruments, Readings, Studio
+from driftrl.evaluation.studio import Instruments, Readings, Studio, variety
 from driftrl.pictures import beside, pixels
 from driftrl.rollout import NO_NOISE, PromptNoise
 from driftrl.types import Encoder, Reward
@@ -92,12 +91,4 @@ class HeldOut:
 
 
 def _means(readings: Readings) -> dict[str, float]:
-    def variety(features: Tensor) -> float:
-        return float(torch.stack([mean_pairwise_distance(each) for each in features]).mean())
-
-    figures = {name: float(values.mean()) for name, values in readings.rewards.items()}
-    figures["diversity"] = variety(readings.features)
-    if readings.latents is not None:
-        figures["diversity/latents"] = variety(readings.latents)
-    figures["vendi"] = float(torch.stack([vendi_score(each) for each in readings.features]).mean())
-    return figures
+    return {name: fmean(values) for name, values in variety(readings).items()}

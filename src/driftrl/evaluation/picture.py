@@ -64,7 +64,7 @@ def _draw(path: Path, prompts: Sequence[str], sides: Sequence[Side], charts: Seq
 
     columns = max((len(row) for side in sides for row in side.rows), default=0)
     cell, gap, left, top = 0.62, 0.28, 1.5, 0.42
-    block, tall = columns * cell, len(prompts) * cell
+    block, tall = columns * cell, max(len(prompts) * cell, 1.2 * len(charts))  # room for their axes
     beside = 2.75 if charts else 0.0
     width, height = left + len(sides) * (block + gap) + beside + 0.1, top + tall + 0.12
     figure = Figure(figsize=(width, height), dpi=150, facecolor="#ffffff")

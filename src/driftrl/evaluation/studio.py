@@ -92,6 +92,20 @@ class Instruments:
         )
 
 
+def variety(readings: Readings) -> dict[str, list[float]]:
+    """Figures per prompt that need no other images, by name: rewards, distances within a prompt, Vendi score."""
+    figures = {name: values.mean(1).tolist() for name, values in readings.rewards.items()}
+    for name, features in (
+        ("diversity", readings.features),
+        ("diversity/clip", readings.clip),
+        ("diversity/latents", readings.latents),
+    ):
+        if features is not None:
+            figures[name] = [float(mean_pairwise_distance(f)) for f in features]
+    figures["vendi"] = [float(vendi_score(f)) for f in readings.features]
+    return figures
+
+
 def measure(readings: Readings, reference: Tensor, neighbours: int = NEIGHBOURS) -> dict[str, list[float]]:
     """Figures per prompt (design section 3), by name: lists of P numbers.
 
@@ -108,13 +122,7 @@ def measure(readings: Readings, reference: Tensor, neighbours: int = NEIGHBOURS)
         raise InputError(
             f"images: expected at least 2 per prompt, for variety is between images; got {count}"
         )
-    figures = {name: values.mean(1).tolist() for name, values in readings.rewards.items()}
-    figures["diversity"] = [float(mean_pairwise_distance(f)) for f in readings.features]
-    if readings.clip is not None:
-        figures["diversity/clip"] = [float(mean_pairwise_distance(f)) for f in readings.clip]
-    if readings.latents is not None:
-        figures["diversity/latents"] = [float(mean_pairwise_distance(f)) for f in readings.latents]
-    figures["vendi"] = [float(vendi_score(f)) for f in readings.features]
+    figures = variety(readings)
     figures["vendi/2"] = [float(vendi_score(f, q=2.0)) for f in readings.features]
     scores = [
         manifold(r, f, min(neighbours, count - 1)) for r, f in zip(reference, readings.features, strict=True)

@@ -92,10 +92,8 @@ def load_start(pipeline: Any, component: str, network: Any, source: str) -> Star
         logging.set_verbosity(CRITICAL)  # what is wrong is said below, in one line
         pipeline.load_lora_weights(where[0], adapter_name=NAME, use_safetensors=True, **where[1])
         changed = {name for name, adapters in pipeline.get_list_adapters().items() if NAME in adapters}
-    except (
-        Exception
-    ) as error:  # what diffusers, PEFT and safetensors raise of a foreign file is of many kinds
-        _unload(pipeline)
+    except Exception as error:  # of many kinds: of diffusers, PEFT and safetensors
+        pipeline.unload_lora_weights()
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"adapter.start: {source} cannot be loaded as a LoRA of this model: {reason}"
@@ -121,9 +119,5 @@ def load_start(pipeline: Any, component: str, network: Any, source: str) -> Star
                 a, b = (part.detach().float().cpu() for part in (a, b))
                 layers[name] = (a.clone(), b * layer.scaling[NAME])
     finally:
-        _unload(pipeline)
+        pipeline.unload_lora_weights()
     return Start(source, layers)
-
-
-def _unload(pipeline: Any) -> None:
-    pipeline.unload_lora_weights()
