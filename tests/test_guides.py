@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler
+from PIL import Image
 
 from driftrl import TrainConfig, Trainer
 from driftrl.build import load_pipeline
@@ -78,8 +79,21 @@ def test_use_the_adapter(here):
     torch.testing.assert_close(pictures["kohya"], pictures["ours"], atol=2e-5, rtol=0)
     torch.testing.assert_close(pictures["merged"], pictures["ours"], atol=1e-3, rtol=0)
     assert picture(names["pipe"]).shape == pictures["ours"].shape
-    sizes = {name: image.getextrema() for name, image in names.items() if name in ("tuned", "half", "base")}
-    assert len(sizes) == 3
+    assert all(seen(names[name]) for name in ("tuned", "half", "base"))
+
+
+def seen(image):
+    """Not black, which is what NaN becomes."""
+    return max(high for _, high in image.getextrema()) > 100
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_readme_draws_a_picture(here):
+    """Its last line, on the base model."""
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("pipe("))
+    exec(line, {"pipe": load_pipeline(TrainConfig().model)})
+    with Image.open("cat.png") as image:
+        assert seen(image)
 
 
 def test_your_own_reward(here):
@@ -146,5 +160,5 @@ def test_diffusers_own_ddim_draws_nan_from_pure_noise():
             found += [steps] if not drawn.isfinite().all() else []
         return found
 
-    assert set(broken(1.0)) >= {6, 7, 25, 30, 50} and not {5, 8, 10, 20} & set(broken(1.0))
+    assert broken(1.0)  # at which numbers of steps, rounding decides, which differs between processors
     assert broken(0.999) == []

@@ -161,7 +161,9 @@ def _use(config: TrainConfig, network: str) -> str:
     if _pipeline(config.model) == "QwenImagePipeline":
         arguments += ['negative_prompt=" "', f"true_cfg_scale={sampling.guidance_scale}"]
     else:
-        arguments += [f"guidance_scale={sampling.guidance_scale}", *[f"eta={sampling.eta}"] * (not flow)]
+        # With 1.0 diffusers' DDIMScheduler may draw NaN where a schedule begins at pure noise (use-the-adapter.md).
+        noise = [f"eta={min(sampling.eta, 0.999)}"] * (not flow)
+        arguments += [f"guidance_scale={sampling.guidance_scale}", *noise]
     lines.append(f'image = pipe("a cat", {", ".join(arguments)}).images[0]')
     return "\n".join(["```python", *lines, "```"])
 
