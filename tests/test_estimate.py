@@ -66,7 +66,7 @@ def test_the_network_is_called_as_often_as_estimated(config, tmp_path, changes):
     expected = calls(plan)
     assert len(rows) == expected.forward
     assert len(steps) == expected.optimizer
-    replayed = 0 if plan.taught else plan.pairs * plan.epochs * (1 + plan.reference + plan.rescored)
+    replayed = 0 if plan.backward else plan.pairs * plan.epochs * (1 + plan.reference + plan.rescored)
     assert sum(rows) == plan.branches * (plan.images * plan.steps + replayed)
 
 
@@ -95,8 +95,10 @@ def test_bytes_are_those_of_a_real_iteration(config, tmp_path, monkeypatch, chan
     network = {p.data_ptr(): p.numel() * 4 for p in loop.policy.network.parameters()}
     parts = [loop.policy.pipeline.vae, loop.policy.pipeline.text_encoder]
     rest = sum(t.numel() * t.element_size() for m in parts for t in (*m.parameters(), *m.buffers()))
-    drawer = sum(p.numel() * 4 for p in loop.policy.parameters()) if loop.objective.contrast else 0  # a copy
-    assert standing.model == sum(network.values()) + rest + drawer
+    behavior = (
+        sum(p.numel() * 4 for p in loop.policy.parameters()) if loop.objective.contrast else 0
+    )  # a copy
+    assert standing.model == sum(network.values()) + rest + behavior
     assert standing.instruments == sum(
         t.numel() * t.element_size()
         for t in (*loop.encoder.model.parameters(), *loop.encoder.model.buffers())
@@ -126,10 +128,10 @@ def test_seconds_and_peaks_add_up():
 
 
 def test_one_pass_by_hand():
-    """The same plan with two steps taught: nothing is replayed, and gradients of 50 weights are stored."""
-    plan = Plan(2, 4, 2, 3, 2, 1.0, 2, 3, 1, 1, 3, False, False, 0, taught=2)
-    assert calls(plan) == Calls(rollout=9, update=0, reference=0, rescoring=0, optimizer=1, taught=6)
-    costs = Costs(1.0, 10.0, 100.0, 1000.0, 5.0, 7.0, Phases(1, 2, 3, 4, 5), taught=3.0)
+    """The same plan with two steps backward: nothing is replayed, and gradients of 50 weights are stored."""
+    plan = Plan(2, 4, 2, 3, 2, 1.0, 2, 3, 1, 1, 3, False, False, 0, backward=2)
+    assert calls(plan) == Calls(rollout=9, update=0, reference=0, rescoring=0, optimizer=1, backward=6)
+    costs = Costs(1.0, 10.0, 100.0, 1000.0, 5.0, 7.0, Phases(1, 2, 3, 4, 5), backward=3.0)
     assert seconds(plan, costs) == Phases(8 * (1 + 2 * 3.0), 80.0, 800.0, 4000.0, 7.0)
     latent, image = (4, 2, 2), (3, 8, 8)
     more = stored_bytes(plan, latent, image, gradients=50) - stored_bytes(plan, latent, image)
@@ -140,7 +142,7 @@ def test_the_probe_measures_one_pass(config, tmp_path):
     """Its stored bytes are those of a real rollout, and a fitted batch is the one that gradients are taken in."""
     loop = build_loop(config(**ONE_PASS), tmp_path)
     plan = probe.plan_of(loop)
-    assert plan.taught == 1 and plan.rollout_batch == loop.update_batch.now
+    assert plan.backward == 1 and plan.rollout_batch == loop.update_batch.now
     drawn = loop._sample(
         loop.conditioning.rows(torch.arange(3)), [0, 1, 2], [0, 0, 0], 0, Scoring((), [], False)
     )
@@ -149,7 +151,7 @@ def test_the_probe_measures_one_pass(config, tmp_path):
     probe.fit(loop, 8.0, rollout=False, update=True)
     assert loop.update_batch.now >= 18
     costs = probe.measure(loop)
-    assert costs.taught > 0 and costs.optimizer > 0
+    assert costs.backward > 0 and costs.optimizer > 0
 
 
 def test_out_of_memory_is_one_line_that_says_what_to_change(config, tmp_path):
@@ -186,7 +188,7 @@ def test_in_one_pass_it_is_the_update_s_batch_that_has_to_shrink(config, tmp_pat
     """Where gradients are taken while images are drawn, and where these are decoded."""
     loop = build_loop(config(**ONE_PASS), tmp_path)
     plan = probe.plan_of(loop)
-    assert plan.taught
+    assert plan.backward
     state = {"checkpointing": False, "slicing": True, "half": True, "full": False}
     told = ["model.gradient_checkpointing=true", "optimizer.batch_size=9"]
     assert remedies("denoising", plan, **state)[:2] == told

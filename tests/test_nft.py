@@ -35,7 +35,7 @@ def test_the_loss_is_that_of_drawn_images_noised_anew(config):
     drawn = rollout(policy, conditioning, [(0, 3, 0), (0, 3, 1)], 3, 4, SPEC)
     advantages = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
     past = [p.detach().clone() for p in policy.parameters()]
-    memory = Memory(drawer=tuple(past))
+    memory = Memory(behavior=tuple(past))
     shift(policy, 1)
     contrast = NegativeAware(beta=0.7, bound=2.0)
     total, alphas = 0.0, policy.tables.alpha
@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_drawn_images_noised_anew(config):
             total += float(negative_aware(new, old, clean, advantages[p, g][None], 0.7, 2.0))
     stats = update(
         policy, torch.optim.SGD(policy.parameters(), lr=0.0), drawn.path(), advantages, conditioning,
-        Objective(contrast=contrast, batch_size=5), (4, 9), SPEC, drawer=lambda: memory.drawing(policy),
+        Objective(contrast=contrast, batch_size=5), (4, 9), SPEC, behavior=lambda: memory.drawing(policy),
     )  # fmt: skip
     assert stats.pairs == 6 * steps > 6 * int(policy.scored.sum())
     assert stats.loss == stats.surrogate == pytest.approx(total / stats.pairs, rel=1e-4)
@@ -96,13 +96,13 @@ def test_what_draws_lags_behind(config, tmp_path):
     run = Trainer(config(**LAGGING, iterations=4), tmp_path / "run").run()
     kept = [min(0.2 * i, 0.5) for i in range(4)]
     names = [name for name, _ in build_policy(config()).named_parameters()]
-    drawers = [[tensors(run, i, MEMORY)[f"drawer/{n:05d}"] for n in range(len(names))] for i in range(5)]
+    behaviors = [[tensors(run, i, MEMORY)[f"behavior/{n:05d}"] for n in range(len(names))] for i in range(5)]
     for n, name in enumerate(names):
-        assert torch.equal(drawers[0][n], tensors(run, 0)[f"{name}/value"])
+        assert torch.equal(behaviors[0][n], tensors(run, 0)[f"{name}/value"])
         for i, share in enumerate(kept):
-            expected = share * drawers[i][n] + (1 - share) * tensors(run, i + 1)[f"{name}/value"]
-            torch.testing.assert_close(drawers[i + 1][n], expected)
-    assert not torch.equal(drawers[3][0], tensors(run, 3)[f"{names[0]}/value"])
+            expected = share * behaviors[i][n] + (1 - share) * tensors(run, i + 1)[f"{name}/value"]
+            torch.testing.assert_close(behaviors[i + 1][n], expected)
+    assert not torch.equal(behaviors[3][0], tensors(run, 3)[f"{names[0]}/value"])
 
 
 def test_samples_are_drawn_by_it(config, tmp_path):
@@ -198,15 +198,17 @@ def test_what_does_not_go_together_is_refused(config, tmp_path):
     with pytest.raises(InputError, match=r"shaping\.potential: 'stepwise' is of the steps that were drawn"):
         config(**NFT, shaping__potential="stepwise")
     policy = build_policy(config())
-    with pytest.raises(InputError, match="drawer does not fit"):
-        Memory().restored({"drawer/00000": torch.zeros(1)}, policy)
-    copies = {f"drawer/{i:05d}": p.detach() for i, p in enumerate(policy.parameters())}
+    with pytest.raises(InputError, match="behavior does not fit"):
+        Memory().restored({"behavior/00000": torch.zeros(1)}, policy)
+    copies = {f"behavior/{i:05d}": p.detach() for i, p in enumerate(policy.parameters())}
     with pytest.raises(InputError, match=r"has a copy that draws, and objective\.loss asks for none"):
         Memory().restored(copies, policy)
-    own = Memory(drawer=tuple(copies.values()))
+    own = Memory(behavior=tuple(copies.values()))
     with pytest.raises(InputError, match=r"has no copy that draws, and objective\.loss asks for one"):
         own.restored({}, policy)
-    assert len(own.restored(copies, policy).drawer) == len(copies)
+    assert len(own.restored(copies, policy).behavior) == len(copies)
+    before = {key.replace("behavior", "drawer"): value for key, value in copies.items()}  # its earlier name
+    assert len(own.restored(before, policy).behavior) == len(copies)
     assert Memory().after(0.0, Anchor(), policy, 0.5) == Memory()
 
 

@@ -36,7 +36,7 @@ class Plan:
     """Whether samples are scored again before the update (half precision)."""
     judges: int
     """Further rewards that every image is scored by."""
-    taught: int = 0
+    backward: int = 0
     """Denoising steps whose gradients are taken while images are drawn (`driftrl.one_pass`); 0 replays them."""
     path: bool = True
     """Whether every latent on the way to an image is kept, or the last one alone."""
@@ -72,7 +72,7 @@ class Calls:
     reference: int
     rescoring: int
     optimizer: int
-    taught: int = 0
+    backward: int = 0
     """Those of the rollout that are backward too."""
 
     @property
@@ -100,8 +100,8 @@ def calls(plan: Plan) -> Calls:
     """
     update = plan.epochs * sum(len(batches(part, plan.update_batch)) for part in plan.parts)
     drawn = len(batches(plan.images, plan.rollout_batch))
-    if plan.taught:
-        return Calls(drawn * plan.steps, 0, 0, 0, plan.epochs * len(plan.parts), drawn * plan.taught)
+    if plan.backward:
+        return Calls(drawn * plan.steps, 0, 0, 0, plan.epochs * len(plan.parts), drawn * plan.backward)
     return Calls(
         rollout=drawn * plan.steps,
         update=update,
@@ -170,18 +170,18 @@ class Costs:
     """Of one optimiser step."""
     working: Phases
     """Bytes above what stays, with batches as large as the run's; the update's without its gradients."""
-    taught: float = 0.0
+    backward: float = 0.0
     """Seconds of one denoising step of one image with its gradient; 0 where none is taken."""
 
 
 def seconds(plan: Plan, costs: Costs) -> Phases:
     """Seconds of each phase of one iteration."""
     return Phases(
-        denoising=plan.images * (costs.step * (plan.steps - plan.taught) + costs.taught * plan.taught),
+        denoising=plan.images * (costs.step * (plan.steps - plan.backward) + costs.backward * plan.backward),
         decoding=costs.decode * plan.images,
         reward=costs.reward * plan.images * (1 + plan.judges),
         diversity=costs.encode * plan.kept,
-        update=(0 if plan.taught else costs.pair * plan.pairs * plan.epochs)
+        update=(0 if plan.backward else costs.pair * plan.pairs * plan.epochs)
         + costs.optimizer * calls(plan).optimizer,
     )
 
@@ -276,17 +276,17 @@ def remedies(
     """
     found = []
     batch = min(plan.rollout_batch, plan.images)
-    if phase == ("denoising" if plan.taught else "update"):  # which has the gradients
+    if phase == ("denoising" if plan.backward else "update"):  # which has the gradients
         if not checkpointing:
             found.append("model.gradient_checkpointing=true")
         if plan.update_batch > 1:
             found.append(
-                f"optimizer.batch_size={max(1, min(plan.update_batch, plan.images if plan.taught else plan.pairs) // 2)}"
+                f"optimizer.batch_size={max(1, min(plan.update_batch, plan.images if plan.backward else plan.pairs) // 2)}"
             )
     if phase == "decoding" and not slicing:
         found.append("model.vae_slicing=true")
     if phase in ("denoising", "decoding") and batch > 1:
-        if not plan.taught:
+        if not plan.backward:
             found.append(f"sampling.batch_size={batch // 2}")
         elif phase == "decoding":  # in one pass images are drawn in the update's batches
             found.append(f"optimizer.batch_size={batch // 2}")

@@ -25,16 +25,16 @@ class Memory:
     """The adapter's parameters when the reference last moved (GARDO); None while it is the base model."""
     age: int = 0
     """Iterations since then."""
-    drawer: tuple[Tensor, ...] | None = None
+    behavior: tuple[Tensor, ...] | None = None
     """The parameters that samples are drawn with (DiffusionNFT); None where they are the policy's own."""
 
     @staticmethod
-    def empty(rule: AdvantageRule, prompts: int, policy: Policy, own_drawer: bool = False) -> Memory:
-        """At the start of a run over a set of ``prompts``; with ``own_drawer`` a copy of ``policy`` draws."""
+    def empty(rule: AdvantageRule, prompts: int, policy: Policy, own_behavior: bool = False) -> Memory:
+        """At the start of a run over a set of ``prompts``; with ``own_behavior`` a copy of ``policy`` draws."""
         running = rule.baseline == "running"
         return Memory(
             no_history(prompts, rule.history, policy.device) if running else None,
-            drawer=_copies(policy) if own_drawer else None,
+            behavior=_copies(policy) if own_behavior else None,
         )
 
     def with_rewards(self, which: Sequence[int], rewards: Tensor) -> Memory:
@@ -49,20 +49,20 @@ class Memory:
 
     def drawing(self, policy: Policy) -> AbstractContextManager[None]:
         """Within this context ``policy`` is the one that draws."""
-        return nullcontext() if self.drawer is None else _standing_in(policy.parameters(), self.drawer)
+        return nullcontext() if self.behavior is None else _standing_in(policy.parameters(), self.behavior)
 
     def after(self, divergence: float, anchor: Anchor, policy: Policy, kept: float = 0.0) -> Memory:
         """After an update that ended ``divergence`` away from the reference: moved to ``policy`` if it is due. A copy that draws
         keeps the share ``kept`` of itself, and follows ``policy`` with the rest.
         """
-        drawer = self.drawer
-        if drawer is not None:
-            drawer = tuple(new.lerp_(old, kept) for old, new in zip(drawer, _copies(policy), strict=True))
+        behavior = self.behavior
+        if behavior is not None:
+            behavior = tuple(new.lerp_(old, kept) for old, new in zip(behavior, _copies(policy), strict=True))
         if not anchor.moves:
-            return replace(self, drawer=drawer)
+            return replace(self, behavior=behavior)
         if reference_is_due(divergence, self.age + 1, anchor.threshold, anchor.every):
-            return replace(self, reference=_copies(policy), age=0, drawer=drawer)
-        return replace(self, age=self.age + 1, drawer=drawer)
+            return replace(self, reference=_copies(policy), age=0, behavior=behavior)
+        return replace(self, age=self.age + 1, behavior=behavior)
 
     def reference_of(self, policy: Policy) -> AbstractContextManager[None]:
         """Within this context ``policy`` is the reference; enter it outside of any gradient that is to be taken."""
@@ -75,7 +75,7 @@ class Memory:
         found: dict[str, Tensor] = {}
         if self.history is not None:
             found |= {"history/values": self.history.values, "history/filled": self.history.filled}
-        for name in ("reference", "drawer"):
+        for name in ("reference", "behavior"):
             found |= {f"{name}/{i:05d}": value for i, value in enumerate(getattr(self, name) or ())}
         if self.age or self.reference is not None:
             found["age"] = torch.tensor(self.age)
@@ -87,6 +87,9 @@ class Memory:
         Raises:
             InputError: if it belongs to another prompt set, adapter or method.
         """
+        found = {
+            key.replace("drawer/", "behavior/"): value for key, value in found.items()
+        }  # as it was called
         history = self.history
         if history is not None and "history/values" in found:
             if found["history/values"].shape != history.values.shape:
@@ -95,13 +98,13 @@ class Memory:
                     f"needs {list(history.values.shape)}: has the prompt file changed?"
                 )
             history = History(*(found[f"history/{k}"].to(policy.device) for k in History._fields))
-        reference, drawer = (_restored_copies(name, found, policy) for name in ("reference", "drawer"))
-        if (drawer is None) != (self.drawer is None):
+        reference, behavior = (_restored_copies(name, found, policy) for name in ("reference", "behavior"))
+        if (behavior is None) != (self.behavior is None):
             raise InputError(
-                f"the checkpoint has {'a' if drawer else 'no'} copy that draws, and objective.loss asks for "
-                f"{'none' if drawer else 'one'}: it is of another method"
+                f"the checkpoint has {'a' if behavior else 'no'} copy that draws, and objective.loss asks for "
+                f"{'none' if behavior else 'one'}: it is of another method"
             )
-        return Memory(history, reference, int(found["age"]) if "age" in found else 0, drawer)
+        return Memory(history, reference, int(found["age"]) if "age" in found else 0, behavior)
 
 
 def _copies(policy: Policy) -> tuple[Tensor, ...]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from driftrl.checks import NotFiniteError
 from driftrl.distributed import ALONE, Team
-from driftrl.rollout import Lesson
+from driftrl.rollout import ScoreGradients
 from driftrl.types import Policy, Rollout, UpdateStats
-from driftrl.update import Objective, taught, where
+from driftrl.update import Objective, noisiest_steps, where
 
 LARGEST = 2**30
 """Bytes of gradients that `pays` allows: those of 300 candidates with Stable Diffusion 1.5 and a LoRA of rank 4 on attention."""
@@ -64,10 +64,10 @@ def pays(candidates: int, keep: int, rescored: bool, held: int = 0) -> bool:
     return candidates < keep * (3 if rescored else 2) and 4 * held <= LARGEST
 
 
-def lesson(scored: Tensor, objective: Objective, samples: int) -> Lesson:
+def score_gradients(scored: Tensor, objective: Objective, samples: int) -> ScoreGradients:
     """What a rollout is to take gradients of, of which ``samples`` in all are kept."""
-    steps = taught(scored, objective.timesteps).tolist()
-    return Lesson(tuple(steps), objective.loss_scale / (samples * sum(steps)))
+    steps = noisiest_steps(scored, objective.timesteps).tolist()
+    return ScoreGradients(tuple(steps), objective.loss_scale / (samples * sum(steps)))
 
 
 def update_from(
@@ -79,14 +79,14 @@ def update_from(
     names: list[str] | None = None,
     team: Team = ALONE,
 ) -> UpdateStats:
-    """Take the optimiser step of `driftrl.update.update` from the gradients of a rollout that had a `lesson`.
+    """Take the optimiser step of `driftrl.update.update` from the gradients that a rollout took on its way.
 
     Args:
         rollout: P x G kept candidates; with a team, those of this process's prompts.
         policy: what is trained, unchanged since the rollout.
         optimizer: over ``policy.parameters()``.
         advantages: [P, G], of all prompts.
-        objective: as for the lesson.
+        objective: as for `score_gradients`.
         names: of the P prompts, for messages.
         team: the processes that share the prompts out.
 
@@ -111,6 +111,6 @@ def update_from(
         raise NotFiniteError(where(int(team.largest(bad)), steps, group, names))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    count = int(taught(policy.scored, objective.timesteps).sum())
+    count = int(noisiest_steps(policy.scored, objective.timesteps).sum())
     loss = float(-advantages.mean())
     return UpdateStats(loss, loss, 0.0, 0.0, 0.0, 0.0, 0.0, float(norm), advantages.numel() * count)

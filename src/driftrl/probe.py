@@ -22,10 +22,10 @@ from driftrl.distributed import own
 from driftrl.estimate import FLOAT, Costs, Need, Phases, Plan, Standing, picture_bytes, remedies, stored_bytes
 from driftrl.policies.full import FullWeights
 from driftrl.policies.pipeline import PipelinePolicy
-from driftrl.rollout import Lesson, latent_features, rollout
+from driftrl.rollout import ScoreGradients, latent_features, rollout
 from driftrl.trainer import TrainingLoop
 from driftrl.types import Conditioning, Rollout, Transition
-from driftrl.update import taught, update
+from driftrl.update import noisiest_steps, update
 
 REPEATS = 3
 """Each piece of work is timed so often, after a first time that counts for nothing, and the median is taken."""
@@ -79,7 +79,7 @@ def plan_of(loop: TrainingLoop) -> Plan:
         reference=(objective.kl_weight > 0) + (objective.contrast is not None),
         rescored=objective.rescore,
         judges=len(loop.judges),
-        taught=int(taught(policy.scored, objective.timesteps).sum()) if loop.in_one_pass else 0,
+        backward=int(noisiest_steps(policy.scored, objective.timesteps).sum()) if loop.in_one_pass else 0,
         path=loop.replays,
     )
 
@@ -90,7 +90,7 @@ def stored_of(loop: TrainingLoop, plan: Plan) -> int:
     noise = tuple(loop.conditioning.first.embeds.shape[1:]) if method.prompt_noise.eta > 0 else ()
     stepwise = method.shaping.potential == "stepwise"
     clean = latent_features(torch.zeros(1, *policy.latent_shape)).numel() if stepwise else 0
-    gradients = sum(p.numel() for p in policy.parameters()) if plan.taught else 0
+    gradients = sum(p.numel() for p in policy.parameters()) if plan.backward else 0
     return stored_bytes(plan, policy.latent_shape, policy.image_shape, noise, clean, gradients)
 
 
@@ -117,7 +117,7 @@ def standing_of(loop: TrainingLoop) -> Standing:
     if on_cpu and isinstance(policy.weights, FullWeights):
         model += gradients_of(loop)  # the weights that training started from wait in main memory
     # Copies of what is trained: a reference that moves, one that draws.
-    model += (loop.method.anchor.moves + (loop.memory.drawer is not None)) * gradients_of(loop)
+    model += (loop.method.anchor.moves + (loop.memory.behavior is not None)) * gradients_of(loop)
     rewards = (loop.reward, *loop.judges, loop.encoder, loop.similarity)
     instruments = [m for r in rewards for m in _modules(r) if m not in parts]
     embeddings = loop.conditioning.held(loop.prompts_per_iteration)
@@ -154,8 +154,10 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
 
     at_once, together = min(plan.rollout_batch, plan.images), min(plan.update_batch, max(plan.parts))
     denoising = attempt("denoising", work.draw, at_once)
-    with_gradients = attempt("denoising", work.teach, denoising.count) if plan.taught else None
-    drawn = work.teach(denoising.count) if plan.taught else work.draw(denoising.count)
+    with_gradients = (
+        attempt("denoising", work.draw_with_gradients, denoising.count) if plan.backward else None
+    )
+    drawn = work.draw_with_gradients(denoising.count) if plan.backward else work.draw(denoising.count)
     latents = drawn.latents[0, :, -1]
     decoding = attempt("decoding", lambda n: policy.decode(latents[:n]), denoising.count)
     images = policy.decode(latents[: decoding.count])
@@ -179,7 +181,7 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
             encoding.working(encoding.count),
             max(0.0, learning.working(together) - gradients_of(loop)),
         ),
-        taught=0.0 if with_gradients is None else with_gradients.each / work.policy.count,
+        backward=0.0 if with_gradients is None else with_gradients.each / work.policy.count,
     )
 
 
@@ -213,12 +215,12 @@ def fit(loop: TrainingLoop, budget: float | None, rollout: bool, update: bool) -
         loop.policy.decode(work.draw(count).latents[0, :, -1])
 
     def learn(count: int) -> None:
-        if plan.taught:
-            loop.policy.decode(work.teach(count).latents[0, :, -1])
+        if plan.backward:
+            loop.policy.decode(work.draw_with_gradients(count).latents[0, :, -1])
         else:
             work.learn(drawn, count, _Still(loop.policy.parameters(), {}))
 
-    held_then, pairs = (stored, plan.images) if plan.taught else (kept, max(plan.parts))
+    held_then, pairs = (stored, plan.images) if plan.backward else (kept, max(plan.parts))
     for phase, size, wanted, held, useful, work_of in (
         ("denoising", loop.rollout_batch, rollout, stored, plan.images, draw),
         ("update", loop.update_batch, update, held_then, pairs, learn),
@@ -343,17 +345,17 @@ class _Work:
             timestep_choice="noisiest",
         )
 
-    def draw(self, count: int, lesson: Lesson | None = None) -> Rollout:
+    def draw(self, count: int, score_gradients: ScoreGradients | None = None) -> Rollout:
         """``count`` candidates in one batch."""
         loop = self._loop
         return rollout(
             self.policy, self._one, [(loop.seed, 0, 0)], count, _firm(count), loop.method.prompt_noise,
-            keep_clean=loop.method.shaping.potential == "stepwise", lesson=lesson,
+            keep_clean=loop.method.shaping.potential == "stepwise", score_gradients=score_gradients,
         )  # fmt: skip
 
-    def teach(self, count: int) -> Rollout:
+    def draw_with_gradients(self, count: int) -> Rollout:
         """The same, with gradients of every step."""
-        return self.draw(count, Lesson((True,) * self.policy.count, 1.0))
+        return self.draw(count, ScoreGradients((True,) * self.policy.count, 1.0))
 
     def learn(self, drawn: Rollout, count: int, optimizer: torch.optim.Optimizer) -> None:
         """An optimiser step on ``count`` of the pairs of ``drawn``, over and over if there are fewer, in one batch; or on

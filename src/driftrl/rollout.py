@@ -48,7 +48,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class ScoreGradients:
     """Gradients to take while the candidates are drawn."""
 
     steps: tuple[bool, ...]
@@ -117,7 +117,7 @@ def rollout(
     progress: Callable[[int], None] | None = None,
     keep_clean: bool = False,
     finished: Callable[[Tensor], None] | None = None,
-    lesson: Lesson | None = None,
+    score_gradients: ScoreGradients | None = None,
     first: Sequence[int] | None = None,
     keep_path: bool = True,
 ) -> Rollout:
@@ -135,7 +135,7 @@ def rollout(
         progress: called with the number of images finished after each batch.
         keep_clean: keep features of the predicted clean latents, for stepwise potentials.
         finished: called with the images [n, 3, height, width] of each batch, in order.
-        lesson: gradients of log-probabilities to take on the way.
+        score_gradients: gradients of log-probabilities to take on the way.
         first: P numbers of the first candidate, 0 by default: what tells rows with the same key apart.
         keep_path: keep the latents of every step, which replay wants; else x_0 alone, a T-th of the memory.
 
@@ -155,7 +155,14 @@ def rollout(
         chunk = flat[done : done + size]
         own = torch.arange(done, done + len(chunk), device=policy.device) // candidates
         parts = _denoise(
-            policy, conditioning.rows(own), chunk, scored, prompt_noise, keep_clean, lesson, keep_path
+            policy,
+            conditioning.rows(own),
+            chunk,
+            scored,
+            prompt_noise,
+            keep_clean,
+            score_gradients,
+            keep_path,
         )
         for name, part in parts.items():
             if len(part) == len(flat):
@@ -185,7 +192,7 @@ def _denoise(
     scored: Sequence[bool],
     prompt_noise: PromptNoise,
     keep_clean: bool,
-    lesson: Lesson | None,
+    score_gradients: ScoreGradients | None,
     keep_path: bool,
 ) -> dict[str, Tensor]:
     """One batch of n candidates, from noise to image: the fields of a `Rollout`, each [n, ...]."""
@@ -200,10 +207,12 @@ def _denoise(
     path = x.new_empty(len(keys), len(scored) + 1 if keep_path else 1, *shape)
     path[:, 0] = x
     scores, clean = [], []
-    with nullcontext() if lesson is None else policy.sample_gradients(len(keys)) as gradients:
+    with nullcontext() if score_gradients is None else policy.sample_gradients(len(keys)) as gradients:
         for step, counts in enumerate(scored):
             at = torch.full((len(keys),), step, device=device)
-            scale = lesson.scale if lesson is not None and lesson.steps[step] else None
+            scale = (
+                score_gradients.scale if score_gradients is not None and score_gradients.steps[step] else None
+            )
             with torch.set_grad_enabled(scale is not None):
                 move = score_step(policy, x, at, rows, eps, prompt_noise)
             # Drawn even where nothing is added, as diffusers' scheduler does, so that both draw alike.

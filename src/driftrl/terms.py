@@ -31,7 +31,7 @@ class Term(NamedTuple):
     """Largest |ratio - 1|."""
 
 
-class Asked:
+class Replay:
     """The policy, asked at latents under the prompts, and the noise on them, that a rollout's samples were drawn with."""
 
     def __init__(
@@ -70,9 +70,9 @@ class Terms(Protocol):
 class Surrogate:
     """The clipped surrogate of transitions that are replayed (design 2.5)."""
 
-    def __init__(self, asked: Asked, rollout: Rollout, advantages: Tensor, clip_range: float) -> None:
+    def __init__(self, replay: Replay, rollout: Rollout, advantages: Tensor, clip_range: float) -> None:
         """Of samples P x G with advantages [P * G, T]."""
-        self._asked, self._advantages, self._clip_range = asked, advantages, clip_range
+        self._replay, self._advantages, self._clip_range = replay, advantages, clip_range
         self._path = rollout.latents.flatten(0, 1)
 
     def begin(self, sample: Tensor, step: Tensor, epoch: int) -> None:
@@ -84,7 +84,7 @@ class Surrogate:
 
     def log_prob(self, latents: Tensor, sample: Tensor, step: Tensor) -> tuple[Transition, Tensor]:
         """The kernel of rollout, and the score [n] of what the rollout drew from it."""
-        move = self._asked(latents, sample, step)
+        move = self._replay(latents, sample, step)
         return move, gaussian.log_prob(self._path[sample, step + 1], move.mean, move.std)
 
     def __call__(self, latents: Tensor, sample: Tensor, step: Tensor, before: Tensor) -> Term:
@@ -102,22 +102,22 @@ class Contrast:
 
     def __init__(
         self,
-        asked: Asked,
+        replay: Replay,
         rollout: Rollout,
         advantages: Tensor,
         settings: NegativeAware,
         noised: Callable[[Tensor, Tensor, Tensor], Tensor],
-        drawer: Callable[[], AbstractContextManager[None]],
+        behavior: Callable[[], AbstractContextManager[None]],
         key: tuple[int, int],
         first: int,
     ) -> None:
         """Of samples P x G with advantages [P * G, T].
 
-        ``noised`` is the policy's; ``drawer`` gives a context within which the policy is the one that drew; ``key`` is
+        ``noised`` is the policy's; ``behavior`` gives a context within which the policy is the one that drew; ``key`` is
         (seed, iteration), and ``first`` the number, among those of all processes, of the first sample.
         """
-        self._asked, self._advantages, self._settings = asked, advantages, settings
-        self._noised, self._drawer, self._key, self._first = noised, drawer, key, first
+        self._replay, self._advantages, self._settings = replay, advantages, settings
+        self._noised, self._behavior, self._key, self._first = noised, behavior, key, first
         self._clean = rollout.latents[:, :, -1].flatten(0, 1)
         self._ahead: list[tuple[int, int, int, int]] = []
 
@@ -138,10 +138,10 @@ class Contrast:
         """What the policy predicts there, and the one that drew."""
         with (
             torch.no_grad(),
-            self._drawer(),
+            self._behavior(),
         ):  # first, for the policy's gradient wants its own weights in place
-            old = self._asked(latents, sample, step).x0
-        move = self._asked(latents, sample, step)
+            old = self._replay(latents, sample, step).x0
+        move = self._replay(latents, sample, step)
         loss = negative_aware(
             move.x0, old, self._clean[sample], self._advantages[sample, step],
             self._settings.beta, self._settings.bound,

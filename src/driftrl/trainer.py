@@ -153,7 +153,7 @@ class TrainingLoop:
         self._said: set[type[Warning]] = set()
         self.position = Position(0)
         self.memory = Memory.empty(
-            method.advantage, len(prompt_set), policy, own_drawer=objective.contrast is not None
+            method.advantage, len(prompt_set), policy, own_behavior=objective.contrast is not None
         )
         self._saved: int | None = None
         self.on_sampled: Callable[[int], None] | None = None
@@ -369,15 +369,18 @@ class TrainingLoop:
         keys = [(self.seed, number, prompt) for prompt in which]
         noise, count = self.method.prompt_noise, self.method.candidates
         stepwise = self.method.shaping.potential == "stepwise"
-        batch, lesson = self.rollout_batch, None
+        batch, score_gradients = self.rollout_batch, None
         self._move_window(number)
         if self.in_one_pass:
             samples = self.prompts_per_iteration * self.method.keep
-            batch, lesson = self.update_batch, one_pass.lesson(self.policy.scored, self.objective, samples)
+            batch, score_gradients = (
+                self.update_batch,
+                one_pass.score_gradients(self.policy.scored, self.objective, samples),
+            )
         with self.memory.drawing(self.policy):
             return rollout(
                 self.policy, conditioning, keys, count, batch, noise, self.on_sampled, stepwise, scoring.add,
-                lesson, first, self.replays,
+                score_gradients, first, self.replays,
             )  # fmt: skip
 
     def _learn(

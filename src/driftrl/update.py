@@ -18,7 +18,7 @@ from driftrl.distributed import ALONE, Team, in_parts, whole
 from driftrl.objectives.kl import divergence, step_weights
 from driftrl.objectives.negative_aware import NegativeAware
 from driftrl.rollout import NO_NOISE, PromptNoise
-from driftrl.terms import Asked, Contrast, Surrogate, Term, Terms
+from driftrl.terms import Contrast, Replay, Surrogate, Term, Terms
 from driftrl.types import Conditioning, Policy, Rollout, UpdateStats
 
 
@@ -65,7 +65,7 @@ class Pairs:
     """int64 [B]."""
 
 
-def taught(scored: Tensor, share: float) -> Tensor:
+def noisiest_steps(scored: Tensor, share: float) -> Tensor:
     """The noisiest of the denoising steps [T] with a density: so large a share of them, at least one."""
     steps = scored.nonzero()[:, 0]
     chosen = torch.zeros_like(scored)
@@ -86,7 +86,7 @@ def training_pairs(
         iteration: with the seed, the key of the choice.
         choice: "noisiest" takes the first scored steps, "random" others for each sample.
     """
-    steps, noisiest = (which.nonzero()[:, 0].cpu() for which in (scored, taught(scored, share)))
+    steps, noisiest = (which.nonzero()[:, 0].cpu() for which in (scored, noisiest_steps(scored, share)))
     count = len(noisiest)
     draw = noise.generator(seed, iteration, 0, 0, "pairs")
     if choice == "noisiest":
@@ -114,7 +114,7 @@ def update(
     reference: Callable[[], AbstractContextManager[None]] | None = None,
     team: Team = ALONE,
     batch: BatchSize | None = None,
-    drawer: Callable[[], AbstractContextManager[None]] = nullcontext,
+    behavior: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> UpdateStats:
     """Take `objective.updates` optimiser steps on a rollout.
 
@@ -137,7 +137,7 @@ def update(
         reference: a context within which the policy is the reference; by default ``policy.reference``.
         team: the processes that share the prompts out.
         batch: pairs replayed at once, fewer where memory does not suffice; by default ``objective.batch_size``.
-        drawer: a context within which the policy is the one that drew the samples, for an objective that asks it; by default
+        behavior: a context within which the policy is the one that drew the samples, for an objective that asks it; by default
             the policy as it is.
 
     Returns:
@@ -168,15 +168,15 @@ def update(
     ]
     batch = batch or BatchSize(objective.batch_size, "optimizer.batch_size")
     turns = _Turns(team, policy.scored, any(map(in_parts, parameters)))
-    asked = Asked(policy, rollout, conditioning, prompt_noise)
-    replay = Surrogate(asked, rollout, per_step, objective.clip_range)
+    replay = Replay(policy, rollout, conditioning, prompt_noise)
+    surrogate = Surrogate(replay, rollout, per_step, objective.clip_range)
     terms: Terms = (
-        Contrast(asked, rollout, per_step, objective.contrast, policy.noised, drawer, key, first)
+        Contrast(replay, rollout, per_step, objective.contrast, policy.noised, behavior, key, first)
         if objective.contrast
-        else replay
+        else surrogate
     )
     compiled = bool(getattr(policy, "compiled", False))
-    scores = _Scores(replay, old, passes, turns, objective.rescore, compiled)
+    scores = _Scores(surrogate, old, passes, turns, objective.rescore, compiled)
 
     def learn(pairs: Pairs, count: int, epoch: int, moved: bool, size: int) -> _Sums:
         """The gradient of one optimiser step, ``size`` pairs at a time."""
@@ -188,7 +188,7 @@ def update(
             latents = terms.latents(sample, step)
             if objective.kl_weight > 0:  # first, for the policy's gradient wants its own weights in place
                 with torch.no_grad(), reference():
-                    anchor = asked(latents, sample, step)
+                    anchor = replay(latents, sample, step)
             term = terms(latents, sample, step, before)
             weight, kl = held[sample, step], torch.zeros_like(term.loss)
             if objective.kl_weight > 0:

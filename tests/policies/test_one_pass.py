@@ -12,11 +12,11 @@ from torch import nn
 from driftrl import one_pass
 from driftrl.build import build_loop, build_policy
 from driftrl.checks import InputError, NotFiniteError
-from driftrl.one_pass import lesson, pays, update_from
+from driftrl.one_pass import pays, score_gradients, update_from
 from driftrl.policies import fast_linear
 from driftrl.policies.per_sample import SampleGradients, add_outer
 from driftrl.rollout import PromptNoise, rollout
-from driftrl.update import Objective, taught, update
+from driftrl.update import Objective, noisiest_steps, update
 
 NOISE = PromptNoise(0.1)
 ADVANTAGES = torch.tensor([[1.0, -0.5, 0.2], [0.0, 2.0, -1.7]])
@@ -53,8 +53,10 @@ def make(config, folders):
 def drawn_by(policy, objective=None, batch=6):
     """Six candidates, with the gradients that ``objective`` wants."""
     conditioning = policy.encode(["a cat", "a dog"])
-    asked = None if objective is None else lesson(policy.scored, objective, 6)
-    return conditioning, rollout(policy, conditioning, [(0, 0, 0), (0, 0, 1)], 3, batch, NOISE, lesson=asked)
+    asked = None if objective is None else score_gradients(policy.scored, objective, 6)
+    return conditioning, rollout(
+        policy, conditioning, [(0, 0, 0), (0, 0, 1)], 3, batch, NOISE, score_gradients=asked
+    )
 
 
 def step(policy, objective, together, advantages=ADVANTAGES, batch=6):
@@ -204,9 +206,9 @@ def test_auto_takes_it_where_it_pays(config, tmp_path, monkeypatch):
 
 def test_the_steps_are_the_noisiest_that_have_a_density():
     scored = torch.tensor([False, True, True, True, True, False])
-    assert taught(scored, 0.5).tolist() == [False, True, True, False, False, False]
-    assert torch.equal(taught(scored, 1.0), scored)
-    assert int(taught(scored, 0.01).sum()) == 1
+    assert noisiest_steps(scored, 0.5).tolist() == [False, True, True, False, False, False]
+    assert torch.equal(noisiest_steps(scored, 1.0), scored)
+    assert int(noisiest_steps(scored, 0.01).sum()) == 1
 
 
 def test_what_is_not_finite_is_named_and_moves_nothing(make):

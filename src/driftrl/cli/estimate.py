@@ -118,12 +118,12 @@ def _work(plan: Plan, called: Calls) -> dict[str, str]:
         update += f", {called.reference} forward by other policies"
     if called.rescoring:
         update += f", {called.rescoring} scored again"
-    if plan.taught:
+    if plan.backward:
         update = "of gradients that denoising took"
     scored = f"{plan.images * (1 + plan.judges)} images"
     drawn = f"{plan.images} images, {plan.steps} steps: {called.rollout} forward"
     return {
-        "denoising": f"{drawn}, {called.taught} of them backward" if plan.taught else drawn,
+        "denoising": f"{drawn}, {called.backward} of them backward" if plan.backward else drawn,
         "decoding": f"{plan.images} images",
         "reward": scored if not plan.judges else f"{scored}, judges included",
         "diversity": f"{plan.kept} images",
