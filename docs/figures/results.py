@@ -28,7 +28,8 @@ from driftrl.evaluation.pareto import Interval, difference_at_equal
 from driftrl.evaluation.picture import COLOURS
 
 DOCS = Path(__file__).resolve().parents[1]
-AGAINST = "grpo"
+RIVALS = {"sampling": "contrast"}
+"""What a folder's methods are compared with, where that is not GRPO."""
 ALSO = {"rates": sorted((DOCS / "results/methods").glob("grpo-seed*.json"))}
 """Runs of other folders that a table has too."""
 
@@ -42,8 +43,14 @@ def shown(interval: Interval | None, digits: int = 3, sign: bool = False) -> str
     return mean if interval.count == 1 else f"{mean} ({low} to {high})"
 
 
+def named(method: str) -> str:
+    """As it is written in a title."""
+    return method.upper() if method == "grpo" else method
+
+
 def tables(methods: list[Method]) -> str:
-    """Where each method ends, and who has more at equal level, in Markdown."""
+    """Where each method ends, and who has more than the first at equal level, in Markdown."""
+    against = methods[0].name
     metrics = compare.diversity_metrics(methods, VARIETY)
     titles = [METRICS[name].title for name in metrics]
     lines = [
@@ -60,10 +67,10 @@ def tables(methods: list[Method]) -> str:
         )
     lines += [
         "",
-        f"| Against {AGAINST} | Measure | Variety gained at equal reward, and as a share | Reward gained at equal variety, and as a share | Hypervolume |",
+        f"| Against {against} | Measure | Variety gained at equal reward, and as a share | Reward gained at equal variety, and as a share | Hypervolume |",
         "| --- | --- | --- | --- | --- |",
     ]
-    pairs = {(p.metric, p.method): p for p in compare.compare(methods, metrics, AGAINST)}
+    pairs = {(p.metric, p.method): p for p in compare.compare(methods, metrics, against)}
     for name, title in zip(metrics, titles, strict=True):
         volumes = compare.hypervolumes(methods, name)
         for method in methods:
@@ -82,14 +89,13 @@ def tables(methods: list[Method]) -> str:
 
 def figure(methods: list[Method], path: Path) -> None:
     """For each measure variety over reward (means over seeds bold, seeds faint), and below it how much more of it there is
-    than GRPO's at the same reward.
+    than the first one's at the same reward.
     """
     metrics = compare.diversity_metrics(methods, VARIETY)
     canvas = Figure(figsize=(2.9 * len(metrics), 5.8), dpi=130, layout="constrained")
     FigureCanvasAgg(canvas)
     panels = canvas.subplots(2, len(metrics), squeeze=False, sharex="col")
-    rival = next(method for method in methods if method.name == AGAINST)
-    others = [method for method in methods if method is not rival]
+    rival, *others = methods
     looks = {rival.name: {"color": flag_tables.INK, "linestyle": "-"}} | {
         method.name: {"color": COLOURS[k % len(COLOURS)], "linestyle": ("-", "--", ":")[k // len(COLOURS)]}
         for k, method in enumerate(others)
@@ -112,7 +118,7 @@ def figure(methods: list[Method], path: Path) -> None:
             below.plot(along[:, 0], along[:, 1], **look)
         flag_tables.dressed(above, METRICS[name].title)
         above.set_xlabel("")
-        flag_tables.dressed(below, f"beside {AGAINST.upper()}'s")
+        flag_tables.dressed(below, f"beside {named(rival.name)}'s")
     handles, labels = canvas.axes[0].get_legend_handles_labels()
     canvas.legend(
         handles, labels, fontsize=9, frameon=False, loc="outside lower center", ncols=min(8, len(labels))
@@ -143,9 +149,10 @@ def result_blocks(check: bool) -> dict[str, str]:
     """Tables of the folders in docs/results, by name; draws their figures unless it is only to ``check``."""
     blocks = {}
     for folder in sorted((DOCS / "results").iterdir()):
+        rival = RIVALS.get(folder.name, "grpo")
         methods = sorted(
             compare.load_methods([folder, *ALSO.get(folder.name, ())]),
-            key=lambda method: method.name != AGAINST,
+            key=lambda method: method.name != rival,
         )
         blocks[folder.name] = tables(methods)
         if not check:

@@ -188,6 +188,10 @@ def register(app: typer.Typer) -> None:
                 help="No noise on the way (DDIM with eta = 0, the plain flow), as stock pipelines draw.",
             ),
         ] = False,
+        lora_scale: Annotated[
+            float,
+            typer.Option(help="Turn a run's adapter down: 1 is as it was trained, 0 the base model.", min=0),
+        ] = 1.0,
         dtype: Dtype = None,
         device: Device = None,
     ) -> None:
@@ -203,12 +207,15 @@ def register(app: typer.Typer) -> None:
 
           driftrl sample runs/mine --prompts animals8 -n 40 --out pictures/
 
+          driftrl sample runs/mine -p "a cat" -n 16 --lora-scale 0.6
+
           driftrl sample black-forest-labs/FLUX.1-dev -p "a cat" --dtype bfloat16
         """
         from driftrl.cli.sample import sample as work
 
         work(
-            source, prompt or [], prompts, count, seed, out, base, steps, guidance_scale, deterministic, dtype, device
+            source, prompt or [], prompts, count, seed, out, base, steps, guidance_scale, deterministic, dtype, device,
+            lora_scale,
         )  # fmt: skip
 
     @app.command(cls=_Command)
@@ -261,6 +268,14 @@ def register(app: typer.Typer) -> None:
         guidance_scale: Annotated[
             float | None, typer.Option(help="By default that of the run.", min=0)
         ] = None,
+        lora_scale: Annotated[
+            str | None,
+            typer.Option(
+                metavar="S,S",
+                help="Measure one checkpoint's adapter turned down to these scales, and as it is, for what variety comes "
+                "back at what reward; written to the run's lora-scale folder.",
+            ),
+        ] = None,
         dtype: Dtype = None,
         device: Device = None,
         quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress display.")] = False,
@@ -277,9 +292,12 @@ def register(app: typer.Typer) -> None:
 
           driftrl evaluate runs/mine --prompts compositions --reward compressibility
 
+          driftrl evaluate runs/mine --lora-scale 0.2,0.4,0.6,0.8
+
           driftrl evaluate tiny-animals --images 40
         """
         from driftrl.cli.evaluate import evaluate as work
+        from driftrl.cli.evaluate import scales
 
         work(
             source,
@@ -297,6 +315,7 @@ def register(app: typer.Typer) -> None:
             out=out,
             steps=steps,
             guidance_scale=guidance_scale,
+            lora_scales=scales(lora_scale),
         )
 
     @app.command(cls=_Command)

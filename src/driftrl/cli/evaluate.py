@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from driftrl.checks import counted
+from driftrl.checks import InputError, counted
 from driftrl.cli.interrupt import on_interrupt
 from driftrl.distributed import leads
 
@@ -83,12 +83,17 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
     )
     table.add_column("measure")
     table.add_column("base", justify="right")
-    if last is not None:
+    if evaluation.settings.scaled:
+        for point in evaluation.tuned:
+            table.add_column(f"scale {point.lora_scale:g}", justify="right")
+    elif last is not None:
         table.add_column(f"iteration {last.iteration}", justify="right")
         table.add_column(f"change ({evaluation.level:.0%} interval)", justify="right")
     for name, figure in evaluation.base.figures.items():
         row = [describe(name, evaluation.settings).title, f"{figure.mean:.3f}"]
-        if last is not None:
+        if evaluation.settings.scaled:
+            row += [f"{point.figures[name].mean:.3f}" for point in evaluation.tuned]
+        elif last is not None:
             now = last.figures[name]
             row.append(f"{now.mean:.3f}")
             row.append(
@@ -113,3 +118,13 @@ def _shown(evaluation: Evaluation, source: str | Path, which: str) -> Point | No
     numbers = {int(part) for part in asked if part.strip().isdecimal()}
     points = [point for point in evaluation.tuned if point.iteration in numbers] or evaluation.tuned
     return points[-1] if points else None
+
+
+def scales(text: str | None) -> tuple[float, ...]:
+    """LoRA scales with commas between them."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text is not None else ()
+    except ValueError:
+        raise InputError(
+            f"--lora-scale: expected numbers of at least 0, such as 0.4 or 0.4,0.8; got {text!r}"
+        ) from None

@@ -147,11 +147,13 @@ def _told(failures: Sequence[Failure], count: int) -> str:
 
 
 def _list(plan: Plan, runs: Sequence[PlannedRun], jobs: int, threads: int) -> None:
-    """Print every run: the first with the settings in which runs differ, the others with what they change of them."""
+    """Print every run: the first, and its other seeds, with the settings in which runs differ, the others with what they
+    change of them.
+    """
     console, settings = Console(), differing(runs)
     width = max(len(run.name) for run in runs)
-    for number, (run, own) in enumerate(zip(runs, settings, strict=True)):
-        shown = {k: v for k, v in own.items() if number == 0 or v != settings[0][k]}
+    for run, own in zip(runs, settings, strict=True):
+        shown = {k: v for k, v in own.items() if v != settings[0][k]} or own
         text = "  ".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in shown.items())
         console.print(
             f"[bold]{run.name:{width}}[/]  {escape(text)}".rstrip(), highlight=False, soft_wrap=True

@@ -27,6 +27,7 @@ def sample(
     deterministic: bool = False,
     dtype: str | None = None,
     device: str | None = None,
+    lora_scale: float = 1.0,
 ) -> None:
     """Draw a grid, a row for each prompt, and write it as a PNG, or into a folder beside every image."""
     console = Console(stderr=True, emoji=False)
@@ -43,7 +44,7 @@ def sample(
         from driftrl.pictures import beside, grid, image_folder, save_png, to_pil
 
         logging.disable_progress_bar()  # its bars for loading weights would come between ours
-        policy, noise = open_policy(source, steps, guidance_scale, deterministic, dtype, device)
+        policy, noise = open_policy(source, steps, guidance_scale, deterministic, dtype, device, lora_scale)
     progress = Progress(
         TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TextColumn("images, left"), TimeRemainingColumn(),
         console=console, disable=not console.is_terminal, transient=True,

@@ -11,7 +11,7 @@ import numpy as np
 
 from driftrl.checks import InputError, nearest
 from driftrl.config import TrainConfig, flat, load_config
-from driftrl.evaluation.evaluate import Evaluation, load_evaluation
+from driftrl.evaluation.evaluate import Evaluation, Point, load_evaluation
 from driftrl.evaluation.pareto import Array, Interval, bootstrap_interval, gain_at_equal, hypervolume
 from driftrl.evaluation.results import load_result, sources
 
@@ -50,6 +50,10 @@ class Run:
         """Seed of training."""
         return self.evaluation.training_seed or 0
 
+    def at(self, place: float) -> Point:
+        """The point at an iteration, or a LoRA scale."""
+        return next(p for p in self.evaluation.points if self.evaluation.place(p) == place)
+
     def curve(self, metric: str) -> list[tuple[float, float]]:
         """(reward, metric) of the base model and of each checkpoint, in order."""
         points = self.evaluation.points
@@ -63,19 +67,25 @@ class Method:
     name: str
     runs: tuple[Run, ...]
 
-    def shared(self) -> list[int]:
-        """Iterations at which every run was measured; 0 is the base model."""
-        each = [{point.iteration for point in run.evaluation.points} for run in self.runs]
+    @property
+    def scaled(self) -> bool:
+        """Whether its points are an adapter at several scales, in place of checkpoints."""
+        return self.runs[0].evaluation.settings.scaled
+
+    def shared(self) -> list[float]:
+        """Iterations, or LoRA scales, at which every run was measured; 0 is the base model."""
+        each = [{run.evaluation.place(point) for point in run.evaluation.points} for run in self.runs]
         return sorted(set.intersection(*each))
+
+    def told(self, place: float) -> str:
+        """One of `shared`, in words."""
+        return f"scale {place:g}" if self.scaled else f"iteration {place:g}"
 
     def over_time(self, metric: str) -> list[Interval]:
         """Mean and interval over seeds at each shared iteration."""
         return [
             bootstrap_interval(
-                [
-                    next(p for p in run.evaluation.points if p.iteration == at).figures[metric].mean
-                    for run in self.runs
-                ],
+                [run.at(at).figures[metric].mean for run in self.runs],
                 LEVEL,
             )
             for at in self.shared()

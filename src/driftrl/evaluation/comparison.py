@@ -269,7 +269,7 @@ def _summary(methods: list[Method], metrics: list[str]) -> list[dict[str, Any]]:
                 "name": method.name,
                 "colour": number % COLOURS,
                 "seeds": len(method.runs),
-                "at": method.shared()[-1],
+                "at": method.told(method.shared()[-1]),
                 "cells": cells,
             }
         )
@@ -347,7 +347,7 @@ def _fronts(methods: list[Method], metrics: list[str]) -> list[tuple[str, Markup
             envelope = upper_envelope(mean).tolist()
             lines.append(Line([(p[0], p[1]) for p in envelope], colour, "bold"))
             tips = [
-                f"{method.name}, iteration {i}: reward {minus(r)}, {minus(v)}"
+                f"{method.name}, {method.told(i)}: reward {minus(r)}, {minus(v)}"
                 for i, (r, v) in zip(at, mean, strict=True)
             ]
             lines.append(Line(mean[1:], colour, "none", tips[1:]))
@@ -362,22 +362,27 @@ def _fronts(methods: list[Method], metrics: list[str]) -> list[tuple[str, Markup
 def _checkpoint_curves(methods: list[Method], metrics: list[str]) -> list[tuple[str, Markup]]:
     curves = []
     for name in ["reward", *metrics]:
-        title, lines = METRICS[name].title, []
+        title, lines = METRICS[name].title, list[Line]()
         for number, method in enumerate(methods):
+            if method.scaled:  # which has no place along the iterations
+                continue
             at, over = method.shared(), method.over_time(name)
-            points = [(float(i), o.mean) for i, o in zip(at, over, strict=True)]
-            tips = [f"{method.name}, iteration {i}: {minus(o.mean)}" for i, o in zip(at, over, strict=True)]
+            points = [(i, o.mean) for i, o in zip(at, over, strict=True)]
+            tips = [
+                f"{method.name}, {method.told(i)}: {minus(o.mean)}" for i, o in zip(at, over, strict=True)
+            ]
             band = [(o.low, o.high) for o in over] if len(method.runs) > 1 else ()
             lines.append(Line(points, number % COLOURS, "bold", tips, band=band))
-        described = f"{title} over checkpoints of {', '.join(m.name for m in methods)}"
+        if not lines:
+            continue
+        described = f"{title} over checkpoints of {', '.join(m.name for m in methods if not m.scaled)}"
         curves.append((title, plot(lines, "iteration", described, integer_x=True)))
     return curves
 
 
 def _last(method: Method) -> Point:
     """The last checkpoint that all runs of a method have, of its first run."""
-    at = method.shared()[-1]
-    return next(p for p in method.runs[0].evaluation.points if p.iteration == at)
+    return method.runs[0].at(method.shared()[-1])
 
 
 def _gallery(methods: list[Method]) -> list[dict[str, Any]]:

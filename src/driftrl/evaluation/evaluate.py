@@ -10,9 +10,9 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,14 @@ from driftrl.build import (
 )
 from driftrl.checkpoint import CheckpointWarning
 from driftrl.checks import InputError
-from driftrl.config import RewardPart, load_config, parse_config
+from driftrl.config import RewardPart, dump_config, load_config, parse_config
 from driftrl.distributed import join
 from driftrl.evaluation.generate import open_policy, run_of
 from driftrl.evaluation.pareto import bootstrap_interval
 from driftrl.evaluation.studio import NEIGHBOURS, Instruments, Progress, Readings, Studio, measure
 from driftrl.files import make_folder, read_json, sha256, write_json, write_text
 from driftrl.mixture import mixed
+from driftrl.policies.lora import lora_scale, scale_lora
 from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.prompts import evaluated
 from driftrl.rewards.calling import metadata_of
@@ -46,6 +47,8 @@ from driftrl.types import Prompt
 
 FORMAT = 1
 FILE = "evaluation.json"
+SCALED = "lora-scale"
+"""Folder in a run's for the evaluation of its adapter at several scales."""
 LEVEL = 0.95
 """Coverage of the bootstrap intervals over prompts."""
 NEEDED = {"reward", "diversity"}
@@ -89,6 +92,15 @@ class Point(_Record):
     identity: str
     """Checksum of the checkpoint's manifest; empty for the base model."""
     figures: dict[str, Figure]
+    lora_scale: float = 1.0
+    """What the adapter was multiplied by."""
+
+    @property
+    def told(self) -> str:
+        """What it is, in words."""
+        if self.label == "base":
+            return "base"
+        return f"iteration {self.iteration}" if self.lora_scale == 1.0 else f"scale {self.lora_scale:g}"
 
 
 class Settings(_Record):
@@ -124,6 +136,8 @@ class Settings(_Record):
     """Of the model, where that is not the run's own."""
     metadata: list[dict[str, Any]] = []
     """Of each prompt, what rewards may ask for beside it; empty where none has any."""
+    scaled: bool = False
+    """Whether this is one checkpoint at several LoRA scales, in place of several checkpoints."""
 
     def asked(self) -> list[str]:
         """The prompts, with their metadata."""
@@ -136,7 +150,7 @@ class Settings(_Record):
     def fingerprint(self) -> str:
         """A short name for these settings."""
         data = self.model_dump(mode="json")
-        for key in ("mixture", "metadata", "dtype"):
+        for key in ("mixture", "metadata", "dtype", "scaled"):
             if not data[key]:  # as it was before there were any
                 del data[key]
         text = json.dumps(data, sort_keys=True)
@@ -153,7 +167,7 @@ class Evaluation(_Record):
     level: float = LEVEL
     settings: Settings
     points: list[Point]
-    """The base model first, then checkpoints by iteration."""
+    """The base model first, then checkpoints by iteration, or one of them by LoRA scale."""
 
     @property
     def base(self) -> Point:
@@ -162,8 +176,14 @@ class Evaluation(_Record):
 
     @property
     def tuned(self) -> list[Point]:
-        """Checkpoints, by iteration."""
+        """Checkpoints, by iteration, or one of them by LoRA scale."""
         return self.points[1:]
+
+    def place(self, point: Point) -> float:
+        """Where a point lies on the way from the base model, at 0: its iteration, or its LoRA scale."""
+        if not self.settings.scaled:
+            return point.iteration
+        return 0.0 if point.label == "base" else point.lora_scale
 
     def sheet(self, folder: Path, point: Point, place: int) -> Path:
         """Where the sheet of images of one prompt lies, if it was kept."""
@@ -216,6 +236,7 @@ def evaluate(
     batch_size: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    lora_scales: Sequence[float] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Measure a run's checkpoints beside its base model, or a model alone; return the folder.
@@ -243,6 +264,9 @@ def evaluate(
         batch_size: images drawn at once; by default what suits the device.
         dtype: float32, bfloat16 or float16, of the model; by default that of the run.
         device: by default that of the run.
+        lora_scales: of the one checkpoint that is measured, the adapter multiplied by each of these, and as it is:
+            what variety comes back, and what reward is lost, on the way to the base model. They are written to the
+            run's ``lora-scale`` folder, as a method of its own, "NAME-scaled".
         progress: told how far it is.
 
     Raises:
@@ -252,12 +276,14 @@ def evaluate(
     config = load_config(found[0] / "config.yaml") if found else parse_config({})
     name = config.name if found else re.sub(r"[^\w.-]+", "-", Path(source).name) or "model"
     folder = out or (found[0] if found else Path("runs") / f"evaluate-{name}")
+    if lora_scales:
+        name, folder = f"{name}-scaled", out or folder / SCALED
     count = config.evaluation.images if images is None else images
     if count < 2:
         raise InputError(
             f"images: expected at least 2 per prompt, for variety is between images; got {count}"
         )
-    paths = _checkpoints(source, found, checkpoints)
+    wanted = _subjects(_checkpoints(source, found, checkpoints), lora_scales)
     clip_folder = clip or TINY_ANIMALS / "scorer"
     has_clip = (clip_folder / "config.json").is_file()
     if clip is not None and not has_clip:
@@ -291,19 +317,19 @@ def evaluate(
         mixture=mixture,
         dtype=None if dtype == config.model.dtype else dtype,
         metadata=metadata_of(texts) if any(metadata_of(texts)) else [],
+        scaled=bool(lora_scales),
     )
     team = join()
     own = [point.model_dump(mode="json") for point in _previous(folder, settings)] if team.leads else []
-    known = {point.label: point for point in map(Point.model_validate, team.first(own))}
-    identities = {path.name: sha256(path / "manifest.json") for path in paths}
-    known = {k: p for k, p in known.items() if k not in identities or p.identity == identities[k]}
-    wanted: dict[str, Path | None] = {"base": None, **{path.name: path for path in paths}}
+    known = _still_true([Point.model_validate(point) for point in team.first(own)], wanted)
     bare = team.first(_without_images(folder, settings, list(known))) if keep_images else []
-    todo = {label: path for label, path in wanted.items() if label not in known or label in bare}
+    todo = [subject for subject in wanted if subject.label not in known or subject.label in bare]
     if not todo:
         return folder
     with team.together():
         make_folder(folder)
+        if lora_scales and team.leads:
+            write_text(folder / "config.yaml", dump_config(config.model_copy(update={"name": name})))
 
     bench = _instruments(settings, clip_folder if has_clip else None, policy)
     studio = Studio(
@@ -318,26 +344,93 @@ def evaluate(
     )
     with policy.reference():
         reference = studio.shoot("reference", seed + REFERENCE)
-    for label, path in todo.items():
-        if path is not None:
-            checkpoint.load(path, policy)
-        with policy.reference() if path is None else nullcontext():
+    for subject in todo:
+        with subject.in_place(policy):
             readings = studio.shoot(
-                label, seed, NO_NOISE if path is None else noise, _pictures(folder, settings), keep_images
+                subject.label,
+                seed,
+                noise if subject.path else NO_NOISE,
+                _pictures(folder, settings),
+                keep_images,
             )
         readings = with_mixture(readings, reference, mixture)
         values = measure(readings, reference.features, settings.neighbours)
-        base = None if path is None else known.get("base")
-        identity, iteration = identities.get(label, ""), 0 if path is None else int(path.name)
-        known[label] = Point(
-            label=label, iteration=iteration, identity=identity, figures=_figures(values, base)
+        known[subject.label] = Point(
+            label=subject.label,
+            iteration=subject.iteration,
+            identity=subject.identity,
+            figures=_figures(values, known.get("base") if subject.path else None),
+            lora_scale=subject.scale,
         )
-        order = sorted(known.values(), key=lambda point: (point.label != "base", point.iteration))
+        order = sorted(
+            known.values(), key=lambda point: (point.label != "base", point.iteration, point.lora_scale)
+        )
         training_seed = config.seed if found else None
         evaluation = Evaluation(name=name, training_seed=training_seed, settings=settings, points=order)
         if team.leads:
             write_json(folder / FILE, evaluation.model_dump(mode="json"))
     return folder
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The base model, or a checkpoint with its adapter at a scale."""
+
+    path: Path | None = None
+    scale: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """By which it is known in ``evaluation.json``."""
+        if self.path is None:
+            return "base"
+        return self.path.name if self.scale == 1.0 else f"{self.path.name}x{self.scale:g}"
+
+    @property
+    def iteration(self) -> int:
+        """0 for the base model."""
+        return int(self.path.name) if self.path else 0
+
+    @property
+    def identity(self) -> str:
+        """Checksum of the checkpoint's manifest."""
+        return sha256(self.path / "manifest.json") if self.path else ""
+
+    @contextmanager
+    def in_place(self, policy: PipelinePolicy) -> Iterator[None]:
+        """Within this context the policy is this one."""
+        if self.path is None:
+            with policy.reference():
+                yield
+            return
+        checkpoint.load(self.path, policy)
+        if self.scale != 1.0:
+            scale_lora(dict(policy.named_parameters()), self.scale)
+        yield
+
+
+def _subjects(paths: Sequence[Path], scales: Sequence[float]) -> list[_Subject]:
+    """The base model and the checkpoints, or one checkpoint at each of the scales and as it is."""
+    if scales and len(paths) != 1:
+        raise InputError(
+            f"--lora-scale: expected a run and one of its checkpoints, such as --checkpoint last; got {len(paths)}"
+        )
+    chosen = sorted({*map(lora_scale, scales), 1.0} - {0.0})  # 0 is the base model
+    return [_Subject(), *(_Subject(path, scale) for path in paths for scale in chosen)]
+
+
+def _still_true(points: Sequence[Point], wanted: Sequence[_Subject]) -> dict[str, Point]:
+    """What was measured before, by label, less what was measured of another checkpoint of that name, or of another
+    checkpoint's scales, for of these there is no telling which is which.
+    """
+    now = {subject.label: subject for subject in wanted}
+    scaled = any(subject.scale != 1.0 for subject in wanted)
+    return {
+        point.label: point
+        for point in points
+        if (point.label not in now or point.identity == now[point.label].identity)
+        and (point.label in now or not scaled or point.iteration == wanted[-1].iteration)
+    }
 
 
 def _without_images(folder: Path, settings: Settings, labels: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from driftrl import checkpoint
 from driftrl.build import build_policy, default_batch, load_pipeline, prompt_noise_of, usual_sampling
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import ModelConfig, TrainConfig, load_config
+from driftrl.policies.lora import scale_lora
 from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
 from driftrl.types import Policy
@@ -61,14 +62,16 @@ def open_policy(
     deterministic: bool = False,
     dtype: str | None = None,
     device: str | None = None,
+    lora_scale: float = 1.0,
 ) -> tuple[PipelinePolicy, PromptNoise]:
     """The policy of a run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'.
 
     ``deterministic`` takes the noise out of the sampler: DDIM with eta = 0, or the plain Euler step of a flow,
-    as stock pipelines have it. ``dtype`` and ``device`` are those of the run, or float32 and 'auto', unless given.
+    as stock pipelines have it. ``dtype`` and ``device`` are those of the run, or float32 and 'auto', unless given;
+    ``lora_scale`` turns a run's adapter down.
 
     Raises:
-        InputError: if it is none of these, or the run has no checkpoint.
+        InputError: if it is none of these, the run has no checkpoint, or there is no adapter to scale.
     """
     found = run_of(source)
     pipeline, usual = None, dict[str, float]()
@@ -101,6 +104,10 @@ def open_policy(
         raise InputError(str(error).replace("model.device:", "--device:", 1)) from error
     if path is not None:
         checkpoint.load(path, policy)
+    if lora_scale != 1.0 and path is None:
+        raise InputError(f"--lora-scale: expected a run, which has an adapter; {source} is a model")
+    if lora_scale != 1.0:
+        scale_lora(dict(policy.named_parameters()), lora_scale)
     return policy, noise
 
 

@@ -23,7 +23,7 @@ from driftrl.evaluation.gallery import FIRST, evenly, pictures, prompt_rows, sid
 from driftrl.evaluation.measures import METRICS, VARIETY, Metric, asked, describe, trained
 from driftrl.evaluation.page import COLOURS, listed, minus, percent, render, short
 from driftrl.evaluation.picture import COLOURS as PICTURE_COLOURS
-from driftrl.evaluation.picture import MUTED, Chart, Stroke, draw
+from driftrl.evaluation.picture import MUTED, Chart, Side, Stroke, draw
 from driftrl.evaluation.plots import Line, plot
 from driftrl.evaluation.results import read_metrics
 from driftrl.evaluation.studio import Progress
@@ -240,7 +240,7 @@ def _run_fronts(evaluation: Evaluation) -> list[tuple[str, Markup]]:
             Line(
                 path,
                 tips=tips,
-                names={last: _named(points[-1])},
+                names={k: p.told for k, p in enumerate(points) if k == last or (k and settings.scaled)},
                 spread={last: _whiskers(points[0], points[-1], name)},
             ),
             Line(path[:1], -1, "none", tips[:1], {0: "base"}),
@@ -261,13 +261,9 @@ def _reward_axis(settings: Settings) -> str:
     return whole if len(whole) <= AXIS else parts
 
 
-def _named(point: Point) -> str:
-    return "base" if point.label == "base" else f"iteration {point.iteration}"
-
-
 def _tip(point: Point, name: str) -> str:
     digits = METRICS[name].digits if name in METRICS else 3
-    return f"{_named(point)}: reward {minus(point.figures['reward'].mean)}, {minus(point.figures[name].mean, digits)}"
+    return f"{point.told}: reward {minus(point.figures['reward'].mean)}, {minus(point.figures[name].mean, digits)}"
 
 
 def _whiskers(base: Point, point: Point, name: str) -> tuple[float, float, float, float]:
@@ -322,8 +318,8 @@ def _gallery(
 ) -> list[dict[str, Any]]:
     """Sheets of each prompt, side by side; the order is that of the table, greatest loss first."""
     shown = [(name, where, evaluation, point) for name, where, point in sides]
-    if tuned:
-        shown.append((f"tuned, {_named(tuned)}", folder, evaluation, tuned))
+    for point in _some_scales(evaluation) if evaluation.settings.scaled else [tuned] if tuned else []:
+        shown.append((f"tuned, {point.told}", folder, evaluation, point))
     cards = []
     for row in prompt_rows(evaluation, tuned):
         if sheets := pictures(shown, row["place"]):
@@ -353,6 +349,10 @@ def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
     tuned = evaluation.tuned[-1] if evaluation.tuned else None
     rows = evenly(prompt_rows(evaluation, tuned), prompts)
     sides = [side("base model", MUTED, folder, evaluation, evaluation.base, rows, images)]
+    if evaluation.settings.scaled:
+        return draw(
+            folder / "report.png", [row["prompt"] for row in rows], *_by_scale(folder, evaluation, rows)
+        )
     if tuned:
         name = f"after {counted(tuned.iteration, 'iteration')}"
         sides.append(side(name, PICTURE_COLOURS[0], folder, evaluation, tuned, rows, images))
@@ -370,3 +370,44 @@ def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
         for title, points in series
     ]
     return draw(folder / "report.png", [row["prompt"] for row in rows], sides, charts)
+
+
+def _by_scale(
+    folder: Path, evaluation: Evaluation, rows: list[dict[str, Any]], images: int = 4
+) -> tuple[list[Side], list[Chart]]:
+    """The base model and at most three scales of the adapter, and variety over reward of all."""
+    shown = [evaluation.base, *_some_scales(evaluation)]
+    sides = [
+        side(
+            "base model" if k == 0 else f"scale {point.lora_scale:g}",
+            MUTED if k == 0 else PICTURE_COLOURS[0],
+            folder,
+            evaluation,
+            point,
+            rows,
+            images,
+        )
+        for k, point in enumerate(shown)
+    ]
+    charts = [
+        Chart(
+            f"{METRICS[name].title} over reward",
+            "reward",
+            [
+                Stroke(
+                    [(p.figures["reward"].mean, p.figures[name].mean) for p in evaluation.points],
+                    PICTURE_COLOURS[0],
+                    marker="o",
+                )
+            ],
+        )
+        for name in VARIETY[:2]
+        if name in evaluation.base.figures
+    ]
+    return sides, charts
+
+
+def _some_scales(evaluation: Evaluation) -> list[Point]:
+    """The least, the middle and the greatest."""
+    points = evaluation.tuned
+    return [points[k] for k in sorted({0, len(points) // 2, len(points) - 1})]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,35 @@ def _in_the_layers_precision(network: nn.Module) -> None:
                 layer.cast_input_dtype_enabled = False
                 for matrix in matrices:
                     matrix.__class__ = _Matrix
+
+
+def lora_scale(scale: float) -> float:
+    """The scale itself.
+
+    Raises:
+        InputError: if it is no number of at least 0.
+    """
+    if not (math.isfinite(scale) and scale >= 0):
+        raise InputError(
+            f"--lora-scale: expected numbers of at least 0, such as 0.4 or 0.4,0.8; got {scale:g}"
+        )
+    return scale
+
+
+def scale_lora(parameters: Mapping[str, nn.Parameter], scale: float) -> None:
+    """Turn an adapter down, in place: its change of each weight is B A, and B becomes ``scale`` B, as diffusers'
+    ``set_adapters`` has it; 0 is the base model.
+
+    Raises:
+        InputError: if there is no LoRA among the ``parameters``, by name, or the scale is no number of at least 0.
+    """
+    lora_scale(scale)
+    matrices = [parameter for name, parameter in parameters.items() if ".lora_B." in name]
+    if not matrices:
+        raise InputError("--lora-scale: expected a LoRA; this is a whole network (adapter.kind: full)")
+    with torch.no_grad():
+        for matrix in matrices:
+            matrix.mul_(scale)
 
 
 class LoRA:
