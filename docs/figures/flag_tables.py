@@ -106,6 +106,34 @@ def method_table(data: dict[str, Any], against: str) -> str:
     return "\n".join(lines)
 
 
+def scale_table(data: dict[str, Any]) -> str:
+    """Of each method what its last adapter has, turned down, beside what its checkpoints have had, and beside ``against``'s,
+    turned down likewise.
+    """
+    path = curves_of(data["runs"], lambda run: run["name"])
+    scaled = curves_of(
+        [run | {"points": [run["points"][0], *run["scaled"], run["points"][-1]]} for run in data["runs"]],
+        lambda run: run["name"],
+    )
+    rival = scaled[data["against"]]
+    names = sorted(scaled, key=lambda name: -sum(volumes(scaled[name], 2)) / len(scaled[name]))
+    few = [title for title in SEEN if title != "Vendi score"]
+    lines = [
+        "| Method | Seeds | "
+        + " | ".join(f"{title}, beside its checkpoints" for title in few)
+        + f" | diversity, beside {data['against']}'s adapter, turned down too | Hypervolume: its checkpoints | its adapter, turned down |",
+        "| --- " * (5 + len(few)) + "|",
+    ]
+    for name in names:
+        own = [about(gains(scaled[name], path[name], SEEN[title], "reward"), 0, True, "%") for title in few]
+        beside = (
+            "" if name == data["against"] else about(gains(scaled[name], rival, 2, "reward"), 0, True, "%")
+        )
+        both = [about(volumes(runs, 2)) for runs in (path[name], scaled[name])]
+        lines.append(f"| {name} | {len(path[name])} | {' | '.join((*own, beside, *both))} |")
+    return "\n".join(lines)
+
+
 def settings_in(name: str) -> dict[str, str]:
     """The values that a run's name gives of the settings that its plan crosses."""
     return dict(re.findall(r"([a-z_]+)=([\d.]+)", name))

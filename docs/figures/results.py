@@ -167,6 +167,8 @@ def flag_blocks(check: bool) -> dict[str, str]:
         data = json.loads(file.read_text("utf-8"))
         if file.stem.endswith("-rates"):
             blocks[file.stem] = flag_tables.rate_table(data)
+        elif file.stem.endswith("-scaled"):
+            blocks[file.stem] = flag_tables.scale_table(data)
         elif len(flag_tables.settings_in(data["against"])) > 2:  # too many combinations to look at each
             blocks[file.stem] = flag_tables.effect_table(data)
         else:

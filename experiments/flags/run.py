@@ -2,6 +2,7 @@
 
     python experiments/flags/run.py experiments/plans/methods.yaml            # every method, eight seeds of each
     python experiments/flags/run.py experiments/plans/methods.yaml --rates    # the learning rate of every method
+    python experiments/flags/run.py experiments/plans/methods.yaml --scales   # what the adapters give, turned down
     python experiments/flags/run.py experiments/plans/paper-03-shaping.yaml --seeds 4
 
 Results go to docs/flags/PLAN.json, run by run: what is there is not made again. `python docs/figures/results.py` makes
@@ -18,7 +19,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import world
@@ -40,8 +41,20 @@ from driftrl.types import Reward
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/flags"
-Job = tuple[str, TrainConfig, int]
-"""A run's name, its configuration, and how often it is measured."""
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class Job(NamedTuple):
+    """A run to make."""
+
+    name: str
+    config: TrainConfig
+    points: int
+    """How often it is measured."""
+    scales: tuple[float, ...] = ()
+    """What its adapter is multiplied by, and measured once more, at the end."""
+
+
 FIGURES = ("reward", "diversity", "diversity/clip", "recall", "vendi", "coverage")
 """What is kept; `diversity/clip` is by the features that no training sees."""
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
@@ -122,9 +135,11 @@ def loop_of(policy: world.FlagPolicy, config: TrainConfig) -> TrainingLoop:
 
 
 def train(
-    model: world.Denoiser, config: TrainConfig, points: int
-) -> Iterator[tuple[int, list[float], Tensor]]:
-    """Train, and measure before and at ``points`` even distances: (iteration, `FIGURES`, pictures [P, N, 3, 1, 3])."""
+    model: world.Denoiser, config: TrainConfig, points: int, scales: Sequence[float] = ()
+) -> Iterator[tuple[float, list[float], Tensor]]:
+    """Train, and measure before and at ``points`` even distances: (iteration, `FIGURES`, pictures [P, N, 3, 1, 3]); then the
+    end once more, the adapter at each of ``scales``: (scale, the same).
+    """
     policy = world.FlagPolicy(model, config.sampling.steps, RANK, config.seed)
     loop = loop_of(policy, config)
     bench = Bench(policy, world.COUNTRIES, REWARDS[config.reward][1])
@@ -135,6 +150,12 @@ def train(
         loop.iterate()
         if iteration % every == 0:
             yield iteration, *bench.measure(prompt_noise_of(config, "test"))
+    trained = [change.up.detach().clone() for change in policy.changes]
+    for scale in scales:
+        with torch.no_grad():
+            for change, up in zip(policy.changes, trained, strict=True):
+                change.up.copy_(scale * up)
+        yield scale, *bench.measure(prompt_noise_of(config, "test"))
 
 
 def base_model() -> world.Denoiser:
@@ -150,14 +171,16 @@ def base_model() -> world.Denoiser:
 
 def one(job: Job) -> dict[str, Any]:
     """One run, as it goes into the file."""
-    name, config, points = job
+    name, config, points, scales = Job(*job)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # a collapse is what is looked for
     curve = [
         [at, *(float(f"{value:.4g}") for value in figures)]
-        for at, figures, _ in train(base_model(), config, points)
+        for at, figures, _ in train(base_model(), config, points, scales)
     ]
-    return {"name": name, "seed": config.seed, "rate": config.optimizer.learning_rate, "points": curve}
+    run = {"name": name, "seed": config.seed, "rate": config.optimizer.learning_rate}
+    path = len(curve) - len(scales)
+    return run | {"points": curve[:path]} | ({"scaled": curve[path:]} if scales else {})
 
 
 def volume(run: dict[str, Any], corner: float) -> float:
@@ -196,11 +219,20 @@ def planned(path: Path, iterations: int) -> dict[str, TrainConfig]:
 
 
 def jobs_of(
-    configs: dict[str, TrainConfig], rates: Mapping[str, Sequence[float]], seeds: Sequence[int], points: int
+    configs: dict[str, TrainConfig],
+    rates: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
+    points: int,
+    scales: tuple[float, ...] = (),
 ) -> list[Job]:
     """Every configuration at each of its rates, seed by seed."""
     return [
-        (name, config.model_copy(update={"seed": seed, "optimizer": at_rate(config, rate)}), points)
+        Job(
+            name,
+            config.model_copy(update={"seed": seed, "optimizer": at_rate(config, rate)}),
+            points,
+            scales,
+        )
         for seed in seeds
         for name, config in configs.items()
         for rate in rates[name]
@@ -277,6 +309,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=480)
     parser.add_argument("--points", type=int, default=16, help="how often a run is measured")
     parser.add_argument("--rates", action="store_true", help="search each method's learning rate instead")
+    parser.add_argument("--scales", action="store_true", help="measure the adapters turned down, too")
     parser.add_argument("--among", type=float, nargs="+", default=RATES, help="the rates of that search")
     parser.add_argument(
         "--like", default="drift", help="the method whose rate those have that no search has had (drift)"
@@ -288,9 +321,8 @@ def main() -> None:
     searched = args.out / f"{name}-rates.json"
     try:
         configs = planned(args.plan, args.iterations)
-        book = Book(
-            searched if args.rates else args.out / f"{name}.json", name, args.iterations, next(iter(configs))
-        )
+        file = searched if args.rates else args.out / f"{name}{'-scaled' * args.scales}.json"
+        book = Book(file, name, args.iterations, next(iter(configs)))
         base_model()
         if args.rates:
             book.make(jobs_of(configs, dict.fromkeys(configs, args.among), TUNING, args.points), args.jobs)
@@ -301,7 +333,8 @@ def main() -> None:
         tuned = best_rates(searched if searched.is_file() else args.out / "methods-rates.json")
         usual = tuned.get(args.like, SETTINGS["optimizer.learning_rate"])
         rates = {method: [tuned.get(method, usual)] for method in configs}
-        book.make(jobs_of(configs, rates, range(args.seeds), args.points), args.jobs, only=True)
+        scales = SCALES if args.scales else ()
+        book.make(jobs_of(configs, rates, range(args.seeds), args.points, scales), args.jobs, only=True)
         book.save()
     except InputError as error:
         parser.error(str(error))

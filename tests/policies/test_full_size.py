@@ -25,7 +25,7 @@ def weights_in(folder):
 def trained(settings, run):
     """The metrics of the one iteration that ``driftrl train`` does with ``settings``."""
     overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    result = driftrl("train", *overrides, "--out", run, timeout=3000)
+    result = driftrl("train", *overrides, "--out", run)
     assert result.returncode == 0, result.stderr
     return json.loads((run / "metrics.jsonl").read_text())
 
