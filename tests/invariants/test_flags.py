@@ -100,17 +100,29 @@ def test_all_methods_start_from_the_same_base_model(flags, base):
     assert all(found[1] == pytest.approx(last, rel=1e-3) for found in starts.values())
 
 
+def test_an_adapter_is_turned_down_from_what_was_trained_to_the_base_model(flags, base, monkeypatch):
+    _, run = flags
+    monkeypatch.setattr(run, "base_model", lambda: base)
+    config = configured(run, "grpo", 30, 4e-3)
+    found = run.one(run.Job("grpo", config, 1, (1.0, 0.5, 0.0)))
+    before, after = found["points"]
+    whole, half, none = found["scaled"]
+    assert whole[1:] == after[1:] and none[1:] == before[1:]
+    assert before[1] < half[1] < after[1]
+    assert "scaled" not in run.one(("grpo", config, 1))
+
+
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_every_plan_can_be_run_on_flags(flags, path):
     _, run = flags
     configs = run.planned(path, 16)
     jobs = run.jobs_of(configs, dict.fromkeys(configs, (1e-3, 2e-3)), (0, 7), 2)
     assert len({run.key(job) for job in jobs}) == len(jobs) == 4 * len(configs)
-    assert {(c.seed, c.optimizer.learning_rate) for _, c, _ in jobs} == {
+    assert {(c.seed, c.optimizer.learning_rate) for _, c, *_ in jobs} == {
         (s, r) for s in (0, 7) for r in (1e-3, 2e-3)
     }
-    assert all(c.objective.timesteps == 1.0 and c.iterations == 16 for _, c, _ in jobs)
-    assert all(c.reward in run.REWARDS and c.shaping.encoder in run.ENCODERS for _, c, _ in jobs)
+    assert all(c.objective.timesteps == 1.0 and c.iterations == 16 for _, c, *_ in jobs)
+    assert all(c.reward in run.REWARDS and c.shaping.encoder in run.ENCODERS for _, c, *_ in jobs)
 
 
 def test_the_best_rate_is_that_of_the_largest_hypervolume_over_most_seeds(flags, tmp_path):
