@@ -17,10 +17,10 @@ from driftrl.config import dump_config, flat
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
-def apart(*arguments):
+def apart(*arguments, timeout=120):
     """In a process of its own, as a user starts it."""
     command = [sys.executable, "-m", "driftrl.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @pytest.fixture

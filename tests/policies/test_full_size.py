@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from driftrl.files import numbers_in
-from test_cli import driftrl
+from test_cli import apart
 
 PUBLISHED_XL = {"unet": 2_567_463_684, "text_encoder_2": 694_659_840}
 """Of Stable Diffusion XL."""
@@ -25,7 +25,7 @@ def weights_in(folder):
 def trained(settings, run):
     """The metrics of the one iteration that ``driftrl train`` does with ``settings``."""
     overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    result = driftrl("train", *overrides, "--out", run)
+    result = apart("train", *overrides, "--out", run, timeout=3000)
     assert result.returncode == 0, result.stderr
     return json.loads((run / "metrics.jsonl").read_text())
 
