@@ -132,6 +132,10 @@ def test_what_has_no_adapter_is_refused(config, pipeline_folder, tmp_path):
         open_policy(pipeline_folder, lora_scale=0.5)
     with pytest.raises(InputError, match=r"one of its checkpoints, such as --checkpoint last; got 0"):
         evaluate(pipeline_folder, images=2, lora_scales=[0.5], out=tmp_path / "out")
+    whole = Trainer(config(adapter__kind="full", iterations=0), tmp_path / "whole").run()
+    with pytest.raises(InputError, match=r"this run trained the whole network \(adapter\.kind: full\)"):
+        evaluate(whole, images=2, lora_scales=[0.5])
+    assert not (whole / SCALED).exists()
     policy = build_policy(config(adapter__kind="full"))
     with pytest.raises(InputError, match=r"this is a whole network \(adapter\.kind: full\)"):
         scale_lora(dict(policy.named_parameters()), 0.5)

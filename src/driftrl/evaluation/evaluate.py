@@ -283,7 +283,7 @@ def evaluate(
         raise InputError(
             f"images: expected at least 2 per prompt, for variety is between images; got {count}"
         )
-    wanted = _subjects(_checkpoints(source, found, checkpoints), lora_scales)
+    wanted = _subjects(_checkpoints(source, found, checkpoints), lora_scales, config.adapter.kind)
     clip_folder = clip or TINY_ANIMALS / "scorer"
     has_clip = (clip_folder / "config.json").is_file()
     if clip is not None and not has_clip:
@@ -321,7 +321,8 @@ def evaluate(
     )
     team = join()
     own = [point.model_dump(mode="json") for point in _previous(folder, settings)] if team.leads else []
-    known = _still_true([Point.model_validate(point) for point in team.first(own)], wanted)
+    before = [Point.model_validate(point) for point in team.first(own)]
+    known = _still_true(before, wanted, settings.scaled)
     bare = team.first(_without_images(folder, settings, list(known))) if keep_images else []
     todo = [subject for subject in wanted if subject.label not in known or subject.label in bare]
     if not todo:
@@ -409,22 +410,25 @@ class _Subject:
         yield
 
 
-def _subjects(paths: Sequence[Path], scales: Sequence[float]) -> list[_Subject]:
+def _subjects(paths: Sequence[Path], scales: Sequence[float], kind: str) -> list[_Subject]:
     """The base model and the checkpoints, or one checkpoint at each of the scales and as it is."""
     if scales and len(paths) != 1:
         raise InputError(
             f"--lora-scale: expected a run and one of its checkpoints, such as --checkpoint last; got {len(paths)}"
         )
+    if scales and kind != "lora":
+        raise InputError(
+            "--lora-scale: expected a LoRA; this run trained the whole network (adapter.kind: full)"
+        )
     chosen = sorted({*map(lora_scale, scales), 1.0} - {0.0})  # 0 is the base model
     return [_Subject(), *(_Subject(path, scale) for path in paths for scale in chosen)]
 
 
-def _still_true(points: Sequence[Point], wanted: Sequence[_Subject]) -> dict[str, Point]:
+def _still_true(points: Sequence[Point], wanted: Sequence[_Subject], scaled: bool) -> dict[str, Point]:
     """What was measured before, by label, less what was measured of another checkpoint of that name, or of another
     checkpoint's scales, for of these there is no telling which is which.
     """
     now = {subject.label: subject for subject in wanted}
-    scaled = any(subject.scale != 1.0 for subject in wanted)
     return {
         point.label: point
         for point in points
