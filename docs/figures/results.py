@@ -63,7 +63,9 @@ def tables(methods: list[Method]) -> str:
     for method in methods:
         last = [shown(method.over_time(name)[-1]) for name in ("reward", *metrics)]
         lines.append(
-            f"| {method.name} | {len(method.runs)} | {method.shared()[-1]} | " + " | ".join(last) + " |"
+            f"| {method.name} | {len(method.runs)} | {method.told(method.shared()[-1]).removeprefix('iteration ')} | "
+            + " | ".join(last)
+            + " |"
         )
     lines += [
         "",
