@@ -122,11 +122,11 @@ def main() -> None:
         laps.append({**done.seconds, "all": time.perf_counter() - start})
     best = rate(device, getattr(torch, config.model.dtype))
     plan = probe.plan_of(loop)
-    count = operations(config, plan.taught)
+    count = operations(config, plan.backward)
     median = {name: statistics.median(lap[name] for lap in laps[1:]) for name in laps[-1]}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, {config.model.dtype}; {plan.candidates} candidates, {plan.keep} kept, {plan.steps} steps; batches of "
-          f"{plan.rollout_batch} and {plan.update_batch}; {'one pass' if plan.taught else 'replay'}")  # fmt: skip
+          f"{plan.rollout_batch} and {plan.update_batch}; {'one pass' if plan.backward else 'replay'}")  # fmt: skip
     for phase, seconds in median.items():
         print(f"{phase:12}{seconds:9.3f} s")
     print(f"peak memory {probe.peak(device) / 2**30:.2f} GiB")
