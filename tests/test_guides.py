@@ -160,5 +160,12 @@ def test_diffusers_own_ddim_draws_nan_from_pure_noise():
             found += [steps] if not drawn.isfinite().all() else []
         return found
 
+    def under_the_root(steps):
+        scheduler.set_timesteps(steps)
+        first = int(scheduler.timesteps[0])
+        before = first - scheduler.config.num_train_timesteps // steps
+        return float(1 - scheduler.alphas_cumprod[before] - scheduler._get_variance(first, before))
+
     assert broken(1.0)  # at which numbers of steps, rounding decides, which differs between processors
+    assert max(abs(under_the_root(steps)) for steps in range(2, 51)) < 1e-6  # 0, but for rounding
     assert broken(0.999) == []

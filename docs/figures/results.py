@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 
 import flag_tables
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -24,10 +25,12 @@ from driftrl.evaluation import compare
 from driftrl.evaluation.compare import Method
 from driftrl.evaluation.measures import METRICS, VARIETY
 from driftrl.evaluation.page import percent
-from driftrl.evaluation.pareto import Interval, difference_at_equal
+from driftrl.evaluation.pareto import Interval, difference_at_equal, upper_envelope
 from driftrl.evaluation.picture import COLOURS
 
 DOCS = Path(__file__).resolve().parents[1]
+LEVELS, AT = (13.5, 13.85, 14.0), ("diversity", "recall", "coverage")
+"""Rewards and measures of the table of adapters turned down."""
 RIVALS = {"sampling": "contrast"}
 """What a folder's methods are compared with, where that is not GRPO."""
 ALSO = {"rates": sorted((DOCS / "results/methods").glob("grpo-seed*.json"))}
@@ -41,6 +44,39 @@ def shown(interval: Interval | None, digits: int = 3, sign: bool = False) -> str
     plus = "+" if sign else ""
     mean, low, high = (f"{v:{plus}.{digits}f}" for v in (interval.mean, interval.low, interval.high))
     return mean if interval.count == 1 else f"{mean} ({low} to {high})"
+
+
+def scale_table() -> str:
+    """At some rewards, on straight lines between what was measured, what each adapter turned down has, and its checkpoints."""
+    flat = DOCS / "results/flat"
+    own = [flat / "grpo-kl-0.1-seed2.json", flat / "diversegrpo-seed1.json"]  # of the others flat's seeds
+    paths = [
+        DOCS / "results/scaled",
+        *own,
+        *flat.glob("drift-seed*.json"),
+        *flat.glob("shaped-0.75-seed*.json"),
+    ]
+    methods = {method.name: method for method in compare.load_methods(paths)}
+    names = [f"{title} at {reward:g}" for reward in LEVELS for title in (METRICS[name].title for name in AT)]
+    lines = [
+        "| Turned down; its checkpoints | " + " | ".join(names) + " |",
+        "| --- " * (1 + len(names)) + "|",
+    ]
+    for name in sorted(name.removesuffix("-scaled") for name in methods if name.endswith("-scaled")):
+        cells = [
+            "; ".join(_at(methods[which], metric, reward) for which in (f"{name}-scaled", name))
+            for reward in LEVELS
+            for metric in AT
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _at(method: Method, metric: str, reward: float) -> str:
+    rewards, values = upper_envelope(method.mean_curve(metric)).T
+    return (
+        f"{np.interp(reward, rewards, values):.3f}" if rewards[0] <= reward <= rewards[-1] else "not reached"
+    )
 
 
 def named(method: str) -> str:
@@ -159,7 +195,7 @@ def result_blocks(check: bool) -> dict[str, str]:
         blocks[folder.name] = tables(methods)
         if not check:
             figure(methods, DOCS / "images" / f"results-{folder.name}.png")
-    return blocks
+    return blocks | {"scaled-levels": scale_table()}
 
 
 def flag_blocks(check: bool) -> dict[str, str]:

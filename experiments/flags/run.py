@@ -171,7 +171,7 @@ def base_model() -> world.Denoiser:
 
 def one(job: Job) -> dict[str, Any]:
     """One run, as it goes into the file."""
-    name, config, points, scales = Job(*job)
+    name, config, points, scales = job
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # a collapse is what is looked for
     curve = [

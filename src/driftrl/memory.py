@@ -87,9 +87,8 @@ class Memory:
         Raises:
             InputError: if it belongs to another prompt set, adapter or method.
         """
-        found = {
-            key.replace("drawer/", "behavior/"): value for key, value in found.items()
-        }  # as it was called
+        # As it was called in earlier checkpoints.
+        found = {key.replace("drawer/", "behavior/"): value for key, value in found.items()}
         history = self.history
         if history is not None and "history/values" in found:
             if found["history/values"].shape != history.values.shape:

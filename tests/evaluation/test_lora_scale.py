@@ -19,8 +19,6 @@ from driftrl.evaluation.generate import EVALUATION, generate, open_policy
 from driftrl.evaluation.report import write_picture, write_report
 from driftrl.policies.lora import scale_lora
 
-PROMPTS = ["a cat", "a dog"]
-
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):

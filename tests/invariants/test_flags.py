@@ -69,7 +69,7 @@ def test_a_lora_that_is_switched_off_leaves_the_base_model(flags, base):
 def test_grpo_learns_and_collapses_and_a_run_is_repeated_to_the_digit(flags, base, monkeypatch):
     _, run = flags
     monkeypatch.setattr(run, "base_model", lambda: base)
-    job = ("grpo", configured(run, "grpo", 120, 4e-3), 4)
+    job = run.Job("grpo", configured(run, "grpo", 120, 4e-3), 4)
     first = run.one(job)
     assert first == run.one(job)
     (_, reward, diversity, *_), *_, (last, after, left, *_) = first["points"]
@@ -109,7 +109,7 @@ def test_an_adapter_is_turned_down_from_what_was_trained_to_the_base_model(flags
     whole, half, none = found["scaled"]
     assert whole[1:] == after[1:] and none[1:] == before[1:]
     assert before[1] < half[1] < after[1]
-    assert "scaled" not in run.one(("grpo", config, 1))
+    assert "scaled" not in run.one(run.Job("grpo", config, 1))
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)

@@ -348,11 +348,11 @@ def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
     evaluation = load_evaluation(folder)
     tuned = evaluation.tuned[-1] if evaluation.tuned else None
     rows = evenly(prompt_rows(evaluation, tuned), prompts)
-    sides = [side("base model", MUTED, folder, evaluation, evaluation.base, rows, images)]
     if evaluation.settings.scaled:
         return draw(
             folder / "report.png", [row["prompt"] for row in rows], *_by_scale(folder, evaluation, rows)
         )
+    sides = [side("base model", MUTED, folder, evaluation, evaluation.base, rows, images)]
     if tuned:
         name = f"after {counted(tuned.iteration, 'iteration')}"
         sides.append(side(name, PICTURE_COLOURS[0], folder, evaluation, tuned, rows, images))
