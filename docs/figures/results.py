@@ -46,12 +46,12 @@ def shown(interval: Interval | None, digits: int = 3, sign: bool = False) -> str
     return mean if interval.count == 1 else f"{mean} ({low} to {high})"
 
 
-def scale_table() -> str:
+def scale_table(folder: Path) -> str:
     """At some rewards, on straight lines between what was measured, what each adapter turned down has, and its checkpoints."""
     flat = DOCS / "results/flat"
     own = [flat / "grpo-kl-0.1-seed2.json", flat / "diversegrpo-seed1.json"]  # of the others flat's seeds
     paths = [
-        DOCS / "results/scaled",
+        folder,
         *own,
         *flat.glob("drift-seed*.json"),
         *flat.glob("shaped-0.75-seed*.json"),
@@ -193,9 +193,11 @@ def result_blocks(check: bool) -> dict[str, str]:
             key=lambda method: method.name != rival,
         )
         blocks[folder.name] = tables(methods)
+        if any(method.scaled for method in methods):
+            blocks[f"{folder.name}-levels"] = scale_table(folder)
         if not check:
             figure(methods, DOCS / "images" / f"results-{folder.name}.png")
-    return blocks | {"scaled-levels": scale_table()}
+    return blocks
 
 
 def flag_blocks(check: bool) -> dict[str, str]:
