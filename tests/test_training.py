@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 import weakref
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,63 @@ def test_the_learning_rate_rises_to_its_value(config, tmp_path, one_pass):
 
 
 HELD_OUT = {"evaluation__every": 2, "evaluation__images_meanwhile": 3, "evaluation__prompts": "animals5"}
+
+
+def test_the_learning_rate_falls_as_is_asked(config, tmp_path):
+    """A step of AdamW without memory is as long as its rate; a run that was stopped falls like one that was not."""
+    falling = {"optimizer__schedule": "linear", "optimizer__updates": 1, "optimizer__betas": (0.0, 0.0)}
+    whole = Trainer(config(iterations=4, **falling), tmp_path / "whole").run()
+    trainer = Trainer(config(iterations=4, **falling), tmp_path / "parts")
+    trainer.run(lambda iteration: trainer._stop(2) if iteration.number == 2 else None)
+    Trainer(config(iterations=4, **falling), tmp_path / "parts", resume=True).run()
+    assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "parts/metrics.jsonl").read_bytes()
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["policy/learning_rate"] for row in rows] == [1e-3, 0.75e-3, 0.5e-3, 0.25e-3]
+    states = [load_file(whole / f"checkpoints/{n:06d}/training.safetensors") for n in range(5)]
+    longest = [
+        max(float((two[name] - one[name]).abs().max()) for name in two if name.endswith("/value"))
+        for one, two in pairwise(states)
+    ]
+    assert longest == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"adapter__kind": "full", "optimizer__learning_rate": 1e-4}, marks=pytest.mark.slow)]
+)  # fmt: skip
+def test_checkpoints_hand_out_an_average(config, tmp_path, changes):
+    """It is that of the weights so far, drawn with by all that reads a checkpoint; training goes as without."""
+    from driftrl.evaluation.evaluate import evaluate, load_evaluation
+
+    averaged = config(iterations=4, optimizer__ema_decay=0.2, **changes | HELD_OUT)
+    run = Trainer(averaged, tmp_path / "run").run()
+    plain = Trainer(config(iterations=4, **changes | HELD_OUT), tmp_path / "plain").run()
+    states = [load_file(run / f"checkpoints/{n:06d}/training.safetensors") for n in range(5)]
+    last = load_file(plain / "checkpoints/000004/training.safetensors")
+    assert all(torch.equal(last[name], value) for name, value in states[4].items())
+
+    policy, _ = open_policy(run)
+    for name, parameter in policy.named_parameters():
+        expected = states[1][f"{name}/value"]
+        for kept, state in zip((2 / 11, 0.2, 0.2), states[2:], strict=True):
+            expected = kept * expected + (1 - kept) * state[f"{name}/value"]
+        torch.testing.assert_close(parameter.detach(), expected)
+    if not changes:
+        rows = load_file(run / "checkpoints/000004/pytorch_lora_weights.safetensors")
+        ours = sorted(float(p.detach().double().sum()) for _, p in policy.named_parameters())
+        assert sorted(float(row.double().sum()) for row in rows.values()) == pytest.approx(ours)
+
+    parts = Trainer(averaged.model_copy(update={"iterations": 3}), tmp_path / "parts").run()
+    Trainer(averaged, parts, resume=True).run()
+    for name in ("training.safetensors", "memory.safetensors"):
+        one, two = ((each / "checkpoints/000004" / name).read_bytes() for each in (run, parts))
+        assert one == two
+    found = load_evaluation(evaluate(run, checkpoints="all", images=3))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    point = next(p for p in found.points if p.iteration == 4)
+    assert rows[3]["evaluation/reward"] == pytest.approx(point.figures["reward"].mean, rel=1e-4)
+    other = [json.loads(line) for line in (plain / "metrics.jsonl").read_text().splitlines()]
+    assert rows[3]["reward/mean"] == other[3]["reward/mean"]
+    assert rows[3]["evaluation/reward"] != other[3]["evaluation/reward"]
 
 
 WINDOW = {"sampling__window": 1, "sampling__window_every": 1}

@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib import resources
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -41,6 +42,7 @@ from driftrl.rewards.guarded import GuardedReward
 from driftrl.rewards.several import SeveralRewards
 from driftrl.rewards.tower import CLIPTower
 from driftrl.rollout import PromptNoise, Window
+from driftrl.schedule import rate_share
 from driftrl.shaping import Shaping
 from driftrl.trainer import Method, TrainingLoop
 from driftrl.types import Encoder, Policy, Reward
@@ -678,7 +680,13 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE, start: bool =
         overlap_reward=overlaps(config, policy.device),
         similarity=build_similarity(config, reward, towers),
         in_one_pass=in_one_pass(config, policy, objective, team),
-        warmup=config.optimizer.warmup,
+        schedule=partial(
+            rate_share,
+            iterations=config.iterations,
+            warmup=config.optimizer.warmup,
+            kind=config.optimizer.schedule,
+        ),
+        ema_decay=config.optimizer.ema_decay,
     )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import platform
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -81,20 +82,23 @@ def save(
     memory: Mapping[str, torch.Tensor] | None = None,
     sizes: list[list[int]] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
+    handed_out: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Path:
     """Write ``folder/000050`` for iteration 50, and return it; on any failure nothing is left behind.
 
     ``memory`` is whatever else the method needs to go on exactly; ``sizes`` are the batch sizes of each process, on
-    which rounding depends; ``tensors`` is what `gathered` gave.
+    which rounding depends; ``tensors`` is what `gathered` gave. Within ``handed_out`` the policy is the one whose adapter is
+    written.
     """
     from safetensors.torch import save_file
 
     path = folder / name_of(position)
     tensors = gathered(policy, optimizer) if tensors is None else tensors
     with new_folder(path) as place:
-        policy.save_adapter(
-            place, {k.removesuffix("/value"): v for k, v in tensors.items() if k.endswith("/value")}
-        )
+        with handed_out():
+            policy.save_adapter(
+                place, {k.removesuffix("/value"): v for k, v in tensors.items() if k.endswith("/value")}
+            )
         save_file(dict(tensors), place / "training.safetensors")
         if memory:
             save_file({k: v.detach().cpu().contiguous() for k, v in memory.items()}, place / MEMORY)
@@ -111,7 +115,8 @@ def save(
 
 
 def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None = None) -> Position:
-    """Read a checkpoint into the policy's adapter and the optimiser.
+    """Read a checkpoint into the policy's adapter: to go on, with the ``optimizer``; without one to draw, from the average of
+    the weights where the run keeps one.
 
     Raises:
         InputError: if it is damaged or does not fit.
@@ -132,9 +137,10 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None = N
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path / 'training.safetensors'}: {error}") from error
     named = dict(policy.named_parameters())
+    averages = _averages(load_memory(path), named) if optimizer is None else {}
     with torch.no_grad():
         for name, parameter in named.items():
-            value = tensors.pop(f"{name}/value", None)
+            value = averages.get(name, tensors.pop(f"{name}/value", None))
             if value is None or value.shape != parameter.shape:
                 raise InputError(
                     f"{path}: the checkpoint does not fit this model, rank or targets (at {name})"
@@ -176,6 +182,11 @@ def load_memory(path: Path) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in load_file(path / MEMORY).items()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path / MEMORY}: {error}") from error
+
+
+def _averages(memory: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The averaged weights of a `driftrl.memory.Memory`, by the parameters' names; nothing where none are kept."""
+    return {name: memory[key] for i, name in enumerate(names) if (key := f"average/{i:05d}") in memory}
 
 
 def batch_sizes(path: Path) -> list[list[int]]:

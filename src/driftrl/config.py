@@ -324,9 +324,16 @@ class OptimizerConfig(Section):
     """AdamW."""
 
     learning_rate: float = Field(1e-3, gt=0, le=1)
-    """Constant over the run, after `warmup`; 1e-3 is for a LoRA, all weights want about 1e-5."""
+    """What `warmup` rises to, and `schedule` begins with; 1e-3 is for a LoRA, all weights want about 1e-5."""
     warmup: int = Field(0, ge=0)
     """Iterations in which the rate rises to its value in a straight line: 1/N of it in the first of N."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate goes on from there: as it is, or falling towards 0 at the end of `iterations`, in a straight line or along
+    half a cosine. A run that is resumed for more iterations goes on at the rate that the longer run has there."""
+    ema_decay: Decay | None = None
+    """What an exponential moving average of the trained weights keeps of itself after each iteration, such as 0.95; less in
+    the first ones, as in diffusers. Checkpoints then hand out the average: it is what `driftrl sample`, `evaluate` and `export`
+    and diffusers draw with, while training goes on from the weights themselves. Null: no average."""
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), strict=False)
     """Decay of the two running means, each below 1."""
     weight_decay: float = Field(0.0, ge=0)
@@ -535,6 +542,8 @@ class TrainConfig(Section):
             raise ValueError(
                 "adapter.shard: does not go with objective.loss 'nft', whose samples a copy draws"
             )
+        if self.optimizer.ema_decay is not None:
+            raise ValueError("adapter.shard: does not go with optimizer.ema_decay, an average of whole weights")
         if self.evaluation.every is not None:
             raise ValueError(
                 "adapter.shard: does not go with evaluation.every, for processes with fewer prompts would not call the network as "

@@ -1,4 +1,4 @@
-"""What a method carries from one iteration to the next: past rewards, a reference that moves, a policy that draws."""
+"""What a method carries from one iteration to the next: past rewards, a reference that moves, a policy that draws, an average."""
 
 from __future__ import annotations
 
@@ -27,14 +27,21 @@ class Memory:
     """Iterations since then."""
     behavior: tuple[Tensor, ...] | None = None
     """The parameters that samples are drawn with (DiffusionNFT); None where they are the policy's own."""
+    average: tuple[Tensor, ...] | None = None
+    """An exponential moving average of the parameters, which checkpoints hand out; None where there is none."""
 
     @staticmethod
-    def empty(rule: AdvantageRule, prompts: int, policy: Policy, own_behavior: bool = False) -> Memory:
-        """At the start of a run over a set of ``prompts``; with ``own_behavior`` a copy of ``policy`` draws."""
+    def empty(
+        rule: AdvantageRule, prompts: int, policy: Policy, own_behavior: bool = False, averaged: bool = False
+    ) -> Memory:
+        """At the start of a run over a set of ``prompts``; with ``own_behavior`` a copy of ``policy`` draws, and if
+        ``averaged`` an average of it is kept.
+        """
         running = rule.baseline == "running"
         return Memory(
             no_history(prompts, rule.history, policy.device) if running else None,
             behavior=_copies(policy) if own_behavior else None,
+            average=_copies(policy) if averaged else None,
         )
 
     def with_rewards(self, which: Sequence[int], rewards: Tensor) -> Memory:
@@ -51,18 +58,26 @@ class Memory:
         """Within this context ``policy`` is the one that draws."""
         return nullcontext() if self.behavior is None else _standing_in(policy.parameters(), self.behavior)
 
-    def after(self, divergence: float, anchor: Anchor, policy: Policy, kept: float = 0.0) -> Memory:
+    def handed_out(self, policy: Policy) -> AbstractContextManager[None]:
+        """Within this context ``policy`` is the one that checkpoints hand out."""
+        return nullcontext() if self.average is None else _standing_in(policy.parameters(), self.average)
+
+    def after(
+        self, divergence: float, anchor: Anchor, policy: Policy, kept: float = 0.0, averaged: float = 0.0
+    ) -> Memory:
         """After an update that ended ``divergence`` away from the reference: moved to ``policy`` if it is due. A copy that draws
-        keeps the share ``kept`` of itself, and follows ``policy`` with the rest.
+        keeps the share ``kept`` of itself, an average ``averaged``, and they follow ``policy`` with the rest.
         """
-        behavior = self.behavior
-        if behavior is not None:
-            behavior = tuple(new.lerp_(old, kept) for old, new in zip(behavior, _copies(policy), strict=True))
+        moved = replace(
+            self,
+            behavior=_following(self.behavior, policy, kept),
+            average=_following(self.average, policy, averaged),
+        )
         if not anchor.moves:
-            return replace(self, behavior=behavior)
+            return moved
         if reference_is_due(divergence, self.age + 1, anchor.threshold, anchor.every):
-            return replace(self, reference=_copies(policy), age=0, behavior=behavior)
-        return replace(self, age=self.age + 1, behavior=behavior)
+            return replace(moved, reference=_copies(policy), age=0)
+        return replace(moved, age=self.age + 1)
 
     def reference_of(self, policy: Policy) -> AbstractContextManager[None]:
         """Within this context ``policy`` is the reference; enter it outside of any gradient that is to be taken."""
@@ -75,7 +90,7 @@ class Memory:
         found: dict[str, Tensor] = {}
         if self.history is not None:
             found |= {"history/values": self.history.values, "history/filled": self.history.filled}
-        for name in ("reference", "behavior"):
+        for name in ("reference", "behavior", "average"):
             found |= {f"{name}/{i:05d}": value for i, value in enumerate(getattr(self, name) or ())}
         if self.age or self.reference is not None:
             found["age"] = torch.tensor(self.age)
@@ -97,17 +112,31 @@ class Memory:
                     f"needs {list(history.values.shape)}: has the prompt file changed?"
                 )
             history = History(*(found[f"history/{k}"].to(policy.device) for k in History._fields))
-        reference, behavior = (_restored_copies(name, found, policy) for name in ("reference", "behavior"))
+        reference, behavior, average = (
+            _restored_copies(name, found, policy) for name in ("reference", "behavior", "average")
+        )
         if (behavior is None) != (self.behavior is None):
             raise InputError(
                 f"the checkpoint has {'a' if behavior else 'no'} copy that draws, and objective.loss asks for "
                 f"{'none' if behavior else 'one'}: it is of another method"
             )
-        return Memory(history, reference, int(found["age"]) if "age" in found else 0, behavior)
+        if (average is None) != (self.average is None):
+            raise InputError(
+                f"the checkpoint has {'an' if average else 'no'} average of its weights, and optimizer.ema_decay asks for "
+                f"{'none' if average else 'one'}"
+            )
+        return Memory(history, reference, int(found["age"]) if "age" in found else 0, behavior, average)
 
 
 def _copies(policy: Policy) -> tuple[Tensor, ...]:
     return tuple(p.detach().clone() for p in policy.parameters())
+
+
+def _following(copies: tuple[Tensor, ...] | None, policy: Policy, kept: float) -> tuple[Tensor, ...] | None:
+    """Copies that have moved towards ``policy``, and kept the share ``kept`` of themselves."""
+    if copies is None:
+        return None
+    return tuple(new.lerp_(old, kept) for old, new in zip(copies, _copies(policy), strict=True))
 
 
 def _restored_copies(name: str, found: Mapping[str, Tensor], policy: Policy) -> tuple[Tensor, ...] | None:

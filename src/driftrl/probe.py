@@ -116,8 +116,9 @@ def standing_of(loop: TrainingLoop) -> Standing:
     model = _bytes(parts)
     if on_cpu and isinstance(policy.weights, FullWeights):
         model += gradients_of(loop)  # the weights that training started from wait in main memory
-    # Copies of what is trained: a reference that moves, one that draws.
-    model += (loop.method.anchor.moves + (loop.memory.behavior is not None)) * gradients_of(loop)
+    # Copies of what is trained: a reference that moves, one that draws, an average.
+    copies = (loop.method.anchor.moves, loop.memory.behavior is not None, loop.memory.average is not None)
+    model += sum(copies) * gradients_of(loop)
     rewards = (loop.reward, *loop.judges, loop.encoder, loop.similarity)
     instruments = [m for r in rewards for m in _modules(r) if m not in parts]
     embeddings = loop.conditioning.held(loop.prompts_per_iteration)

@@ -189,7 +189,8 @@ class Trainer:
         try:
             if self._held_out is None:
                 self._held_out = self._made_held_out()
-            figures = self._held_out.figures()
+            with self.loop.memory.handed_out(self.loop.policy):
+                figures = self._held_out.figures()
         except (InputError, RunFailedError) as error:
             warnings.warn(
                 f"iteration {iteration.number} was not measured: {error}", RuntimeWarning, stacklevel=2

@@ -31,6 +31,7 @@ from driftrl.mixture import Part, columns, mixed
 from driftrl.noise import generator
 from driftrl.objectives.gate import Anchor, gate, reward_disagreement
 from driftrl.rollout import PromptNoise, Window, rollout
+from driftrl.schedule import kept_share
 from driftrl.scoring import Scoring
 from driftrl.selection import select
 from driftrl.shaping import (
@@ -116,7 +117,8 @@ class TrainingLoop:
         overlap_reward: bool = False,
         similarity: Reward | None = None,
         in_one_pass: bool = False,
-        warmup: int = 0,
+        schedule: Callable[[int], float] | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         """Take over built objects; ``checkpoints`` is the folder that checkpoints go to, each with
         ``configuration``. ``judges`` are rewards whose disagreement with ``reward`` decides whom the divergence
@@ -125,7 +127,8 @@ class TrainingLoop:
         ``overlap_reward`` each finished batch of images is scored while the next one is drawn.
         ``similarity`` of image and prompt shows whether the noise on the prompt is too strong; None does not look.
         ``in_one_pass`` takes gradients while the candidates are drawn (`driftrl.one_pass`), with batches of the update's
-        size. In the first ``warmup`` iterations the learning rate rises to that of ``optimizer``.
+        size. ``schedule`` is the share of the optimizer's learning rate that an iteration has. With ``ema_decay``
+        checkpoints hand out a moving average of the weights (`driftrl.schedule`).
         """
         self.policy, self.reward, self.encoder, self.prompt_set = policy, reward, encoder, prompt_set
         self.method, self.objective, self.optimizer, self.checkpoints = (
@@ -135,7 +138,8 @@ class TrainingLoop:
             checkpoints,
         )
         self._move_window(0)
-        self.warmup, self.learning_rates = warmup, [float(group["lr"]) for group in optimizer.param_groups]
+        self.schedule, self.ema_decay = schedule, ema_decay
+        self.learning_rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.seed, self.prompts_per_iteration = seed, prompts_per_iteration
         self.overlap_reward, self.in_one_pass = overlap_reward, in_one_pass
         # Processes that hold parts of the weights call the network equally often, so none may try again on its own.
@@ -153,7 +157,11 @@ class TrainingLoop:
         self._said: set[type[Warning]] = set()
         self.position = Position(0)
         self.memory = Memory.empty(
-            method.advantage, len(prompt_set), policy, own_behavior=objective.contrast is not None
+            method.advantage,
+            len(prompt_set),
+            policy,
+            own_behavior=objective.contrast is not None,
+            averaged=ema_decay is not None,
         )
         self._saved: int | None = None
         self.on_sampled: Callable[[int], None] | None = None
@@ -293,7 +301,10 @@ class TrainingLoop:
         advantages = self._advantages(rewards, kept_rewards, bonus, memory.rows(which))
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
         stats = self._learn(kept, advantages, conditioning, texts, held, memory)
-        self.memory = memory.after(stats.kl, method.anchor, self.policy, self.objective.kept(number))
+        averaged = kept_share(number, self.ema_decay or 0.0)
+        self.memory = memory.after(
+            stats.kl, method.anchor, self.policy, self.objective.kept(number), averaged
+        )
         clock.lap("update")
 
         self.position = Position(number + 1)
@@ -315,6 +326,7 @@ class TrainingLoop:
             "policy/ratio_deviation": stats.ratio_deviation,
             "policy/rescored_by": stats.rescored_by,
             "policy/grad_norm": stats.grad_norm,
+            "policy/learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "policy/pairs": stats.pairs,
             "reference/held": 1.0 if held is None else float(held.mean()),
             "reference/moved": int(self.memory.reference is not memory.reference),
@@ -347,6 +359,7 @@ class TrainingLoop:
                 self.memory.tensors(),
                 sizes.tolist(),
                 tensors,
+                lambda: self.memory.handed_out(self.policy),
             )
             checkpoint.prune(self.checkpoints, self.keep_last, self.keep_every)
         self.team.wait()
@@ -388,8 +401,8 @@ class TrainingLoop:
         memory: Memory,
     ) -> UpdateStats:  # fmt: skip
         """The update: by replay, or from gradients that the rollout has taken."""
-        if self.warmup:
-            share = min(1.0, (self.position.iteration + 1) / self.warmup)
+        if self.schedule is not None:
+            share = self.schedule(self.position.iteration)
             for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
                 group["lr"] = share * rate
         team, key = self.team, (self.seed, self.position.iteration)
