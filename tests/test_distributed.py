@@ -90,9 +90,9 @@ def test_two_processes_train_as_one(train, tmp_path, method):
         assert {name: a[name] for name in counted} == {name: b[name] for name in counted}
         for name in ("reward/mean", "diversity/kept_mean", "loss", "loss/kl", "policy/grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (name, a["iteration"])
-        held_out = {name: value for name, value in a.items() if name.startswith("evaluation/")}
-        assert len(held_out) == (8 if a["iteration"] % 5 == 0 else 0)
-        assert {name: b[name] for name in held_out} == pytest.approx(held_out, rel=1e-3)
+        meanwhile = {name: value for name, value in a.items() if name.startswith("evaluation/")}
+        assert len(meanwhile) == (8 if a["iteration"] % 5 == 0 else 0)
+        assert {name: b[name] for name in meanwhile} == pytest.approx(meanwhile, rel=1e-3)
     start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 10)
     assert (last - start).abs().max() > 5e-3
     torch.testing.assert_close(weights(tmp_path / "two", 10), last, atol=1e-5, rtol=0)

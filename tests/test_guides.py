@@ -15,7 +15,8 @@ from PIL import Image
 
 from driftrl import TrainConfig, Trainer
 from driftrl.build import load_pipeline
-from driftrl.config import load_config, parse_config
+from driftrl.checks import InputError
+from driftrl.config import flat, load_config, parse_config
 from driftrl.evaluation.card import export
 
 GUIDES = Path(__file__).parents[1] / "docs" / "guide"
@@ -131,6 +132,63 @@ def test_the_configurations_of_the_large_models(here, encoder_folder, number):
     data["sampling"] |= {"steps": 4, "candidates": 4, "height": 32, "width": 32}
     run = Trainer(parse_config(data), here / "run").run()
     assert (run / "checkpoints/000001/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_the_configurations_that_readers_begin_with(monkeypatch, tmp_path):
+    """Of the README and of those who come from elsewhere: as they stand they are valid, and what their words say."""
+    monkeypatch.chdir(ROOT)
+    (readme,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    config = parse_config(yaml.safe_load(readme))
+    shaped = load_config(Path("experiments/shaped.yaml"))
+    for section, keys in {
+        "selection": ["strategy", "keep"],
+        "shaping": ["ratio"],
+        "advantage": ["scale"],
+    }.items():
+        for key in keys:
+            assert getattr(getattr(config, section), key) == getattr(getattr(shaped, section), key)
+    assert config.sampling.candidates == shaped.sampling.candidates
+    (mine,) = blocks("coming-from.md", "yaml")
+    path = tmp_path / "mine.yaml"
+    path.write_text(mine.replace("experiments/", f"{ROOT}/experiments/"))
+    assert load_config(path).advantage.baseline == "running"
+
+
+@pytest.mark.parametrize("guide", ["coming-from.md", "troubleshooting.md"])
+def test_settings_that_guides_name_exist(guide):
+    """`section.key` in backquotes, but for the columns of other projects."""
+    lines = (GUIDES / guide).read_text().splitlines()
+    text = "\n".join("|".join(line.split("|")[:2]) if guide == "coming-from.md" and line.startswith("|") else line
+                     for line in lines)  # fmt: skip
+    known = flat(TrainConfig())
+    sections = {key.split(".")[0] for key in known if "." in key}
+    named = {
+        key
+        for key in re.findall(r"`(?:\S* )?([a-z_]+\.[a-z_]+)(?::[^`]*)?`", text)
+        if key.split(".")[0] in sections
+    }
+    assert len(named) > 15
+    assert named <= known.keys()
+
+
+def test_other_projects_names_are_answered_with_ours():
+    """Every name in the table, as a key of a configuration."""
+    rows = [line.split("|")[1:-1] for line in (GUIDES / "coming-from.md").read_text().splitlines()
+            if re.match(r"\| `[a-z]", line) and not line.startswith("| `--")]  # fmt: skip
+    assert len(rows) > 20
+    for ours, *theirs in rows:
+        own = [name.split(":")[0] for name in re.findall(r"`([^`]+)`", ours)]
+        keys = {name.split(".")[-1] for cell in theirs for name in re.findall(r"`([a-z_.]+)`", cell)}
+        if (
+            "..." in "".join(theirs)
+            or " x " in ours
+            or any(len(re.findall("`", cell)) > 2 for cell in theirs)
+        ):
+            continue  # a product of several, or part of a name
+        for key in keys - {"model", "revision"}:
+            with pytest.raises(InputError) as error:
+                parse_config({key: 1})
+            assert any(name in str(error.value) for name in own)
 
 
 @pytest.mark.parametrize("guide", sorted(path.name for path in GUIDES.glob("*.md")))

@@ -1,4 +1,4 @@
-"""The figures of docs/results.md and docs/flags.md are those of the files beside them."""
+"""The figures of docs/results.md, docs/flags.md and the README are those of the files beside them."""
 
 import importlib.util
 import shutil
@@ -36,6 +36,7 @@ def test_a_changed_figure_is_noticed(tmp_path, monkeypatch, capsys):
     shutil.copytree(DOCS / "figures", docs / "figures")
     (docs / "results/flat").symlink_to(DOCS / "results/flat")
     (docs / "flags").mkdir()
+    shutil.copy(DOCS.parent / "README.md", tmp_path)
     shutil.copy(DOCS / "flags.md", docs)
     page = (DOCS / "results.md").read_text()
     table = page.partition("<!-- flat -->")[2]
@@ -44,4 +45,9 @@ def test_a_changed_figure_is_noticed(tmp_path, monkeypatch, capsys):
     assert differing(docs, monkeypatch, capsys)[0] == 0
     (docs / "results.md").write_text(page.replace(line, line.replace("0.", "1.")))
     status, told = differing(docs, monkeypatch, capsys)
-    assert status == 1 and "differs" in told, told
+    assert status == 1 and "docs/results.md differs" in told, told
+    (docs / "results.md").write_text(page)
+    readme = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text(readme.replace("| +14% (", "| +15% ("))
+    status, told = differing(docs, monkeypatch, capsys)
+    assert status == 1 and "README.md differs" in told, told

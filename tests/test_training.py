@@ -295,7 +295,7 @@ def test_the_learning_rate_rises_to_its_value(config, tmp_path, one_pass):
     assert float(moved(whole, 3, 4).abs().max()) == pytest.approx(1e-3, rel=1e-2)
 
 
-HELD_OUT = {"evaluation__every": 2, "evaluation__images_meanwhile": 3, "evaluation__prompts": "animals5"}
+MEANWHILE = {"evaluation__every": 2, "evaluation__images_meanwhile": 3, "evaluation__prompts": "animals5"}
 
 
 def test_the_learning_rate_falls_as_is_asked(config, tmp_path):
@@ -323,9 +323,9 @@ def test_checkpoints_hand_out_an_average(config, tmp_path, changes):
     """It is that of the weights so far, drawn with by all that reads a checkpoint; training goes as without."""
     from driftrl.evaluation.evaluate import evaluate, load_evaluation
 
-    averaged = config(iterations=4, optimizer__ema_decay=0.2, **changes | HELD_OUT)
+    averaged = config(iterations=4, optimizer__ema_decay=0.2, **changes | MEANWHILE)
     run = Trainer(averaged, tmp_path / "run").run()
-    plain = Trainer(config(iterations=4, **changes | HELD_OUT), tmp_path / "plain").run()
+    plain = Trainer(config(iterations=4, **changes | MEANWHILE), tmp_path / "plain").run()
     states = [load_file(run / f"checkpoints/{n:06d}/training.safetensors") for n in range(5)]
     last = load_file(plain / "checkpoints/000004/training.safetensors")
     assert all(torch.equal(last[name], value) for name, value in states[4].items())
@@ -365,7 +365,7 @@ def test_what_is_measured_meanwhile_is_what_evaluation_measures(config, tmp_path
     """The same images, and training goes as it would; also where only a part of its steps has noise."""
     from driftrl.evaluation.evaluate import evaluate, load_evaluation
 
-    run = Trainer(config(iterations=4, **HELD_OUT, **changes), tmp_path / "run").run()
+    run = Trainer(config(iterations=4, **MEANWHILE, **changes), tmp_path / "run").run()
     plain = Trainer(config(iterations=4, **changes), tmp_path / "plain").run()
     rows, others = (
         [json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()]
@@ -377,7 +377,7 @@ def test_what_is_measured_meanwhile_is_what_evaluation_measures(config, tmp_path
     adapters = [load_file(each / "checkpoints/000004/training.safetensors") for each in (run, plain)]
     assert all(torch.equal(adapters[1][name], value) for name, value in adapters[0].items())
     pictures = sorted(path.name for path in (run / "images").glob("*.png"))
-    assert pictures == ["000001.png", "000004.png", "held-out-000002.png", "held-out-000004.png"]
+    assert pictures == ["000001.png", "000004.png", "evaluation-000002.png", "evaluation-000004.png"]
     found = load_evaluation(evaluate(run, checkpoints="all", images=3))
     for point in found.points[0], *(p for p in found.points if p.iteration in (2, 4)):
         for name in ("reward", "diversity", "diversity/latents", "vendi"):
@@ -387,22 +387,22 @@ def test_what_is_measured_meanwhile_is_what_evaluation_measures(config, tmp_path
 
 
 def test_a_resumed_run_measures_the_same(config, tmp_path):
-    whole = Trainer(config(iterations=4, **HELD_OUT), tmp_path / "whole").run()
-    parts = Trainer(config(iterations=3, **HELD_OUT), tmp_path / "parts").run()
-    Trainer(config(iterations=4, **HELD_OUT), parts, resume=True).run()
+    whole = Trainer(config(iterations=4, **MEANWHILE), tmp_path / "whole").run()
+    parts = Trainer(config(iterations=3, **MEANWHILE), tmp_path / "parts").run()
+    Trainer(config(iterations=4, **MEANWHILE), parts, resume=True).run()
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
     with pytest.raises(InputError, match="expected a prompt set"):
-        Trainer(config(**HELD_OUT | {"evaluation__prompts": "nowhere"}), tmp_path / "none")
+        Trainer(config(**MEANWHILE | {"evaluation__prompts": "nowhere"}), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
-def test_held_out_figures_are_told(config, tmp_path, capsys):
+def test_figures_meanwhile_are_told(config, tmp_path, capsys):
     path = tmp_path / "config.yaml"
-    path.write_text(dump_config(config(iterations=2, **HELD_OUT)))
+    path.write_text(dump_config(config(iterations=2, **MEANWHILE)))
     train(path, [], tmp_path / "run", None, False)
     row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[1])
     now, base = row["evaluation/reward"], row["evaluation/reward/base"]
-    told = f"iteration 2: held out, beside the base model: reward {now:.3f} ({now - base:+.3f}), diversity "
+    told = f"iteration 2: evaluated, next to the base: reward {now:.3f} ({now - base:+.3f}), diversity "
     assert told in capsys.readouterr().err
 
 
@@ -432,7 +432,7 @@ def test_every_logged_name_is_documented(config, tmp_path):
         assert "prompt_noise/lost" in names
         assert names <= documented
     timed = json.loads((run / "timings.jsonl").read_text().splitlines()[0]).keys() - {"iteration"}
-    assert timed == set(re.findall(r"`(\w+)`", re.search(r"\(seconds of (.*?)\)", text)[1]))
+    assert timed == set(re.findall(r"`(\w+)`", re.search(r"seconds for (.*?) in iterations", text)[1]))
 
 
 @pytest.mark.parametrize("choice", ["noisiest", "random"])

@@ -1,11 +1,11 @@
-"""Tables and figures of docs/results.md and docs/flags.md, from the small files in docs/results and docs/flags.
+"""Tables and figures of docs/results.md and docs/flags.md, and the README's table, from the small files in docs/results and docs/flags.
 
     python docs/figures/results.py            # rewrites the parts of both pages between their markers
     python docs/figures/results.py --check    # exit status 1 if that would change anything
 
 A folder docs/results/NAME holds what `driftrl experiment` collected into OUT/results; its tables stand between
 `<!-- NAME -->` and `<!-- end -->`, its figure is docs/images/results-NAME.png. A file docs/flags/NAME.json holds what
-`experiments/flags/run.py` made of a plan; its table stands in docs/flags.md, likewise.
+`experiments/flags/run.py` made of a plan; its table stands in docs/flags.md, likewise. The README's is of docs/results/flat.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import flag_tables
 import numpy as np
@@ -29,6 +30,15 @@ from driftrl.evaluation.pareto import Interval, difference_at_equal, upper_envel
 from driftrl.evaluation.picture import COLOURS
 
 DOCS = Path(__file__).resolve().parents[1]
+README = {
+    "grpo": "GRPO",
+    "dancegrpo": "DanceGRPO",
+    "grpo-kl-0.1": "GRPO + KL 0.1 (not tuned)",
+    "diversegrpo": "DiverseGRPO",
+    "drift": "DRIFT, λ 0.2 (`experiments/drift.yaml`)",
+    "shaped-0.75": "**DRIFT without selection, λ 0.75** (`experiments/shaped.yaml`)",
+}
+"""The methods of the README's table, and what they are called there."""
 LEVELS, AT = (13.5, 13.85, 14.0), ("diversity", "recall", "coverage")
 """Rewards and measures of the table of adapters turned down."""
 RIVALS = {"sampling": "contrast"}
@@ -125,6 +135,38 @@ def tables(methods: list[Method]) -> str:
     return "\n".join(lines)
 
 
+def short_table(methods: list[Method]) -> str:
+    """Where the README's methods end, and how much more diversity than GRPO they have at equal reward."""
+    gained = ("diversity", "diversity/clip", "recall")
+    pairs = {(p.metric, p.method): p for p in compare.compare(methods, list(gained), "grpo")}
+    base = methods[0].runs[0].evaluation.base.figures
+    lines = [
+        "| Method | Seeds | Reward at the end | Diversity at the end | Gained over GRPO at equal reward: diversity | CLIP diversity | recall |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| base model | | {base['reward'].mean:.2f} | {base['diversity'].mean:.3f} | | | |",
+    ]
+    by_name = {method.name: method for method in methods}
+    for name, title in README.items():
+        method = by_name[name]
+        reward, diversity = (method.over_time(metric)[-1].mean for metric in ("reward", "diversity"))
+        gains = [_share(pairs.get((metric, name))) for metric in gained]
+        lines.append(
+            f"| {title} | {len(method.runs)} | {reward:.2f} | {diversity:.3f} | {' | '.join(gains)} |"
+        )
+    return "\n".join(lines)
+
+
+def _share(pair: Any) -> str:
+    """How much more diversity, as a share, and its interval over seeds."""
+    if pair is None or pair.diversity_share is None:
+        return ""
+    mean, low, high = (
+        round(100 * v)
+        for v in (pair.diversity_share.mean, pair.diversity_share.low, pair.diversity_share.high)
+    )
+    return f"{mean:+d}% ({low} to {high})"
+
+
 def figure(methods: list[Method], path: Path) -> None:
     """For each measure variety over reward (means over seeds bold, seeds faint), and below it how much more of it there is
     than the first one's at the same reward.
@@ -172,13 +214,19 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     changed = False
-    for page, blocks in (("results.md", result_blocks(check)), ("flags.md", flag_blocks(check))):
-        old = text = (DOCS / page).read_text("utf-8")
+    pages = {
+        "docs/results.md": result_blocks(check),
+        "docs/flags.md": flag_blocks(check),
+        "README.md": {"results": short_table(compare.load_methods([DOCS / "results/flat"]))},
+    }
+    for page, blocks in pages.items():
+        path = DOCS.parent / page
+        old = text = path.read_text("utf-8")
         for name, table in blocks.items():
             text = replaced(text, page, name, table)
         if not check:
-            (DOCS / page).write_text(text, "utf-8")
-        print(f"docs/{page}", "as it was" if text == old else "differs" if check else "written")
+            path.write_text(text, "utf-8")
+        print(page, "as it was" if text == old else "differs" if check else "written")
         changed |= text != old
     return int(check and changed)
 
@@ -223,9 +271,7 @@ def replaced(text: str, page: str, name: str, table: str) -> str:
     block = f"<!-- {name} -->\n{table}\n<!-- end -->"
     text, count = re.subn(f"<!-- {name} -->.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL)
     if count != 1:
-        raise SystemExit(
-            f"docs/{page}: expected one place for {name}, between <!-- {name} --> and <!-- end -->"
-        )
+        raise SystemExit(f"{page}: expected one place for {name}, between <!-- {name} --> and <!-- end -->")
     return text
 
 

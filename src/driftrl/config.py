@@ -543,7 +543,9 @@ class TrainConfig(Section):
                 "adapter.shard: does not go with objective.loss 'nft', whose samples a copy draws"
             )
         if self.optimizer.ema_decay is not None:
-            raise ValueError("adapter.shard: does not go with optimizer.ema_decay, an average of whole weights")
+            raise ValueError(
+                "adapter.shard: does not go with optimizer.ema_decay, an average of whole weights"
+            )
         if self.evaluation.every is not None:
             raise ValueError(
                 "adapter.shard: does not go with evaluation.every, for processes with fewer prompts would not call the network as "
@@ -750,10 +752,37 @@ _ELSEWHERE = {
     "num_epochs": "iterations",
     "num_train_epochs": "iterations",
     "num_inner_epochs": "optimizer.epochs",
+    "sample_num_steps": "sampling.steps",
+    "sample_guidance_scale": "sampling.guidance_scale",
+    "sample_eta": "sampling.eta",
+    "sample_batch_size": "sampling.batch_size",
+    "num_image_per_prompt": "sampling.candidates",
+    "train_learning_rate": "optimizer.learning_rate",
+    "train_batch_size": "optimizer.batch_size",
+    "train_num_inner_epochs": "optimizer.epochs",
+    "train_max_grad_norm": "optimizer.max_grad_norm",
+    "train_clip_range": "objective.clip_range",
+    "train_timestep_fraction": "objective.timesteps",
+    "timestep_fraction": "objective.timesteps",
+    "train_adv_clip_max": "advantage.clip",
+    "adv_clip_max": "advantage.clip",
+    "per_prompt_stat_tracking": "advantage.baseline",
+    "global_std": "advantage.scale",
+    "sde_type": "sampling.flow_sampler",
+    "sde_window_size": "sampling.window",
+    "lora_path": "adapter.start",
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "lr_scheduler": "optimizer.schedule",
+    "lr_warmup_steps": "optimizer.warmup",
+    "ema": "optimizer.ema_decay",
+    "use_ema": "optimizer.ema_decay",
+    "save_freq": "logging.checkpoint_every",
+    "eval_freq": "evaluation.every",
+    "num_checkpoint_limit": "logging.keep_last",
     "report_to": "logging.trackers",
     "log_with": "logging.trackers",
 }
-"""What the paper, diffusers, PEFT, TRL and accelerate call our settings, for messages about keys that are not there."""
+"""What the paper, diffusers, PEFT, TRL, Flow-GRPO and accelerate call our settings, for messages about keys that are not there."""
 
 
 def setting_like(option: str) -> str:

@@ -19,7 +19,7 @@ _OTHER = {".json", ".csv", ".tsv", ".yaml", ".yml"}
 """Files whose lines are no prompts, though they could be read as if they were."""
 FILE = "prompts.json"
 """In a run folder: the prompts that the run draws from, as they were when it began."""
-HELD_OUT, EVALUATED = "eval40", 40
+USUAL, EVALUATED = "eval40", 40
 """What a model is measured on, where nothing else was asked for; how many of a user's own prompts are."""
 _FOLDER = resources.files("driftrl") / "assets" / "prompts"
 
@@ -74,7 +74,7 @@ def evaluated(asked: str | None, trained: str, run: Path | None = None) -> tuple
     """What a run is measured on: its prompt set's name, and the prompts.
 
     Args:
-        asked: a prompt set; None for the package's held-out one after training on one of the package's, and for the
+        asked: a prompt set; None for eval40 after training on one of the package's, and for the
             user's own after training on those: 40 of them at most, evenly spread, so that a large set is no surprise.
         trained: the prompt set that was trained on.
         run: a run folder; its copy of the prompts will do where the user's file is not there any more.
@@ -85,7 +85,7 @@ def evaluated(asked: str | None, trained: str, run: Path | None = None) -> tuple
     if asked is not None:
         return asked, load_prompts(asked)
     if trained in prompt_sets():
-        return HELD_OUT, load_prompts(HELD_OUT)
+        return USUAL, load_prompts(USUAL)
     copy = None if run is None else run / FILE
     own = _copied(copy) if copy is not None and copy.is_file() else load_prompts(trained)
     count = min(EVALUATED, len(own))

@@ -30,7 +30,7 @@ from driftrl.checkpoint import Position
 from driftrl.checks import InputError, RunFailedError
 from driftrl.config import TrainConfig, dump_config, flat, load_config
 from driftrl.distributed import LostProcessError, join
-from driftrl.evaluation.held_out import PREFIX, HeldOut
+from driftrl.evaluation.meanwhile import PREFIX, Meanwhile
 from driftrl.files import read_json, write_json, write_text
 from driftrl.pictures import candidates_grid, pixels, save_png
 from driftrl.rewards.several import SeveralRewards
@@ -82,8 +82,8 @@ class Trainer:
         self.on_stop: Callable[[], Any] | None = None
         """Called once when a signal asks the run to end."""
         self._check_trackers()
-        self._asked_meanwhile = self._held_out_prompts()
-        self._held_out: HeldOut | None = None
+        self._asked_meanwhile = self._prompts_meanwhile()
+        self._meanwhile: Meanwhile | None = None
         if resume:
             self._check_resume()
         elif self._in_the_way():
@@ -137,7 +137,7 @@ class Trainer:
                 iteration = self._measured(iteration)
                 images = self._pictured(iteration)
                 if log is not None:
-                    log.write(iteration, images, self._held_out_picture(iteration))
+                    log.write(iteration, images, self._picture_meanwhile(iteration))
                 if watch is not None:
                     watch(iteration)
 
@@ -174,23 +174,23 @@ class Trainer:
             self.team.gather(pixels(iteration.images).cpu()) if wanted and iteration.images.numel() else None
         )
 
-    def _held_out_prompts(self) -> tuple[str, ...]:
+    def _prompts_meanwhile(self) -> tuple[str, ...]:
         """What is measured in training; read at the start, so that what is not there is not found out later."""
         if self.config.evaluation.every is None:
             return ()
         return prompts.evaluated(self.config.evaluation.prompts, self.config.prompts.set, self.folder)[1]
 
     def _measured(self, iteration: Iteration) -> Iteration:
-        """With figures of prompts that are held out, if it is time for them."""
+        """With figures of the evaluation prompts, if it is time for them."""
         every = self.config.evaluation.every
         if every is None or iteration.number % every:
             return iteration
         start = time.perf_counter()
         try:
-            if self._held_out is None:
-                self._held_out = self._made_held_out()
+            if self._meanwhile is None:
+                self._meanwhile = self._made_meanwhile()
             with self.loop.memory.handed_out(self.loop.policy):
-                figures = self._held_out.figures()
+                figures = self._meanwhile.figures()
         except (InputError, RunFailedError) as error:
             warnings.warn(
                 f"iteration {iteration.number} was not measured: {error}", RuntimeWarning, stacklevel=2
@@ -199,13 +199,13 @@ class Trainer:
         seconds = iteration.seconds | {"evaluation": time.perf_counter() - start}
         return replace(iteration, metrics=iteration.metrics | figures, seconds=seconds)
 
-    def _held_out_picture(self, iteration: Iteration) -> Image.Image | None:
+    def _picture_meanwhile(self, iteration: Iteration) -> Image.Image | None:
         measured = any(name.startswith(PREFIX) for name in iteration.metrics)
-        if self._held_out is None or not measured:
+        if self._meanwhile is None or not measured:
             return None
-        return self._held_out.picture(f"iteration {iteration.number}")
+        return self._meanwhile.picture(f"iteration {iteration.number}")
 
-    def _made_held_out(self) -> HeldOut:
+    def _made_meanwhile(self) -> Meanwhile:
         loop = self.loop
         rewards = {"reward": loop.reward}
         if isinstance(loop.reward, SeveralRewards):
@@ -213,7 +213,7 @@ class Trainer:
             rewards = {
                 f"reward/{part.name}": reward for part, reward in zip(parts, loop.reward.rewards, strict=True)
             }
-        return HeldOut(
+        return Meanwhile(
             loop.policy,
             rewards,
             loop.encoder,
@@ -311,8 +311,10 @@ class _Log:
             for tracker in self.tracker or ():
                 tracker.finish()
 
-    def write(self, iteration: Iteration, images: Tensor | None, held_out: Image.Image | None = None) -> None:
-        pictures = {} if held_out is None else {"held-out": held_out}
+    def write(
+        self, iteration: Iteration, images: Tensor | None, meanwhile: Image.Image | None = None
+    ) -> None:
+        pictures = {} if meanwhile is None else {"evaluation": meanwhile}
         try:
             self._append("metrics.jsonl", iteration.metrics)
             self._append("timings.jsonl", {"iteration": iteration.number, **iteration.seconds})

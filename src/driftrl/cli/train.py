@@ -116,7 +116,7 @@ def _trained(
         told = [f"{title} {gain.told(m)}" for title, gain in gains.items()]
         figures = "  ".join([*told, f"diversity {m['diversity/kept_mean']:.3f}"])
         progress.update(task, completed=iteration.number, figures=figures)
-        if not quiet and (line := _held_out(m)):
+        if not quiet and (line := _meanwhile(m)):
             console.print(f"iteration {iteration.number}: {line}", highlight=False, markup=False)
         if not quiet and not console.is_terminal:
             console.print(
@@ -146,8 +146,8 @@ def _trained(
     return folder
 
 
-def _held_out(metrics: Mapping[str, float | None]) -> str:
-    """What was measured on prompts that are held out, beside the base model; nothing in other iterations."""
+def _meanwhile(metrics: Mapping[str, float | None]) -> str:
+    """What was measured on the evaluation prompts, next to the base model; nothing in other iterations."""
     told = []
     for key, now in metrics.items():
         base = metrics.get(f"{key}/base")
@@ -157,7 +157,7 @@ def _held_out(metrics: Mapping[str, float | None]) -> str:
             and now is not None
         ):
             told.append(f"{key.removeprefix('evaluation/')} {now:.3f} ({now - base:+.3f})")
-    return f"held out, beside the base model: {', '.join(told)}" if told else ""
+    return f"evaluated, next to the base: {', '.join(told)}" if told else ""
 
 
 class Gain:

@@ -21,7 +21,7 @@ SHOWN = 8
 """Prompts in the picture, and images of each, at most."""
 
 
-class HeldOut:
+class Meanwhile:
     """Draws the same images of the same prompts again and again, with whatever the policy has become."""
 
     def __init__(
