@@ -27,7 +27,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from driftrl.build import method_of, objective_of, prompt_noise_of
+from driftrl.build import method_of, objective_of, prompt_noise_of, schedule_of
 from driftrl.checks import InputError
 from driftrl.config import TrainConfig, merged, parse_config
 from driftrl.evaluation.evaluate import REFERENCE
@@ -131,6 +131,8 @@ def loop_of(policy: world.FlagPolicy, config: TrainConfig) -> TrainingLoop:
         prompts_per_iteration=config.prompts.per_iteration,
         rollout_batch=BATCH,
         judges=(world.judge,) if gated else (),
+        schedule=schedule_of(config),
+        ema_decay=config.optimizer.ema_decay,
     )
 
 
@@ -149,7 +151,9 @@ def train(
     for iteration in range(1, config.iterations + 1):
         loop.iterate()
         if iteration % every == 0:
-            yield iteration, *bench.measure(prompt_noise_of(config, "test"))
+            with loop.memory.handed_out(policy):
+                found = bench.measure(prompt_noise_of(config, "test"))
+            yield iteration, *found
     trained = [change.up.detach().clone() for change in policy.changes]
     for scale in scales:
         with torch.no_grad():
@@ -312,7 +316,9 @@ def main() -> None:
     parser.add_argument("--scales", action="store_true", help="measure the adapters turned down, too")
     parser.add_argument("--among", type=float, nargs="+", default=RATES, help="the rates of that search")
     parser.add_argument(
-        "--like", default="drift", help="the method whose rate those have that no search has had (drift)"
+        "--like",
+        default="drift",
+        help="the method whose rate those have that no search has had (drift); NAME+WHAT has that of NAME",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -332,7 +338,7 @@ def main() -> None:
             return
         tuned = best_rates(searched if searched.is_file() else args.out / "methods-rates.json")
         usual = tuned.get(args.like, SETTINGS["optimizer.learning_rate"])
-        rates = {method: [tuned.get(method, usual)] for method in configs}
+        rates = {method: [tuned.get(method.partition("+")[0], usual)] for method in configs}
         scales = SCALES if args.scales else ()
         book.make(jobs_of(configs, rates, range(args.seeds), args.points, scales), args.jobs, only=True)
         book.save()

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import resources
 from importlib.metadata import entry_points
@@ -680,14 +680,15 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE, start: bool =
         overlap_reward=overlaps(config, policy.device),
         similarity=build_similarity(config, reward, towers),
         in_one_pass=in_one_pass(config, policy, objective, team),
-        schedule=partial(
-            rate_share,
-            iterations=config.iterations,
-            warmup=config.optimizer.warmup,
-            kind=config.optimizer.schedule,
-        ),
+        schedule=schedule_of(config),
         ema_decay=config.optimizer.ema_decay,
     )
+
+
+def schedule_of(config: TrainConfig) -> Callable[[int], float]:
+    """What share of its learning rate each iteration has."""
+    optimizer = config.optimizer
+    return partial(rate_share, iterations=config.iterations, warmup=optimizer.warmup, kind=optimizer.schedule)
 
 
 def method_of(config: TrainConfig) -> Method:
