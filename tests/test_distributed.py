@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from driftrl.build import build_loop
 from driftrl.checks import InputError
 from driftrl.config import dump_config
 from driftrl.distributed import ALONE, Team, join, raised_by_all
+from driftrl.estimate import Plan
 from driftrl.evaluation.evaluate import load_evaluation
 from driftrl.update import Objective, _passes
 
@@ -343,6 +345,18 @@ def test_each_pair_is_trained_on_by_one_process_in_the_same_step():
             assert sorted(found) == sorted(
                 zip(everything.sample.tolist(), everything.step.tolist(), strict=True)
             )
+
+
+@pytest.mark.parametrize("updates", [1, 2, 5, 29, 50, 100, 128, 500])
+def test_there_are_as_many_optimiser_steps_as_asked_for(updates):
+    """Of sizes that differ by one pair at most; no more than there are pairs. What an estimate counts with is the same."""
+    objective = Objective(updates=updates, timesteps=1.0)
+    (steps,) = _passes(torch.ones(3, dtype=torch.bool), 64, objective, (0, 0), range(64))
+    sizes = [count for _, count in steps]
+    assert len(sizes) == min(updates, 192) and sum(sizes) == 192 and max(sizes) - min(sizes) <= 1
+    ones = {field.name: 1 for field in fields(Plan)}
+    plan = Plan(**ones | {"trained": 1.0, "prompts": 8, "keep": 8, "scored": 3, "updates": updates})
+    assert plan.parts == sizes
 
 
 def test_too_few_prompts_are_refused(config, tmp_path):

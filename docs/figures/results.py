@@ -126,9 +126,13 @@ def tables(methods: list[Method]) -> str:
             gains = ["", ""]
             if pair is not None:
                 gains = [shown(pair.diversity_gain, sign=True), shown(pair.reward_gain, sign=True)]
-                for i, share in enumerate((pair.diversity_share, pair.reward_share)):
+                for i, (share, shared) in enumerate(
+                    ((pair.diversity_share, pair.share_reward), (pair.reward_share, pair.share_diversity))
+                ):
                     if share is not None:
                         gains[i] += f", {percent(share.mean)}".replace("\N{MINUS SIGN}", "-")
+                    if 0 < shared < pair.pairs:
+                        gains[i] += f", {shared} of {pair.pairs} pairs"
             lines.append(
                 f"| {method.name} | {title} | {gains[0]} | {gains[1]} | {shown(volumes[method.name], 2)} |"
             )

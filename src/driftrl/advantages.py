@@ -17,6 +17,8 @@ BASELINES: tuple[str, ...] = ("group", "running")
 
 # A standard deviation below this many rounding errors of the largest reward is rounding, not signal.
 _ROUNDING_ERRORS = 4.0
+# Numbers that are handed over in half precision were computed in more, and are rounded once.
+_HALF = 1e-6
 
 
 class History(NamedTuple):
@@ -144,8 +146,9 @@ def group_relative(
         spread_of = spread_of.reshape(1, -1)
     if spread_of.numel() == 0 or spread_of.shape[1] <= correction:
         return torch.zeros_like(centred, dtype=dtype)
-    # Measured against the coarser of the two dtypes: rounding is what the given numbers carry.
-    precision = torch.finfo(dtype if spread_of.is_floating_point() else wide).eps
+    # Rounding is what the given numbers carry; of both, if a float64 reward is one of float32 candidates, say.
+    given = [values.dtype for values in (rewards, spread_of) if values.is_floating_point()]
+    precision = max((torch.finfo(each).eps for each in given), default=torch.finfo(wide).eps)
     std, vanishes = _spread(spread_of.to(wide), precision, correction)
     return torch.where(vanishes, 0.0, centred / torch.where(vanishes, 1.0, std + eps)).to(dtype)
 
@@ -173,7 +176,8 @@ def constant_rewards(rewards: Tensor) -> Tensor:
 def _spread(values: Tensor, precision: float, correction: int) -> tuple[Tensor, Tensor]:
     """Standard deviations [P, 1] of the rows, and whether they are but rounding of numbers of this precision."""
     std = values.std(dim=1, keepdim=True, correction=correction)
-    return std, std <= _ROUNDING_ERRORS * precision * values.abs().amax(dim=1, keepdim=True)
+    errors = 1.0 if precision > _HALF else _ROUNDING_ERRORS
+    return std, std <= errors * precision * values.abs().amax(dim=1, keepdim=True)
 
 
 def no_history(prompts: int, length: int, device: torch.device | str = "cpu") -> History:

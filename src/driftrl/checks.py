@@ -64,6 +64,31 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
+def is_tensor(name: str, value: Tensor) -> Tensor:
+    """Return ``value`` if it is a tensor.
+
+    Raises:
+        InputError: if it is an array, a list, or whatever else.
+    """
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name}: expected a tensor; got {type(value).__name__}")
+    return value
+
+
+def same_shape(name: str, tensor: Tensor, other: str, like: Tensor) -> Tensor:
+    """Return ``tensor`` if it has the shape of ``like``, which messages call ``other``, and both are of one dimension or more.
+
+    Raises:
+        InputError: otherwise, and if either is no tensor.
+    """
+    is_tensor(other, like)
+    if is_tensor(name, tensor).shape != like.shape or like.dim() < 1:
+        raise InputError(
+            f"{name}: expected the shape of {other}, {list(like.shape)}; got {list(tensor.shape)}"
+        )
+    return tensor
+
+
 def has_shape(name: str, tensor: Tensor, shape: str) -> Tensor:
     """Return ``tensor`` if its number of dimensions is that of ``shape``, written like ``"[P, N]"``.
 

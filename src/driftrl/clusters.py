@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least, has_shape
+from driftrl.checks import InputError, at_least, has_shape, is_finite, whole_number
 
 # Distances of order one below which two images are the same up to rounding.
 _ALIKE = 1e-6
@@ -28,7 +28,7 @@ def spectral_clusters(distances: Tensor, clusters: int, rounds: int = 20) -> Ten
         int64 [P, G]: labels below ``clusters``, meaningful within a group only. Some may have no image.
 
     Raises:
-        InputError: for another shape or ``clusters`` below 1.
+        InputError: for another shape, distances that are not finite, or ``clusters`` below 1.
 
     Source: Ng, Jordan and Weiss, "On spectral clustering", NeurIPS 2001. Ours: the scale, the start of k-means,
     and that an image is akin to itself (their diagonal is 0), without which one that is alone is misplaced.
@@ -42,7 +42,7 @@ def spectral_clusters(distances: Tensor, clusters: int, rounds: int = 20) -> Ten
         (True, True)
     """
     has_shape("distances", distances, "[P, G, G]")
-    at_least("clusters", clusters, 1)
+    clusters = int(at_least("clusters", whole_number("clusters", clusters), 1))
     prompts, group = distances.shape[:2]
     if distances.shape[-1] != group:
         raise InputError(f"distances: expected shape [P, G, G]; got {list(distances.shape)}")
@@ -53,7 +53,7 @@ def spectral_clusters(distances: Tensor, clusters: int, rounds: int = 20) -> Ten
     place = "cpu" if distances.device.type == "mps" else distances.device  # MPS has no eigh and no float64
     d = distances.to(place, torch.float64)
     others = ~torch.eye(group, dtype=torch.bool, device=d.device)
-    apart = d[:, others]
+    apart = is_finite("distances", d[:, others])
     scale = 0.5 * apart.mean(dim=1).clamp(min=_ALIKE)[:, None, None]
     affinity = torch.where(others, (-0.5 * (d / scale).square()).exp(), 1.0)
     degree = affinity.sum(dim=-1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least, has_shape, one_of
+from driftrl.checks import InputError, at_least, floating, has_shape, one_of, same_shape
 
 NOISE_SCHEDULES: tuple[str, ...] = ("linear", "constant", "cosine", "cads")
 LOST = 0.1
@@ -65,7 +65,7 @@ def annealed_noise(
         psi: (cads) share of the rescaled embedding, 0 to 1.
 
     Returns:
-        [N, L, D] in the dtype of ``embeds``; the arithmetic is float32 or better. ``a`` never leaves [0, 1],
+        [N, L, D] in the dtype of ``embeds`` (the default float dtype for integers); the arithmetic is float32 or better. ``a`` never leaves [0, 1],
         even for timesteps outside the schedule.
 
     Raises:
@@ -87,10 +87,7 @@ def annealed_noise(
     at_least("eta", eta, 0.0)
     at_least("num_train_timesteps", num_train_timesteps, 1)
     has_shape("embeds", embeds, "[N, L, D]")
-    if noise.shape != embeds.shape:
-        raise InputError(
-            f"noise: expected the shape of embeds, {list(embeds.shape)}; got {list(noise.shape)}"
-        )
+    same_shape("noise", noise, "embeds", embeds)
     if not (0.0 <= tau1 < tau2 <= 1.0 and 0.0 <= psi <= 1.0):
         raise InputError(
             f"tau1, tau2, psi: expected 0 <= tau1 < tau2 <= 1 and 0 <= psi <= 1; got {tau1}, {tau2}, {psi}"
@@ -99,6 +96,7 @@ def annealed_noise(
     when = torch.as_tensor(timesteps, device=embeds.device).to(dtype)
     if when.dim() > 1 or (when.dim() == 1 and when.shape[0] not in (1, embeds.shape[0])):
         raise InputError(f"timesteps: expected a number or [{embeds.shape[0]}]; got {list(when.shape)}")
+    embeds = floating(embeds)
     if eta == 0:
         return embeds
 

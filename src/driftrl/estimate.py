@@ -59,7 +59,8 @@ class Plan:
     @property
     def parts(self) -> list[int]:
         """Pairs of each optimiser step of one pass."""
-        return batches(self.pairs, math.ceil(self.pairs / self.updates))
+        several = min(self.updates, self.pairs)
+        return [self.pairs // several + (part < self.pairs % several) for part in range(several)]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, floating, has_shape, one_of
+from driftrl.checks import InputError, floating, has_shape, is_tensor, one_of
 
 NORMALIZATIONS: tuple[str, ...] = ("none", "prompt", "batch", "fixed")
 
@@ -68,7 +68,7 @@ def mixed(scores: Tensor, parts: Sequence[Part], among: Tensor | None = None) ->
         >>> mixed(scores, [Part("a", 2.0, "prompt"), Part("b", 1.0, "prompt")]).round(decimals=4)
         tensor([[-1.2247,  1.2247,  0.0000]])
     """
-    if scores.dim() == 2:
+    if is_tensor("scores", scores).dim() == 2:
         return scores
     if has_shape("scores", scores, "[P, N, R]").shape[-1] != len(parts):
         raise InputError(f"scores: expected {len(parts)} columns, one per reward; got {list(scores.shape)}")

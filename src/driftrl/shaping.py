@@ -13,7 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least, floating, has_shape, is_finite, one_of, whole_number
+from driftrl.checks import (
+    InputError,
+    at_least,
+    floating,
+    has_shape,
+    is_finite,
+    is_tensor,
+    one_of,
+    same_shape,
+    whole_number,
+)
 from driftrl.clusters import cluster_sizes, spectral_clusters
 
 MEASURES: tuple[str, ...] = ("pairwise", "nearest", "entropy", "clusters")
@@ -27,6 +37,8 @@ class DiversityWarning(UserWarning):
 
 # Distances such as 1 - cosine are of order one and carry rounding of that order even where they are tiny.
 _ROUNDING_ERRORS = 8.0
+# Numbers that are handed over in half precision were computed in more, and are rounded once, by their own size.
+_HALF = 1e-6
 
 
 @dataclass(frozen=True)
@@ -224,7 +236,7 @@ def intrinsic_advantage(diversity: Tensor, clip: float = 1.0) -> Tensor:
     """Intrinsic advantage ``clip((d - mean d) / std d, -clip, clip)`` over each group.
 
     The standard deviation is the population one. Where it vanishes (at most 8 rounding errors of
-    ``max(1, max |d|)``, the distances being of order one) the advantage is zero and one ``DiversityWarning``
+    ``max(1, max |d|)``, the distances being of order one; in half precision one of ``max |d|``) the advantage is zero and one ``DiversityWarning``
     covers all such groups; the checks are the only moments the host waits for the device.
 
     Args:
@@ -277,9 +289,8 @@ def constant_diversity(diversity: Tensor) -> Tensor:
 
 def _spread(diversity: Tensor) -> tuple[Tensor, Tensor]:
     """Population standard deviations [P, 1] or [P, 1, T] within groups, and whether they are rounding."""
-    is_finite(
-        "diversity", has_shape("diversity", diversity, "[P, G, T]" if diversity.dim() == 3 else "[P, G]")
-    )
+    by_step = is_tensor("diversity", diversity).dim() == 3
+    is_finite("diversity", has_shape("diversity", diversity, "[P, G, T]" if by_step else "[P, G]"))
     wide = torch.float32 if diversity.device.type == "mps" else torch.float64  # MPS has no float64
     precision = torch.finfo(diversity.dtype if diversity.is_floating_point() else wide).eps
     values = diversity.to(wide)
@@ -287,8 +298,10 @@ def _spread(diversity: Tensor) -> tuple[Tensor, Tensor]:
         nothing = values.sum(dim=1, keepdim=True)
         return nothing, nothing > 0
     std = values.std(dim=1, keepdim=True, correction=0)
-    magnitude = values.abs().amax(dim=1, keepdim=True).clamp(min=1.0)
-    return std, std <= _ROUNDING_ERRORS * precision * magnitude
+    magnitude = values.abs().amax(dim=1, keepdim=True)
+    if precision > _HALF:
+        return std, std <= precision * magnitude
+    return std, std <= _ROUNDING_ERRORS * precision * magnitude.clamp(min=1.0)
 
 
 def _warn_of_constant(diversity: Tensor, vanishes: Tensor | None = None) -> None:
@@ -330,7 +343,7 @@ def shape_advantages(advantages: Tensor, intrinsic: Tensor, ratio: float = 0.5) 
     """
     at_least("ratio", ratio, 0.0)
     has_shape("advantages", advantages, "[P, G]")
-    if intrinsic.dim() not in (2, 3) or intrinsic.shape[:2] != advantages.shape:
+    if is_tensor("intrinsic", intrinsic).dim() not in (2, 3) or intrinsic.shape[:2] != advantages.shape:
         raise InputError(
             f"intrinsic: expected {list(advantages.shape)}, or that and a last dimension for steps; "
             f"got {list(intrinsic.shape)}"
@@ -367,11 +380,11 @@ def reweight_above_average(advantages: Tensor, novelty: Tensor, ratio: float = 1
     """
     at_least("ratio", ratio, 0.0)
     has_shape("advantages", advantages, "[P, G]")
-    if novelty.shape != advantages.shape:
-        raise InputError(f"novelty: expected shape {list(advantages.shape)}; got {list(novelty.shape)}")
+    same_shape("novelty", novelty, "advantages", advantages)
     advantages, novelty = floating(advantages), floating(novelty)
     mean = novelty.mean(dim=1, keepdim=True)
-    vanishes = mean <= _ROUNDING_ERRORS * torch.finfo(novelty.dtype).eps
+    precision = torch.finfo(novelty.dtype).eps
+    vanishes = mean <= (0.0 if precision > _HALF else _ROUNDING_ERRORS * precision)
     relative = torch.where(vanishes, 1.0, novelty / torch.where(vanishes, 1.0, mean))
     weight = (1.0 + ratio * (relative - 1.0)).clamp(min=0.0)
     return torch.where(advantages > 0, advantages * weight.to(advantages.dtype), advantages)
@@ -404,8 +417,7 @@ def shape_rewards(rewards: Tensor, diversity: Tensor, ratio: float = 0.5, clip: 
     at_least("ratio", ratio, 0.0)
     at_least("clip", clip, 0.0)
     has_shape("rewards", rewards, "[P, G]")
-    if diversity.shape != rewards.shape:
-        raise InputError(f"diversity: expected shape {list(rewards.shape)}; got {list(diversity.shape)}")
+    same_shape("diversity", diversity, "rewards", rewards)
     return rewards + ratio * diversity.clamp(-clip, clip)
 
 
@@ -436,7 +448,7 @@ def stepwise_intrinsic(potentials: Tensor, gamma: float = 1.0) -> tuple[Tensor, 
         >>> step_rewards.tolist(), returns.tolist()
         ([[[2.0, 1.0]]], [[[3.0, 1.0]]])
     """
-    has_shape("potentials", potentials, "[P, G, T + 1]")
+    potentials = floating(has_shape("potentials", potentials, "[P, G, T + 1]"))
     steps = potentials.shape[-1] - 1
     if steps < 1:
         raise InputError(f"potentials: expected at least two along the last dimension; got {steps + 1}")

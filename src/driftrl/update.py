@@ -347,9 +347,10 @@ def _passes(
         everything = training_pairs(
             scored, samples, objective.timesteps, key[0], key[1] + epoch * 2**32, objective.timestep_choice
         )
-        chunks = everything.sample.chunk(objective.updates), everything.step.chunk(objective.updates)
+        several = min(objective.updates, len(everything.sample))
+        shares = everything.sample.tensor_split(several), everything.step.tensor_split(several)
         parts = []
-        for sample, step in zip(*chunks, strict=True):
+        for sample, step in zip(*shares, strict=True):
             own = (sample >= mine.start) & (sample < mine.stop)
             parts.append((Pairs(sample[own] - mine.start, step[own]), len(sample)))
         passes.append(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -81,6 +82,17 @@ def _escape(text: str) -> str:
 
 def main() -> None:
     """Run the command line: bad input gives one message and exit status 2."""
+    try:
+        _main()
+    except SystemExit as end:
+        if end.code in (None, 0) and "WORLD_SIZE" in os.environ:
+            from driftrl.distributed import leave
+
+            leave()
+        raise
+
+
+def _main() -> None:
     warnings.formatwarning = _one_line
     try:
         app()

@@ -112,6 +112,12 @@ class Comparison:
     """At equal diversity; None where no pair of seeds shares a diversity."""
     reward_share: Interval | None
     """The same as a share of what ``against`` has gained there over the base model; None too where that is nothing."""
+    pairs: int = 1
+    """Pairs of seeds that were compared."""
+    share_reward: int = 1
+    """So many of them have a reward in common; those that have none, one lying wholly beyond the other, are left out."""
+    share_diversity: int = 1
+    """So many have a diversity in common."""
 
 
 def load_methods(paths: Sequence[Path]) -> list[Method]:
@@ -191,6 +197,11 @@ def compare(
             _gain(method, rival, metric, "reward", relative=True),
             _gain(method, rival, metric, "diversity"),
             _gain(method, rival, metric, "diversity", relative=True),
+            len(method.runs) * len(rival.runs),
+            *(
+                int(np.isfinite(_gains(method, rival, metric, axis)).sum())
+                for axis in ("reward", "diversity")
+            ),
         )
         for metric in metrics
         for method in methods
@@ -230,6 +241,20 @@ def _gain(
     """Mean over all pairs of seeds, with an interval that resamples the seeds of both methods. As a share of the rival's
     rewards these count from the base model's, for their zero means nothing.
     """
+    gains = _gains(method, rival, metric, axis, relative)
+    if np.isnan(gains).all():
+        return None
+    draw = np.random.default_rng(0)
+    rows = draw.integers(gains.shape[0], size=(resamples, gains.shape[0], 1))
+    columns = draw.integers(gains.shape[1], size=(resamples, 1, gains.shape[1]))
+    drawn = gains[rows, columns].reshape(resamples, -1)
+    drawn = drawn[~np.isnan(drawn).all(axis=1)]
+    low, high = np.quantile(np.nanmean(drawn, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(np.nanmean(gains)), float(low), float(high), LEVEL, min(gains.shape))
+
+
+def _gains(method: Method, rival: Method, metric: str, axis: str, relative: bool = False) -> Array:
+    """[seeds of the one, seeds of the other]: NaN where these two share no level."""
     zero = rival.runs[0].curve(metric)[0][0] if relative and axis == "diversity" else 0.0
     gains: Array = np.full((len(method.runs), len(rival.runs)), np.nan)
     for i, a in enumerate(method.runs):
@@ -240,16 +265,8 @@ def _gain(
                 found = gain.relative if relative else gain.absolute
                 gains[i, j] = np.nan if found is None else found
             except InputError:
-                continue  # these two share no level
-    if np.isnan(gains).all():
-        return None
-    draw = np.random.default_rng(0)
-    rows = draw.integers(gains.shape[0], size=(resamples, gains.shape[0], 1))
-    columns = draw.integers(gains.shape[1], size=(resamples, 1, gains.shape[1]))
-    drawn = gains[rows, columns].reshape(resamples, -1)
-    drawn = drawn[~np.isnan(drawn).all(axis=1)]
-    low, high = np.quantile(np.nanmean(drawn, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(np.nanmean(gains)), float(low), float(high), LEVEL, min(gains.shape))
+                continue
+    return gains
 
 
 def _load(path: Path) -> Run:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, has_shape
+from driftrl.checks import InputError, has_shape, same_shape
 
 LARGEST_LOG_RATIO = 80.0
 """Its exponential is a float32; a policy this far away is lost in any case."""
@@ -61,10 +61,7 @@ def clipped_surrogate(
         raise InputError(f"clip_range: expected more than 0; got {clip_range}")
     has_shape("log_prob", log_prob, "[B]")
     for name, other in (("old_log_prob", old_log_prob), ("advantages", advantages)):
-        if other.shape != log_prob.shape:
-            raise InputError(
-                f"{name}: expected the shape of log_prob, {list(log_prob.shape)}; got {list(other.shape)}"
-            )
+        same_shape(name, other, "log_prob", log_prob)
     dtype = torch.promote_types(torch.promote_types(log_prob.dtype, old_log_prob.dtype), torch.float32)
     weights = advantages.detach().to(dtype)
     log_ratio = log_prob.to(dtype) - old_log_prob.detach().to(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, has_shape, one_of
+from driftrl.checks import InputError, has_shape, one_of, same_shape
 
 DIVERGENCES: tuple[str, ...] = ("kl", "wasserstein")
 SCHEDULES: tuple[str, ...] = ("uniform", "early")
@@ -48,10 +48,7 @@ def kl_equal_variance(mean: Tensor, mean_ref: Tensor, std: Tensor | float) -> Te
         >>> kl_equal_variance(torch.ones(1, 4), torch.zeros(1, 4), torch.tensor([0.5]))
         tensor([2.])
     """
-    if mean.dim() < 1 or mean_ref.shape != mean.shape:
-        raise InputError(
-            f"mean_ref: expected the shape of mean, {list(mean.shape)}; got {list(mean_ref.shape)}"
-        )
+    same_shape("mean_ref", mean_ref, "mean", mean)
     dtype = torch.float32
     for tensor in (mean, mean_ref, *([std] if isinstance(std, Tensor) else [])):
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -94,10 +91,7 @@ def wasserstein_equal_variance(mean: Tensor, mean_ref: Tensor) -> Tensor:
         >>> wasserstein_equal_variance(torch.ones(1, 4), torch.zeros(1, 4))
         tensor([1.])
     """
-    if mean.dim() < 1 or mean_ref.shape != mean.shape:
-        raise InputError(
-            f"mean_ref: expected the shape of mean, {list(mean.shape)}; got {list(mean_ref.shape)}"
-        )
+    same_shape("mean_ref", mean_ref, "mean", mean)
     dtype = torch.promote_types(torch.promote_types(mean.dtype, mean_ref.dtype), torch.float32)
     squared = (mean.to(dtype) - mean_ref.detach().to(dtype)).square()
     return squared.flatten(1).mean(dim=1) if squared.dim() > 1 else squared

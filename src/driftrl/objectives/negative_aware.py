@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, has_shape
+from driftrl.checks import InputError, has_shape, same_shape
 
 SMALLEST = 1e-5
 """Of the error that a loss is divided by."""
@@ -73,10 +73,7 @@ def negative_aware(
         if not number > 0:
             raise InputError(f"{name}: expected more than 0; got {number}")
     for name, other in (("x0_old", x0_old), ("x0", x0)):
-        if other.shape != x0_hat.shape:
-            raise InputError(
-                f"{name}: expected the shape of x0_hat, {list(x0_hat.shape)}; got {list(other.shape)}"
-            )
+        same_shape(name, other, "x0_hat", x0_hat)
     has_shape("advantages", advantages, "[N]")
     if advantages.shape != x0_hat.shape[:1]:
         raise InputError(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least, has_shape, one_of, per_sample
+from driftrl.checks import InputError, at_least, floating, has_shape, one_of, per_sample, same_shape
 
 PREDICTION_TYPES: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
 
@@ -155,10 +155,7 @@ def ddim_transition(
     """
     one_of("prediction_type", prediction_type, PREDICTION_TYPES)
     at_least("eta", eta, 0.0)
-    if x_t.dim() < 1 or model_output.shape != x_t.shape:
-        raise InputError(
-            f"model_output: expected the shape of x_t, {list(x_t.shape)}; got {list(model_output.shape)}"
-        )
+    same_shape("model_output", model_output, "x_t", x_t)
     a, a_prev = per_sample("alpha_t", alpha_t, x_t), per_sample("alpha_prev", alpha_prev, x_t)
     dtype = torch.promote_types(torch.promote_types(x_t.dtype, model_output.dtype), torch.float32)
     variance = eta**2 * _variance(a, a_prev)
@@ -189,7 +186,7 @@ def ddim_noised(x0: Tensor, noise: Tensor, alpha_t: Tensor) -> Tensor:
         alpha_t: [N], from ``DDIMTables.alpha``.
 
     Returns:
-        The shape and dtype of ``x0``; coefficients are computed in float64.
+        The shape and dtype of ``x0`` (the default float dtype for integers); coefficients are computed in float64.
 
     Raises:
         InputError: for shapes that do not agree.
@@ -200,8 +197,8 @@ def ddim_noised(x0: Tensor, noise: Tensor, alpha_t: Tensor) -> Tensor:
         >>> ddim_noised(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([0.25]))
         tensor([[0.5000, 0.5000]])
     """
-    if noise.shape != x0.shape:
-        raise InputError(f"noise: expected the shape of x0, {list(x0.shape)}; got {list(noise.shape)}")
+    same_shape("noise", noise, "x0", x0)
+    x0 = floating(x0)
     alpha = per_sample("alpha_t", alpha_t, x0).view(-1, *[1] * (x0.dim() - 1))
     return alpha.sqrt().to(x0.dtype) * x0 + (1 - alpha).sqrt().to(x0.dtype) * noise.to(x0.dtype)
 

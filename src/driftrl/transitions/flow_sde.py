@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least, per_sample
+from driftrl.checks import InputError, at_least, floating, per_sample, same_shape
 
 NOISE = 1 - 5e-4
 """Times above are pure noise: the start of a schedule, which not every scheduler puts at 1 exactly."""
@@ -132,7 +132,7 @@ def flow_noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         t: [N], in 0..1.
 
     Returns:
-        The shape and dtype of ``x0``; coefficients are computed in float64.
+        The shape and dtype of ``x0`` (the default float dtype for integers); coefficients are computed in float64.
 
     Raises:
         InputError: for shapes that do not agree.
@@ -143,17 +143,14 @@ def flow_noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         >>> flow_noised(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([0.25]))
         tensor([[0.7500, 0.7500]])
     """
-    if noise.shape != x0.shape:
-        raise InputError(f"noise: expected the shape of x0, {list(x0.shape)}; got {list(noise.shape)}")
+    same_shape("noise", noise, "x0", x0)
+    x0 = floating(x0)
     share = per_sample("t", t, x0).view(-1, *[1] * (x0.dim() - 1))
     return (1 - share).to(x0.dtype) * x0 + share.to(x0.dtype) * noise.to(x0.dtype)
 
 
 def _times(velocity: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
     """Check shapes; return both times in float64 (float32 on MPS) and the dtype of the result."""
-    if x_t.dim() < 1 or velocity.shape != x_t.shape:
-        raise InputError(
-            f"velocity: expected the shape of x_t, {list(x_t.shape)}; got {list(velocity.shape)}"
-        )
+    same_shape("velocity", velocity, "x_t", x_t)
     dtype = torch.promote_types(torch.promote_types(x_t.dtype, velocity.dtype), torch.float32)
     return per_sample("t", t, x_t), per_sample("t_prev", t_prev, x_t), dtype

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError
+from driftrl.checks import InputError, floating, same_shape
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 
@@ -43,8 +43,7 @@ def log_prob(x: Tensor, mean: Tensor, std: Tensor | float) -> Tensor:
         >>> log_prob(torch.zeros(2, 3), torch.zeros(2, 3), 1.0)
         tensor([-0.9189, -0.9189])
     """
-    if x.dim() < 1 or x.shape != mean.shape:
-        raise InputError(f"mean: expected the shape of x, {list(x.shape)}; got {list(mean.shape)}")
+    same_shape("mean", mean, "x", x)
     dtype = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), torch.float32)
     if isinstance(std, Tensor):
         dtype = torch.promote_types(dtype, std.dtype)
@@ -83,7 +82,7 @@ def sample(mean: Tensor, std: Tensor | float, noise: Tensor) -> Tensor:
         noise: the shape of ``mean``; drawn by the caller, who alone knows the keys of the generators.
 
     Returns:
-        The shape and dtype of ``mean``.
+        The shape and dtype of ``mean`` (the default float dtype for integers).
 
     Raises:
         InputError: if the shapes do not agree.
@@ -95,8 +94,8 @@ def sample(mean: Tensor, std: Tensor | float, noise: Tensor) -> Tensor:
         tensor([[1., 1.],
                 [0., 0.]])
     """
-    if mean.shape != noise.shape:
-        raise InputError(f"noise: expected the shape of mean, {list(mean.shape)}; got {list(noise.shape)}")
+    same_shape("noise", noise, "mean", mean)
+    mean = floating(mean)
     return mean + _per_sample(std, mean, mean.dtype) * noise.to(mean.dtype)
 
 
