@@ -143,6 +143,11 @@ def load_pipeline(model: ModelConfig) -> Any:
 
     path = str(TINY_ANIMALS / "pipeline") if model.path == "tiny-animals" else model.path
     folder = Path(path)
+    if folder.is_file():
+        raise InputError(
+            f"model.path: expected a pipeline folder as diffusers saves it; {path} is a file: save it as one, once, by "
+            f"StableDiffusionPipeline.from_single_file({path!r}).save_pretrained(FOLDER), or the class it is of"
+        )
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise InputError(f"model.path: {path} is no diffusers pipeline folder: it has no model_index.json")
     _demand_parts(folder)
