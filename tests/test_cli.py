@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from conftest import driftrl, run_command
-from driftrl import __version__
+from driftrl import TrainConfig, Trainer, __version__
+from driftrl.build import unlikely_settings
 from driftrl.checks import InputError
 from driftrl.cli.sample import sample
-from driftrl.config import dump_config, flat
+from driftrl.config import dump_config, flat, parse_config
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -314,3 +317,104 @@ def test_doctor_measures_the_ratio_of_an_untouched_policy(pipeline_folder, tmp_p
     result = driftrl("doctor", "--model", "nowhere", cwd=tmp_path)
     assert result.returncode == 2
     assert "'nowhere' is none" in result.stderr
+
+
+def test_a_whole_network_is_loaded_as_one(config, tmp_path):
+    """What is said at the end works with stock diffusers, and the LoRA's learning rate is warned of."""
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config(iterations=1, adapter__kind="full")))
+    status, told = run_command("train", path, "--out", tmp_path / "run")
+    assert status == 0 and "UnlikelySettingWarning" in told and "optimizer.learning_rate=1e-5" in told
+    (said,) = re.findall(r"network for diffusers: pipe\.unet = (\w+)\.from_pretrained\('(.*)'\)", told)
+    assert said[0] == "UNet2DConditionModel" and UNet2DConditionModel.from_pretrained(said[1])
+    assert "load_lora_weights" not in told
+
+
+def test_the_embedded_reward_of_another_model_is_warned_of(config):
+    assert unlikely_settings(config()) == []
+    (told,) = unlikely_settings(config(reward=[{"name": "tiny-animals"}], shaping__encoder="tiny-animals"))
+    assert "--set reward=pickscore --set shaping.encoder=dreamsim" in told
+    (told,) = unlikely_settings(config(shaping__encoder="tiny-animals"))
+    assert told.startswith("shaping.encoder: ") and "pickscore" not in told
+    assert unlikely_settings(TrainConfig()) == []
+    (told,) = unlikely_settings(
+        parse_config({"adapter": {"kind": "full"}, "optimizer": {"learning_rate": 2e-4}})
+    )
+    assert told.startswith("optimizer.learning_rate: 0.0002")
+
+
+def test_a_run_in_which_nothing_was_learned_has_failed(config, tmp_path, monkeypatch):
+    (tmp_path / "my_nan.py").write_text(
+        "import torch\n\ndef never(images, prompts):\n    return torch.full((len(images),), torch.nan)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config(iterations=2, reward="my_nan:never")))
+    status, told = run_command("train", path, "--out", tmp_path / "run")
+    assert status == 3 and "nothing was learned" in told
+    assert "2 of 2 iterations skipped" in told and "done:" not in told
+    sys.modules.pop("my_nan")
+
+
+def test_where_a_run_may_go(settings, tmp_path, monkeypatch):
+    """Said before any model is loaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("driftrl.run.build_loop", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/notes.txt").write_text("x")
+    for out, expected in {
+        "file": "file is a file; choose another --out",
+        "file/run": f"cannot be written to: {tmp_path / 'file'} is a file",
+        "taken": "taken exists and is not empty; choose another --out",
+    }.items():
+        status, told = run_command("train", settings, "--out", out)
+        assert status == 2 and expected in told and "--resume" not in told
+
+
+def test_a_run_beside_one_of_its_name_is_said_to_be_new(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "is there already" not in run_command("train", settings)[1]
+    status, told = run_command("train", settings)
+    assert status == 0 and Path("runs/drift-seed0-2/checkpoints/000001").is_dir()
+    assert (
+        "runs/drift-seed0 is there already: to go on with it, driftrl train --resume runs/drift-seed0" in told
+    )
+    told = run_command("train", "--resume", "runs/drift-seed0", "--set", "iterations=2")[1]
+    assert "is there already" not in told
+    before = Path("runs/drift-seed0/config.yaml").read_text()
+    status, told = run_command("train", "--resume", "runs/drift-seed0", "--set", "iterations=1")
+    assert status == 2 and "iterations: expected at least the 2 that runs/drift-seed0 has had; got 1" in told
+    assert Path("runs/drift-seed0/config.yaml").read_text() == before
+
+
+def test_a_folder_of_samples_is_of_one_call(pipeline_folder, tmp_path):
+    """What an earlier call has left is not mixed with it; every picture says what it is."""
+    drawing = ["sample", pipeline_folder, "-p", "a cat", "--steps", 2, "--seed", 3, "--out", tmp_path / "out"]
+    assert run_command(*drawing, "-n", 2)[0] == 0
+    assert run_command(*drawing, "-n", 2)[0] == 0  # the same again
+    first, second = sorted((tmp_path / "out").glob("*/*.png"))
+    with Image.open(second) as image:
+        assert image.text["prompt"] == "a cat" and image.text["seed"] == "3" and image.text["image"] == "1"
+        assert image.text["model"] == pipeline_folder.name and image.text["steps"] == "2"
+        assert str(tmp_path) not in str(image.text)
+    status, told = run_command(*drawing, "-n", 1)
+    assert status == 2 and "1 picture of something else, such as 000-a-cat/001.png" in told
+    assert first.is_file() and second.is_file()
+
+
+def test_a_checkpoint_by_its_number(config, tmp_path):
+    run = Trainer(config(iterations=2, optimizer__learning_rate=0.03), tmp_path / "run").run()
+    grids = []
+    for name in (
+        [run, "--checkpoint", 1],
+        [run / "checkpoints/000001"],
+        [run],
+    ):
+        assert run_command("sample", *name, "-p", "a cat", "-n", 1, "--out", tmp_path / "g.png")[0] == 0
+        with Image.open(tmp_path / "g.png") as image:
+            grids.append(image.tobytes())
+    assert grids[0] == grids[1] != grids[2]
+    for wrong in ([run, "--checkpoint", 7], [run / "checkpoints/000007"]):
+        status, told = run_command("sample", *wrong, "-p", "a cat", "--out", tmp_path / "g.png")
+        assert status == 2 and "has no checkpoint" in told and "there are 0, 1, 2" in told

@@ -20,7 +20,7 @@ import torch
 from driftrl import checkpoint, hub, one_pass
 from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
-from driftrl.config import ModelConfig, RewardPart, TrainConfig
+from driftrl.config import AdapterConfig, ModelConfig, RewardPart, TrainConfig
 from driftrl.distributed import ALONE, Team, join
 from driftrl.files import numbers_in, read_json
 from driftrl.loading import demand_words
@@ -36,6 +36,7 @@ from driftrl.policies.flow import (
 )
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
+from driftrl.policies.start import layer_kind, load_start
 from driftrl.prompts import trained
 from driftrl.rewards.calling import asks_for_metadata
 from driftrl.rewards.guarded import GuardedReward
@@ -56,6 +57,8 @@ REWARDS = (
 )  # fmt: skip
 NETWORKS = ("pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward")
 """Rewards whose weights are asked for as NAME@FOLDER, or come from the hub."""
+FULL_RATE = 1e-4
+"""The largest learning rate that all weights of a network are usually trained with."""
 ON_THE_HOST = ("compressibility", "incompressibility")
 """Rewards that a CPU computes wherever the model is."""
 READ_THE_PROMPT = ("tiny-animals", "pickscore", "hpsv2", "clipscore", "imagereward")
@@ -96,6 +99,10 @@ TURBO = (9, 0.0)
 
 class GuidanceWarning(UserWarning):
     """A model is about to be trained without the guidance that it usually needs."""
+
+
+class UnlikelySettingWarning(UserWarning):
+    """A default that suits the embedded model, or a LoRA, is about to be used for another model, or for all weights."""
 
 
 def usual_sampling(pipeline: Any) -> tuple[int, float]:
@@ -289,6 +296,23 @@ def _demand_parts(folder: Path) -> None:
             f"model.path: {folder} lacks its {', '.join(missing)}; its model_index.json names "
             f"{', '.join(named)}: copy or download the whole pipeline"
         )
+
+
+def adapter_of(pipeline: Any, lora: str) -> AdapterConfig:
+    """The settings of an adapter that holds the LoRA ``lora`` for ``pipeline``, and begins as it.
+
+    Raises:
+        InputError: if it cannot be read, or is not of the UNet or transformer alone.
+    """
+    component = PIPELINES[type(pipeline).__name__].component
+    source = _newest_of(lora)
+    try:
+        layers = load_start(pipeline, component, getattr(pipeline, component), source).layers
+    except InputError as error:
+        raise InputError(str(error).replace("adapter.start:", "--lora:", 1)) from error
+    rank = max(len(a) for a, _ in layers.values())
+    targets = sorted({layer_kind(name) for name in layers})
+    return AdapterConfig(rank=rank, alpha=float(rank), targets=targets, start=source)
 
 
 def build_policy(
@@ -655,6 +679,8 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE, start: bool =
             GuidanceWarning,
             stacklevel=2,
         )
+    for message in unlikely_settings(config):
+        warnings.warn(message, UnlikelySettingWarning, stacklevel=2)
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         lr=config.optimizer.learning_rate,
@@ -688,6 +714,28 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE, start: bool =
         schedule=schedule_of(config),
         ema_decay=config.optimizer.ema_decay,
     )
+
+
+def unlikely_settings(config: TrainConfig) -> list[str]:
+    """What was probably left at its default by oversight, and what to set in its place."""
+    found = []
+    parts = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
+    embedded = ["reward"] * ("tiny-animals" in parts) + ["shaping.encoder"] * (
+        config.shaping.encoder == "tiny-animals"
+    )
+    if embedded and config.model.path != "tiny-animals":
+        instead = {"reward": "reward=pickscore", "shaping.encoder": "shaping.encoder=dreamsim"}
+        found.append(
+            f"{' and '.join(embedded)}: 'tiny-animals' was made for the embedded model's drawings of 64 x 64 pixels, not for "
+            f"{config.model.path}; name another, such as {' '.join(f'--set {instead[key]}' for key in embedded)}"
+        )
+    rate = config.optimizer.learning_rate
+    if config.adapter.kind == "full" and rate > FULL_RATE:
+        found.append(
+            f"optimizer.learning_rate: {rate:g} is for a LoRA, and ruins a whole network (adapter.kind: full) in a few "
+            "iterations; about 1e-5 is usual: --set optimizer.learning_rate=1e-5"
+        )
+    return found
 
 
 def schedule_of(config: TrainConfig) -> Callable[[int], float]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 LONGEST = 60
@@ -75,11 +76,14 @@ def _shortened(label: str) -> str:
     return label if len(label) <= LONGEST else f"{label[: LONGEST - 1].rstrip()}\N{HORIZONTAL ELLIPSIS}"
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+def save_png(image: Image.Image, path: Path, told: Mapping[str, object] | None = None) -> None:
+    """Write a PNG, whole or not at all; ``told`` is kept in it as text, which ``Image.open(path).text`` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, "PNG", optimize=False)
+    text = PngInfo()
+    for key, value in (told or {}).items():
+        text.add_itxt(key, str(value))
+    image.save(temporary, "PNG", optimize=False, pnginfo=text)
     temporary.replace(path)
 
 

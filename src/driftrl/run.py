@@ -87,9 +87,11 @@ class Trainer:
         if resume:
             self._check_resume()
         elif self._in_the_way():
-            raise InputError(
-                f"{self.folder} exists and is not empty; choose another --out, or go on with it by --resume {self.folder}"
-            )
+            run = (self.folder / "config.yaml").is_file()
+            onward = f", or go on with it by --resume {self.folder}" if run else ""
+            what = "exists and is not empty" if self.folder.is_dir() else "is a file"
+            raise InputError(f"{self.folder} {what}; choose another --out{onward}")
+        _demand_writable(self.folder)
         begun = resume and self._began()
         with self.team.together():
             self.loop: TrainingLoop = build_loop(self.config, self.folder, self.team, start=not begun)
@@ -106,14 +108,23 @@ class Trainer:
                     f"{self.folder / 'config.yaml'} --out another folder"
                 )
             if self.resumed_from is not None:
-                self._refuse_changes(checkpoint.configuration(self.resumed_from), str(self.resumed_from))
-                asked = self.loop.sizes().tolist()
-                self.loop.resume(self.resumed_from)
-                if self._rounded_otherwise:
-                    self.loop.restored_sizes(asked)
+                self._go_on_from(self.resumed_from)
         known = self.resumed_from is not None and checkpoint.batch_sizes(self.resumed_from)
         if not known or self._rounded_otherwise:
             self._fit()
+
+    def _go_on_from(self, path: Path) -> None:
+        """Take up the checkpoint in ``path``."""
+        self._refuse_changes(checkpoint.configuration(path), str(path))
+        asked = self.loop.sizes().tolist()
+        self.loop.resume(path)
+        done = self.loop.position.iteration
+        if self.config.iterations < done:
+            raise InputError(
+                f"iterations: expected at least the {done} that {self.folder} has had; got {self.config.iterations}"
+            )
+        if self._rounded_otherwise:
+            self.loop.restored_sizes(asked)
 
     def _fit(self) -> None:
         """Batch sizes that memory suffices for, in all processes the smallest of what each could have."""
@@ -423,6 +434,17 @@ def _free(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
+
+
+def _demand_writable(folder: Path) -> None:
+    """Refuse a place that cannot be written to, before any model is loaded."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{folder}: cannot be written to: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: cannot be written to: {place} is read-only for this user")
 
 
 def _make(folder: Path) -> None:

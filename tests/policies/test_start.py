@@ -30,6 +30,32 @@ def first(config, tmp_path):
     return Trainer(config(iterations=1, optimizer__learning_rate=0.03, **FEW), tmp_path / "first").run()
 
 
+def test_a_lora_is_drawn_with_on_a_model(config, first, drawn, pipeline_folder, tmp_path):
+    """Whoever trained it: as the run that it is of, turned down too; its rank and targets are found in it."""
+    expected = drawn(first)
+    for source in (first, first / "checkpoints" / "000001", first / "checkpoints" / "000001" / LORA):
+        policy, noise = open_policy(pipeline_folder, 4, 2.0, deterministic=True, lora=str(source))
+        assert noise.eta == 0
+        torch.testing.assert_close(generate(policy, ["a cat"], 2), expected, atol=3e-5, rtol=0)
+        with policy.reference():
+            assert (generate(policy, ["a cat"], 2) - expected).abs().max() > 1e-3
+    half, _ = open_policy(first, deterministic=True, lora_scale=0.5)
+    policy, _ = open_policy(pipeline_folder, 4, 2.0, deterministic=True, lora=str(first), lora_scale=0.5)
+    torch.testing.assert_close(
+        generate(policy, ["a cat"], 2), generate(half, ["a cat"], 2), atol=3e-5, rtol=0
+    )
+    for wrong, message in (
+        ({"source": first, "lora": str(first)}, "--lora: expected a model to put it on"),
+        (
+            {"source": pipeline_folder, "lora": str(tmp_path / "none.safetensors")},
+            r"--lora: .*cannot be loaded",
+        ),
+        ({"source": pipeline_folder, "lora": str(pipeline_folder)}, r"--lora: .*has no"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_policy(**wrong)
+
+
 @pytest.mark.parametrize(
     "form", ["run", "kohya", *(pytest.param(form, marks=pytest.mark.slow) for form in ("checkpoint", "file"))]
 )

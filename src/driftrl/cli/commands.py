@@ -190,8 +190,22 @@ def register(app: typer.Typer) -> None:
         ] = False,
         lora_scale: Annotated[
             float,
-            typer.Option(help="Turn a run's adapter down: 1 is as it was trained, 0 the base model.", min=0),
+            typer.Option(
+                help="Turn the adapter down: 1 is as it was trained, 0 the base model.",
+                min=0,
+            ),
         ] = 1.0,
+        lora: Annotated[
+            str | None,
+            typer.Option(
+                metavar="LORA",
+                help="A LoRA to put on the model, whoever trained it: a safetensors file, a folder, a run or a hub name.",
+            ),
+        ] = None,
+        iteration: Annotated[
+            int | None,
+            typer.Option("--checkpoint", metavar="K", help="Of a run; by default the last one.", min=0),
+        ] = None,
         dtype: Dtype = None,
         device: Device = None,
     ) -> None:
@@ -209,13 +223,13 @@ def register(app: typer.Typer) -> None:
 
           driftrl sample runs/mine -p "a cat" -n 16 --lora-scale 0.6
 
-          driftrl sample black-forest-labs/FLUX.1-dev -p "a cat" --dtype bfloat16
+          driftrl sample black-forest-labs/FLUX.1-dev -p "a cat" --dtype bfloat16 --lora my-lora.safetensors
         """
         from driftrl.cli.sample import sample as work
 
         work(
             source, prompt or [], prompts, count, seed, out, base, steps, guidance_scale, deterministic, dtype, device,
-            lora_scale,
+            lora_scale, lora, iteration,
         )  # fmt: skip
 
     @app.command(cls=_Command)

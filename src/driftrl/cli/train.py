@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,7 +28,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from driftrl.checks import InputError, counted
+from driftrl.checks import InputError, RunFailedError, counted
 from driftrl.cli.interrupt import on_interrupt
 from driftrl.config import TrainConfig, load_config
 from driftrl.distributed import leads
@@ -82,6 +83,8 @@ def _trained(
         logging.disable_progress_bar()  # its bars for loading weights would come between ours
         with _one_line_warnings(console, every=True):
             trainer = Trainer(parsed, resume if resume is not None else out, resume is not None)
+    if out is None and resume is None:
+        _say_if_new(trainer, console)
     trainer.on_stop = lambda: console.print("finishing this iteration, then saving; again to stop at once")
     start = trainer.loop.position.iteration
     place = f" from iteration {start}" if start else ""
@@ -111,8 +114,12 @@ def _trained(
         each = (time.perf_counter() - began) / (number - start)
         return f"  {duration(each * (parsed.iterations - number))} left" if number < parsed.iterations else ""
 
+    skipped = 0
+
     def watch(iteration: Iteration) -> None:
+        nonlocal skipped
         m = iteration.metrics
+        skipped += m.get("warning/skipped") == 1
         told = [f"{title} {gain.told(m)}" for title, gain in gains.items()]
         figures = "  ".join([*told, f"diversity {m['diversity/kept_mean']:.3f}"])
         progress.update(task, completed=iteration.number, figures=figures)
@@ -128,6 +135,21 @@ def _trained(
     at_once = f"from its last checkpoint it goes on with: {_resuming(trainer.folder)}"
     with on_interrupt(console, at_once), _one_line_warnings(console), progress:
         trainer.run(watch)
+    return _ended(trainer, console, start, skipped)
+
+
+def _say_if_new(trainer: Any, console: Console) -> None:
+    """That the usual folder was taken, for somebody may have meant to go on with that run."""
+    usual = trainer.folder.with_name(f"{trainer.config.name}-seed{trainer.config.seed}")
+    if trainer.folder != usual:
+        console.print(
+            f"{usual} is there already: to go on with it, {_resuming(usual)}; this is a new run",
+            highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
+
+
+def _ended(trainer: Any, console: Console, start: int, skipped: int) -> Path:
+    """Say how a run has ended, and what to do with it; return its folder."""
     if trainer.stopped_by is not None:
         console.print(
             f"stopped at iteration {trainer.loop.position.iteration}; go on with: {_resuming(trainer.folder)}",
@@ -135,14 +157,25 @@ def _trained(
         )  # fmt: skip
         trainer.team.wait()  # none of them ends before the first one has said so
         sys.exit(128 + trainer.stopped_by)
-    folder = trainer.folder
+    folder: Path = trainer.folder
     last = folder / "checkpoints" / f"{trainer.loop.position.iteration:06d}"
-    console.print(
-        f"done: {folder}\nadapter for diffusers: pipe.load_lora_weights({str(last)!r})",
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
+    policy = trainer.loop.policy
+    load = (
+        f"adapter for diffusers: pipe.load_lora_weights({str(last)!r})"
+        if trainer.config.adapter.kind == "lora"
+        else f"network for diffusers: pipe.{policy.component} = {type(policy.network).__name__.removeprefix('FSDP')}.from_pretrained({str(last)!r})"
     )
+    made = trainer.loop.position.iteration - start
+    if skipped:
+        console.print(
+            f"{skipped} of {counted(made, 'iteration')} skipped, for something was not finite (warning/skipped in metrics.jsonl)",
+            highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
+    if skipped == made > 0:
+        raise RunFailedError(
+            f"nothing was learned: something was not finite in every iteration, as the warning says; the run is in {folder}"
+        )
+    console.print(f"done: {folder}\n{load}", highlight=False, soft_wrap=True, markup=False)
     return folder
 
 

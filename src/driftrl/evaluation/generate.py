@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from driftrl import checkpoint
-from driftrl.build import build_policy, default_batch, load_pipeline, prompt_noise_of, usual_sampling
+from driftrl.build import (
+    adapter_of,
+    build_policy,
+    default_batch,
+    load_pipeline,
+    prompt_noise_of,
+    usual_sampling,
+)
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import ModelConfig, TrainConfig, load_config
 from driftrl.policies.lora import scale_lora
@@ -37,9 +44,29 @@ def run_of(source: str | Path) -> tuple[Path, Path | None] | None:
     return None
 
 
+def at_iteration(source: str | Path, iteration: int | str) -> Path:
+    """The checkpoint of a run after so many iterations.
+
+    Raises:
+        InputError: if ``source`` is no run, or has none of it.
+    """
+    found = run_of(source)
+    if found is None:
+        raise InputError(f"--checkpoint: expected a run folder; {source} is none")
+    every = {int(path.name): path for path in checkpoint.listing(found[0] / "checkpoints")}
+    place = int(iteration) if str(iteration).isdecimal() else None
+    if place not in every:
+        there = ", ".join(map(str, every)) or "none"
+        raise InputError(f"{found[0]}: this run has no checkpoint {iteration}; there are {there}")
+    return every[place]
+
+
 def _demand_source(source: str) -> None:
     """Refuse a folder that holds nothing to draw with, or the name of one that is not there, by naming what is."""
     path = Path(source)
+    run = path.parent.parent
+    if not path.exists() and path.parent.name == "checkpoints" and (run / "config.yaml").is_file():
+        at_iteration(run, path.name)  # which says what there is
     inside = path if path.is_dir() else path.parent
     runs = sorted(p.parent.name for p in inside.glob("*/config.yaml")) if inside.is_dir() else []
     if path.exists() and not (path / "model_index.json").is_file():
@@ -63,12 +90,14 @@ def open_policy(
     dtype: str | None = None,
     device: str | None = None,
     lora_scale: float = 1.0,
+    lora: str | None = None,
 ) -> tuple[PipelinePolicy, PromptNoise]:
     """The policy of a run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'.
 
     ``deterministic`` takes the noise out of the sampler: DDIM with eta = 0, or the plain Euler step of a flow,
     as stock pipelines have it. ``dtype`` and ``device`` are those of the run, or float32 and 'auto', unless given;
-    ``lora_scale`` turns a run's adapter down.
+    ``lora`` is put on a model, whoever trained it, in any format that diffusers reads; ``lora_scale`` turns it, or a run's
+    adapter, down.
 
     Raises:
         InputError: if it is none of these, the run has no checkpoint, or there is no adapter to scale.
@@ -77,10 +106,16 @@ def open_policy(
     pipeline, usual = None, dict[str, float]()
     place = {"dtype": dtype and one_of("--dtype", dtype, DTYPES), "device": device}
     place = {key: value for key, value in place.items() if value is not None}
+    if found is not None and lora is not None:
+        raise InputError(
+            f"--lora: expected a model to put it on; {source} is a run, which has its own adapter"
+        )
     if found is None:
         _demand_source(str(source))
         config, noise, path = TrainConfig(model=ModelConfig(path=str(source), **place)), NO_NOISE, None  # type: ignore[arg-type]
         pipeline = load_pipeline(config.model)
+        if lora is not None:
+            config = config.model_copy(update={"adapter": adapter_of(pipeline, lora)})
         if config.model.path != "tiny-animals":
             usual = dict(zip(("steps", "guidance_scale"), usual_sampling(pipeline), strict=True))
     else:
@@ -99,12 +134,13 @@ def open_policy(
     sampling = config.sampling.model_copy(update=changes)
     config = config.model_copy(update={"sampling": sampling})
     try:
-        policy = build_policy(config, pipeline=pipeline)
+        policy = build_policy(config, pipeline=pipeline, start=lora is not None)
     except InputError as error:  # the device of another machine, say
-        raise InputError(str(error).replace("model.device:", "--device:", 1)) from error
+        told = str(error).replace("model.device:", "--device:", 1).replace("adapter.start:", "--lora:", 1)
+        raise InputError(told) from error
     if path is not None:
         checkpoint.load(path, policy)
-    if lora_scale != 1.0 and path is None:
+    if lora_scale != 1.0 and path is None and lora is None:
         raise InputError(f"--lora-scale: expected a run, which has an adapter; {source} is a model")
     if lora_scale != 1.0:
         scale_lora(dict(policy.named_parameters()), lora_scale)

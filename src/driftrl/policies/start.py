@@ -41,11 +41,11 @@ class Start:
                 f"--set adapter.rank={largest}"
             )
         ours = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
-        missing = sorted({_target(name) for name in self.layers.keys() - ours.keys()})
+        missing = sorted({layer_kind(name) for name in self.layers.keys() - ours.keys()})
         if missing:
             raise InputError(
                 f"adapter.start: {self.source} changes layers that adapter.targets does not name: {', '.join(missing)}; name all of "
-                f"its layers: --set 'adapter.targets=[{', '.join(sorted({_target(name) for name in self.layers}))}]'"
+                f"its layers: --set 'adapter.targets=[{', '.join(sorted({layer_kind(name) for name in self.layers}))}]'"
             )
         with torch.no_grad():
             for name, (a, b) in self.layers.items():
@@ -60,7 +60,7 @@ class Start:
                 second[:, : len(a)] = b.to(second.device) / layer.scaling["default"]
 
 
-def _target(name: str) -> str:
+def layer_kind(name: str) -> str:
     """What `adapter.targets` calls a layer: to_out.0, say."""
     parts = name.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdecimal() else parts[-1]
