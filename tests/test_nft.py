@@ -125,6 +125,7 @@ def test_resumed_equals_uninterrupted(config, tmp_path):
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore::driftrl.build.UnlikelySettingWarning")
 def test_a_whole_network_resumes_exactly(config, tmp_path):
     """Its copies come back in the layout that its convolutions want, on which rounding depends."""
     settings = LAGGING | {"adapter__kind": "full", "optimizer__learning_rate": 1e-3}

@@ -258,6 +258,7 @@ def test_without_noise_in_training_nothing_is_looked_at(config, tmp_path, change
     assert build_loop(config(prompt_noise__similarity="tiny-animals", **changes), tmp_path).similarity is None
 
 
+@pytest.mark.filterwarnings("ignore::driftrl.build.UnlikelySettingWarning")
 def test_what_scores_similarity(config, tmp_path):
     loop = build_loop(config(reward="tiny-animals"), tmp_path)
     assert loop.similarity is loop.reward
@@ -406,6 +407,7 @@ def test_figures_meanwhile_are_told(config, tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore::driftrl.build.UnlikelySettingWarning")
 def test_every_logged_name_is_documented(config, tmp_path):
     several = [{"name": "incompressibility"}, {"name": "tiny-animals", "weight": 0.5}]
     run = Trainer(config(iterations=1, reward=several, evaluation__every=1), tmp_path / "run").run()

@@ -62,6 +62,7 @@ def colour(images, prompts):
 pytestmark = pytest.mark.filterwarnings(
     "ignore::driftrl.trainer.RewardWarning",  # of a network that was never trained
     "ignore::driftrl.build.GuidanceWarning",
+    "ignore::driftrl.build.UnlikelySettingWarning",
     "ignore::UserWarning:torch",  # of a backend in Python: what it has not registered
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +126,7 @@ def test_refusals(run, tmp_path, changes, told):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore::driftrl.build.UnlikelySettingWarning")
 def test_what_has_no_adapter_is_refused(config, pipeline_folder, tmp_path):
     with pytest.raises(InputError, match="--lora-scale: expected a run, which has an adapter"):
         open_policy(pipeline_folder, lora_scale=0.5)
@@ -153,3 +155,36 @@ def test_older_evaluations_are_known_again(run, tmp_path):
         del point["lora_scale"]
     (tmp_path / "evaluation.json").write_text(json.dumps(data))
     assert measured(run, out=tmp_path) == (before, [])
+
+
+def test_a_lora_from_elsewhere_is_measured(run, pipeline_folder, encoder_folder, tmp_path, monkeypatch):
+    """As the run that it is of, under the same settings; what nobody trained it on is not asked."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.txt").write_text("a cat\na dog\n")
+    (tmp_path / "mine.safetensors").write_bytes(
+        (run / "checkpoints/000002/pytorch_lora_weights.safetensors").read_bytes()
+    )
+    alike = {"prompts": "two.txt", "images": 3, "encoder": str(encoder_folder)}
+    theirs = load_evaluation(evaluate(run, out=tmp_path / "run", lora_scales=[0.5], **alike))
+    settings = load_config(run / "config.yaml").sampling
+    folder = evaluate(
+        str(pipeline_folder), lora="mine.safetensors", lora_scales=[0.5], rewards=["incompressibility"],
+        steps=settings.steps, guidance_scale=settings.guidance_scale, **alike,
+    )  # fmt: skip
+    assert folder == Path("runs/evaluate-mine")
+    ours = load_evaluation(folder)
+    assert ours.name == ours.settings.lora == "mine" and ours.settings.rewards == ["incompressibility"]
+    assert [point.label for point in ours.points] == ["base", "lorax0.5", "lora"]
+    for one, two in zip(ours.points, theirs.points, strict=True):
+        for figure in ("reward", "diversity", "recall", "vendi"):
+            assert one.figures[figure].mean == pytest.approx(two.figures[figure].mean, rel=1e-3, abs=1e-4)
+    before = (folder / "evaluation.json").read_bytes()
+    evaluate(
+        str(pipeline_folder), lora="mine.safetensors", lora_scales=[0.5], rewards=["incompressibility"],
+        steps=settings.steps, guidance_scale=settings.guidance_scale, **alike,
+    )  # fmt: skip
+    assert (folder / "evaluation.json").read_bytes() == before
+    assert "with the LoRA mine, beside the model alone" in write_report(folder).read_text()
+    assert write_picture(folder).is_file()
+    with pytest.raises(InputError, match="--lora: expected a model to put it on"):
+        evaluate(run, lora="mine.safetensors", **alike)

@@ -476,6 +476,7 @@ def test_the_loss_scale_changes_no_gradient(settings):
 
 
 @mostly("sd", "sd3")
+@pytest.mark.filterwarnings("ignore::driftrl.build.UnlikelySettingWarning")
 def test_full_fine_tuning_trains_saves_and_resumes(settings, family, folders, tmp_path):
     """The checkpoint is a network that diffusers loads; the base model stays at hand; resuming changes nothing."""
 

@@ -290,6 +290,13 @@ def register(app: typer.Typer) -> None:
                 "back at what reward; written to the run's lora-scale folder.",
             ),
         ] = None,
+        lora: Annotated[
+            str | None,
+            typer.Option(
+                metavar="LORA",
+                help="A LoRA to measure on the model, whoever trained it: a safetensors file, a folder, a run or a hub name.",
+            ),
+        ] = None,
         dtype: Dtype = None,
         device: Device = None,
         quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress display.")] = False,
@@ -309,6 +316,8 @@ def register(app: typer.Typer) -> None:
           driftrl evaluate runs/mine --lora-scale 0.2,0.4,0.6,0.8
 
           driftrl evaluate tiny-animals --images 40
+
+          driftrl evaluate stabilityai/stable-diffusion-xl-base-1.0 --lora my-lora.safetensors --reward pickscore --encoder dreamsim
         """
         from driftrl.cli.evaluate import evaluate as work
         from driftrl.cli.evaluate import scales
@@ -330,6 +339,7 @@ def register(app: typer.Typer) -> None:
             steps=steps,
             guidance_scale=guidance_scale,
             lora_scales=scales(lora_scale),
+            lora=lora,
         )
 
     @app.command(cls=_Command)

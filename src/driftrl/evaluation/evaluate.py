@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from driftrl import checkpoint
 from driftrl.build import (
@@ -138,6 +139,8 @@ class Settings(_Record):
     """Of each prompt, what rewards may ask for beside it; empty where none has any."""
     scaled: bool = False
     """Whether this is one checkpoint at several LoRA scales, in place of several checkpoints."""
+    lora: str = ""
+    """The LoRA that was put on the model, where it is not a run's."""
 
     def asked(self) -> list[str]:
         """The prompts, with their metadata."""
@@ -150,7 +153,7 @@ class Settings(_Record):
     def fingerprint(self) -> str:
         """A short name for these settings."""
         data = self.model_dump(mode="json")
-        for key in ("mixture", "metadata", "dtype", "scaled"):
+        for key in ("mixture", "metadata", "dtype", "scaled", "lora"):
             if not data[key]:  # as it was before there were any
                 del data[key]
         text = json.dumps(data, sort_keys=True)
@@ -237,9 +240,11 @@ def evaluate(
     dtype: str | None = None,
     device: str | None = None,
     lora_scales: Sequence[float] = (),
+    lora: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Measure a run's checkpoints beside its base model, or a model alone; return the folder.
+    """Measure a run's checkpoints beside its base model, a LoRA beside the model that it is for, or a model alone; return the
+    folder.
 
     ``evaluation.json`` is written after every model that was measured; what it holds already under the same
     settings is not measured again. Under other settings it is put aside as ``evaluation-<settings>.json``.
@@ -252,13 +257,13 @@ def evaluate(
         prompts: a prompt set of the package or a file; by default as the run's ``evaluation.prompts`` says.
         images: per prompt, at least 2; by default the run's ``evaluation.images``.
         checkpoints: 'last', 'all', or iterations with commas between them.
-        rewards: more rewards by name, scored beside the one that was trained on.
+        rewards: more rewards by name, scored beside the one that was trained on; for a model in place of the embedded one.
         seed: of the images; base and tuned share their noise.
         keep_images: write every image as a PNG too.
         encoder: whose features measure variety; by default the run's ``shaping.encoder``.
         clip: folder of the CLIP model for CLIP diversity and prompt-image similarity; by default the embedded
             scorer. Both are left out where there is none.
-        out: folder to write to; by default the run folder, or ``runs/evaluate-<name>`` for a model.
+        out: folder to write to; by default the run folder, or ``runs/evaluate-<name>`` for a model or LoRA.
         steps: denoising steps; by default those of the run.
         guidance_scale: by default that of the run.
         batch_size: images drawn at once; by default what suits the device.
@@ -267,6 +272,8 @@ def evaluate(
         lora_scales: of the one checkpoint that is measured, the adapter multiplied by each of these, and as it is:
             what variety comes back, and what reward is lost, on the way to the base model. They are written to the
             run's ``lora-scale`` folder, as a method of its own, "NAME-scaled".
+        lora: a LoRA for the model ``source``, whoever trained it: a safetensors file, a folder, a run or a hub name. It is
+            measured as it is, and at ``lora_scales``.
         progress: told how far it is.
 
     Raises:
@@ -274,16 +281,17 @@ def evaluate(
     """
     found = run_of(source)
     config = load_config(found[0] / "config.yaml") if found else parse_config({})
-    name = config.name if found else re.sub(r"[^\w.-]+", "-", Path(source).name) or "model"
-    folder = out or (found[0] if found else Path("runs") / f"evaluate-{name}")
-    if lora_scales:
-        name, folder = f"{name}-scaled", out or folder / SCALED
+    name, folder = _name_and_folder(source, found, config.name, lora, out, bool(lora_scales))
     count = config.evaluation.images if images is None else images
     if count < 2:
         raise InputError(
             f"images: expected at least 2 per prompt, for variety is between images; got {count}"
         )
-    wanted = _subjects(_checkpoints(source, found, checkpoints), lora_scales, config.adapter.kind)
+    wanted = (
+        _subjects(_checkpoints(source, found, checkpoints), lora_scales, config.adapter.kind)
+        if lora is None
+        else []
+    )
     clip_folder = clip or TINY_ANIMALS / "scorer"
     has_clip = (clip_folder / "config.json").is_file()
     if clip is not None and not has_clip:
@@ -292,9 +300,13 @@ def evaluate(
     prompt_set, texts = evaluated(asked, config.prompts.set, found[0] if found else None)
     mixture = [] if isinstance(config.reward, str) else config.reward
     parts = {part.name for part in mixture}
-    named = list(dict.fromkeys([formula(config.reward), *(name for name in rewards if name not in parts)]))
+    # Of a model nobody has said what it was trained on: what is asked for stands in place of the embedded reward.
+    first = [] if found is None and rewards else [formula(config.reward)]
+    named = list(dict.fromkeys([*first, *(name for name in rewards if name not in parts)]))
 
-    policy, noise = open_policy(source, steps, guidance_scale, dtype=dtype, device=device)
+    policy, noise = open_policy(source, steps, guidance_scale, dtype=dtype, device=device, lora=lora)
+    if lora is not None:
+        wanted = _subjects_of_lora(policy, lora_scales)
     sampler = policy.sampler
     settings = Settings(
         model=config.model.path if found else str(source),
@@ -317,7 +329,8 @@ def evaluate(
         mixture=mixture,
         dtype=None if dtype == config.model.dtype else dtype,
         metadata=metadata_of(texts) if any(metadata_of(texts)) else [],
-        scaled=bool(lora_scales),
+        scaled=bool(lora_scales) or lora is not None,
+        lora="" if lora is None else name,
     )
     team = join()
     own = [point.model_dump(mode="json") for point in _previous(folder, settings)] if team.leads else []
@@ -329,7 +342,7 @@ def evaluate(
         return folder
     with team.together():
         make_folder(folder)
-        if lora_scales and team.leads:
+        if lora_scales and team.leads and found:
             write_text(folder / "config.yaml", dump_config(config.model_copy(update={"name": name})))
 
     bench = _instruments(settings, clip_folder if has_clip else None, policy)
@@ -350,7 +363,7 @@ def evaluate(
             readings = studio.shoot(
                 subject.label,
                 seed,
-                noise if subject.path else NO_NOISE,
+                NO_NOISE if subject.is_base else noise,
                 _pictures(folder, settings),
                 keep_images,
             )
@@ -360,7 +373,7 @@ def evaluate(
             label=subject.label,
             iteration=subject.iteration,
             identity=subject.identity,
-            figures=_figures(values, known.get("base") if subject.path else None),
+            figures=_figures(values, None if subject.is_base else known.get("base")),
             lora_scale=subject.scale,
         )
         order = sorted(
@@ -375,17 +388,25 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Subject:
-    """The base model, or a checkpoint with its adapter at a scale."""
+    """The base model, or the adapter of a checkpoint, or one that was put on the model, at a scale."""
 
     path: Path | None = None
     scale: float = 1.0
+    weights: Mapping[str, Tensor] | None = None
+    """Of a LoRA that is no checkpoint's, by the parameters' names."""
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the model without an adapter."""
+        return self.path is None and self.weights is None
 
     @property
     def label(self) -> str:
         """By which it is known in ``evaluation.json``."""
-        if self.path is None:
+        if self.is_base:
             return "base"
-        return self.path.name if self.scale == 1.0 else f"{self.path.name}x{self.scale:g}"
+        name = self.path.name if self.path else "lora"
+        return name if self.scale == 1.0 else f"{name}x{self.scale:g}"
 
     @property
     def iteration(self) -> int:
@@ -394,17 +415,25 @@ class _Subject:
 
     @property
     def identity(self) -> str:
-        """Checksum of the checkpoint's manifest."""
+        """Checksum of the checkpoint's manifest, or of the LoRA's weights."""
+        if self.weights is not None:
+            content = b"".join(value.cpu().numpy().tobytes() for value in self.weights.values())
+            return hashlib.sha256(content).hexdigest()
         return sha256(self.path / "manifest.json") if self.path else ""
 
     @contextmanager
     def in_place(self, policy: PipelinePolicy) -> Iterator[None]:
         """Within this context the policy is this one."""
-        if self.path is None:
+        if self.is_base:
             with policy.reference():
                 yield
             return
-        checkpoint.load(self.path, policy)
+        if self.path is not None:
+            checkpoint.load(self.path, policy)
+        if self.weights is not None:
+            with torch.no_grad():
+                for name, parameter in policy.named_parameters():
+                    parameter.copy_(self.weights[name])
         if self.scale != 1.0:
             scale_lora(dict(policy.named_parameters()), self.scale)
         yield
@@ -422,6 +451,35 @@ def _subjects(paths: Sequence[Path], scales: Sequence[float], kind: str) -> list
         )
     chosen = sorted({*map(lora_scale, scales), 1.0} - {0.0})  # 0 is the base model
     return [_Subject(), *(_Subject(path, scale) for path in paths for scale in chosen)]
+
+
+def _subjects_of_lora(policy: PipelinePolicy, scales: Sequence[float]) -> list[_Subject]:
+    """The model alone, and the LoRA that ``policy`` has now as it is and at each of the scales."""
+    weights = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    chosen = sorted({*map(lora_scale, scales), 1.0} - {0.0})
+    return [_Subject(), *(_Subject(scale=scale, weights=weights) for scale in chosen)]
+
+
+def _name_and_folder(
+    source: str | Path, found: Any, trained: str, lora: str | None, out: Path | None, scaled: bool
+) -> tuple[str, Path]:
+    """What the figures are called, and where they are written."""
+    if lora is not None:
+        name = _lora_name(lora)
+        return name, out or Path("runs") / f"evaluate-{name}"
+    if found is None:
+        name = re.sub(r"[^\w.-]+", "-", Path(source).name) or "model"
+        folder = out or Path("runs") / f"evaluate-{name}"
+    else:
+        name, folder = trained, out or found[0]
+    return (f"{name}-scaled", out or folder / SCALED) if scaled else (name, folder)
+
+
+def _lora_name(lora: str) -> str:
+    """What a LoRA's figures are called: the name of its file, folder or repository; of a checkpoint its run's too."""
+    path = Path(lora.removesuffix(".safetensors"))
+    named = f"{path.parent.parent.name}-{path.name}" if path.parent.name == "checkpoints" else path.name
+    return re.sub(r"[^\w.-]+", "-", named) or "lora"
 
 
 def _still_true(points: Sequence[Point], wanted: Sequence[_Subject], scaled: bool) -> dict[str, Point]:
