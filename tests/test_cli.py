@@ -181,6 +181,20 @@ def test_an_equals_sign_that_was_forgotten():
     assert "expected key=value" in refused("train", "--set", "iterations", "3")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["train", "--set", "foo=1"], 2), (["settings", "lambda"], 0)],
+)
+def test_a_typing_mistake_does_not_wait_for_torch(arguments, status):
+    asked = (
+        "import sys\nfrom driftrl.cli.main import main\ntry:\n    main()\nexcept SystemExit as end:\n"
+        "    print(end.code, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", asked, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.splitlines()[-1] == f"{status} False", result.stdout + result.stderr
+
+
 def test_every_setting_is_listed_and_found(config):
     """Each key of a run's config.yaml, with its default; a word finds it by name or by meaning."""
     listed = driftrl("settings").stdout
