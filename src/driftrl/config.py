@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
@@ -58,6 +58,20 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    def __init__(self, **settings: Any) -> None:
+        """Check the settings.
+
+        Raises:
+            InputError: as from `parse`.
+        """
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise InputError(_told(_lines(error, type(self)), type(self).__name__)) from None
+
+    # Else pydantic would make the sections within one by calling this, and lose where in it a mistake is.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 class ModelConfig(Section):
@@ -595,7 +609,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
             if not isinstance(place, dict):
                 raise InputError(f"--set {key}: '{parent}' has no keys of its own")
         place[leaf] = value
-    return parse_config(data, source)
+    return parse(TrainConfig, data, source, [key.strip() for key, _ in pairs])
 
 
 def parse_config(data: dict[str, Any], source: str = "configuration") -> TrainConfig:
@@ -603,8 +617,16 @@ def parse_config(data: dict[str, Any], source: str = "configuration") -> TrainCo
     return parse(TrainConfig, data, source)
 
 
-def parse(kind: type[SectionKind], data: dict[str, Any], source: str) -> SectionKind:
+def parse(
+    kind: type[SectionKind], data: dict[str, Any], source: str, typed: Sequence[str] = ()
+) -> SectionKind:
     """Check a nested dictionary against a section.
+
+    Args:
+        kind: the section.
+        data: its settings.
+        source: where they come from, for messages.
+        typed: dotted keys that come from ``--set`` instead.
 
     Raises:
         InputError: naming each bad key, what was given, what is allowed and the nearest valid name.
@@ -612,8 +634,24 @@ def parse(kind: type[SectionKind], data: dict[str, Any], source: str) -> Section
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(problem, kind) for problem in error.errors()]
-        raise InputError(f"{source}: " + "\n  ".join(lines)) from None
+        raise InputError(_told(_lines(error, kind), source, typed)) from None
+
+
+def _lines(error: ValidationError, kind: type[Section]) -> list[str]:
+    """What is wrong with the settings of a section, each thing in a line that begins with its key."""
+    return [_explain(problem, kind) for problem in error.errors()]
+
+
+def _told(lines: Sequence[str], source: str, typed: Sequence[str] = ()) -> str:
+    """The lines as one message, behind the name of where each comes from."""
+
+    def by_set(line: str) -> bool:
+        key = line.partition(":")[0]
+        return any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in typed)
+
+    own = [line for line in lines if not by_set(line)]
+    told = [f"--set {line}" for line in lines if by_set(line)]
+    return "\n  ".join([*told, *(f"{source}: {line}" for line in own[:1]), *own[1:]])
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], str]:
