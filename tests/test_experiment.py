@@ -98,6 +98,20 @@ def test_settings_that_differ():
     assert nested({"a.b": 1, "a": {"c.d": 2}}) == {"a": {"b": 1, "c": {"d": 2}}}
 
 
+def test_rewards_with_weights_are_one_value():
+    """Their names may have dots, and one mapping takes the place of another."""
+    (run,) = expanded(
+        methods=[{"set": {"reward": {"mine.rewards:score": 1, "hpsv2@v2.1": 0.5}}}],
+        set={"iterations": 8, "reward": {"pickscore": 1}},
+        grid={},
+        seeds=[0],
+    )
+    assert [(part.name, part.weight) for part in run.config.reward] == [
+        ("mine.rewards:score", 1.0),
+        ("hpsv2@v2.1", 0.5),
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -373,6 +373,12 @@ def build_reward(
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     towers = {} if towers is None else towers
     kind, _, weights = name.partition("@")
+    if "," in name and not (weights and Path(weights).exists()):
+        names = ", ".join(part.strip() for part in name.split(","))
+        raise InputError(
+            f"reward: expected one name; got {name!r}; several are a list, or have a weight each: --set 'reward=[{names}]', "
+            f"--set 'reward={{{names.replace(',', ': 1,')}: 0.5}}'"
+        )
     if name == "tiny-animals":
         from driftrl.rewards.clip import CLIPReward
 

@@ -195,7 +195,21 @@ class RewardPart(Section):
         return self
 
 
+REWARD = "reward"
+"""The setting whose mapping is from names to weights, not a section with keys of its own."""
 _TAGS = ("<name>", "<parts>")
+
+
+def _as_parts(value: Any) -> Any:
+    """Names in a list, and a mapping from names to weights, as the parts that they stand for; anything else as it is."""
+    if isinstance(value, dict) and not isinstance(value.get("name"), str):
+        for name, weight in value.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise ValueError(f"reward.{name}: expected a number, the reward's weight; got {weight!r}")
+        return [{"name": name, "weight": weight} for name, weight in value.items()]
+    if isinstance(value, list):
+        return [{"name": each} if isinstance(each, str) or callable(each) else each for each in value]
+    return value
 
 
 def _kind_of_reward(value: Any) -> str | None:
@@ -208,8 +222,9 @@ RewardSetting = Annotated[
     Discriminator(
         _kind_of_reward,
         custom_error_type="reward_kind",
-        custom_error_message="Input should be a name, or a list of {name, weight, normalize}",
+        custom_error_message="Input should be a name, a list of names or of {name, weight, normalize}, or {name: weight}",
     ),
+    BeforeValidator(_as_parts),
 ]
 """The name of a reward, or several with their weights."""
 
@@ -428,7 +443,8 @@ class TrainConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     reward: RewardSetting = "tiny-animals"
     """A reward of the package, as NAME or NAME@FOLDER (docs/rewards.md), a function of yours as module:function, or a
-    reward server as http://host:port; or several, as a list of {name, weight, normalize}."""
+    reward server as http://host:port; or several: a list of names, as {name: weight}, or as a list of {name, weight,
+    normalize}."""
     reward_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision that the package's reward networks compute in; `auto` is bfloat16 on CUDA, else float32."""
     selection: SelectionConfig = SelectionConfig()
@@ -695,11 +711,12 @@ def _read_with_base(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, A
 
 
 def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with the keys of ``change`` in their place, mappings key by key."""
+    """``base`` with the keys of ``change`` in their place, mappings key by key; but rewards with their weights are one value."""
     result = dict(base)
     for key, value in change.items():
         before = result.get(key)
-        result[key] = merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+        both = isinstance(before, dict) and isinstance(value, dict) and key != REWARD
+        result[key] = merged(before, value) if both else value
     return result
 
 

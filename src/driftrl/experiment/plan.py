@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 
 from driftrl.checks import InputError
 from driftrl.config import (
+    REWARD,
     Place,
     Positive,
     Section,
@@ -218,7 +219,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with dotted keys as nested ones: {"a.b": 1, "a": {"c": 2}} is {"a": {"b": 1, "c": 2}}."""
     result: dict[str, Any] = {}
     for key, value in settings.items():
-        inner = nested(value) if isinstance(value, dict) else value
+        inner = nested(value) if isinstance(value, dict) and key != REWARD else value
         for part in reversed(str(key).split(".")):
             inner = {part: inner}
         result = merged(result, inner)
