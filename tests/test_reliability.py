@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import run_command
+from conftest import driftrl, run_command
 from driftrl import Trainer, checkpoint, terms
 from driftrl.batches import MemoryWarning
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
@@ -159,6 +160,28 @@ def test_a_reward_that_fails_says_where():
     line = score.__code__.co_firstlineno + 1
     with pytest.raises(RunFailedError, match=rf"KeyError: 'a cat' \(.*test_reliability\.py, line {line}\)"):
         GuardedReward(score, attempts=1)(torch.zeros(1, 3, 2, 2), ["a cat"])
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_a_reward_that_exits_has_failed(timeout):
+    def score(images, prompts):
+        sys.exit(5)
+
+    line = score.__code__.co_firstlineno + 1
+    told = (
+        rf"failed 2 times for 'a cat'; the last time: SystemExit: 5 \(.*test_reliability\.py, line {line}\)"
+    )
+    with pytest.raises(RunFailedError, match=told):
+        GuardedReward(score, attempts=2, pause=0, timeout=timeout)(torch.zeros(1, 3, 2, 2), ["a cat"])
+
+
+def test_a_reward_that_exits_ends_the_program_with_status_3(config, tmp_path):
+    (tmp_path / "leaving.py").write_text("import sys\ndef score(images, prompts):\n    sys.exit(5)\n")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config(iterations=1, reward="leaving:score", guards={"reward_attempts": 1})))
+    result = driftrl("train", path, "--out", tmp_path / "run", cwd=tmp_path)
+    assert result.returncode == 3, result.stderr
+    assert re.search(r"the last time: SystemExit: 5 \(.*leaving\.py, line 3\)", result.stderr)
 
 
 def test_a_reward_that_writes_into_the_images_is_refused():

@@ -396,7 +396,7 @@ def build_reward(
     if name in plugins:
         try:
             plugin = plugins[name].load()
-        except Exception as error:  # whatever a user's module does at its import
+        except (Exception, SystemExit) as error:  # whatever a user's module does at its import
             raise InputError(
                 f"reward: {name!r} cannot be loaded from its entry point {plugins[name].value}: {error}"
             ) from error
@@ -438,7 +438,7 @@ def _imported(name: str) -> Reward:
         sys.path.append(here)
     try:
         reward = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever a user's module does at its import
+    except (Exception, SystemExit) as error:  # whatever a user's module does at its import
         hint = ""
         if module == "__main__":
             hint = "; it is of the script or notebook that trained: put it into a module, and name that in config.yaml"
