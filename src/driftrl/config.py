@@ -715,8 +715,10 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in change.items():
         before = result.get(key)
-        both = isinstance(before, dict) and isinstance(value, dict) and key != REWARD
-        result[key] = merged(before, value) if both else value
+        if key != REWARD and isinstance(before, dict) and isinstance(value, dict):
+            result[key] = merged(before, value)
+        else:
+            result[key] = value
     return result
 
 
