@@ -436,6 +436,36 @@ def test_a_run_is_resumed_by_its_folder_alone(config, tmp_path):
     assert trainer.loop.position.iteration == 1
 
 
+def test_a_run_is_resumed_by_the_name_of_its_folder_in_place_of_true(config, tmp_path):
+    """In Python as by --resume; with settings that may change, or without any."""
+    short = config(iterations=1)
+    run = Trainer(short, tmp_path / "run").run()
+    longer = short.model_copy(update={"iterations": 2})
+    for folder, asked in ((str(run), longer), (run, None)):
+        trainer = Trainer(asked, resume=folder)
+        assert trainer.folder == run
+        assert trainer.resumed_from == checkpoint.newest(run / "checkpoints")
+        trainer.run()
+        assert checkpoint.newest(run / "checkpoints").name == "000002"
+    with pytest.raises(InputError, match="these settings differ and would change the run: seed: "):
+        Trainer(short.model_copy(update={"seed": short.seed + 1}), resume=run)
+    with pytest.raises(InputError, match="no run folder, for it has no config"):
+        Trainer(short, resume=tmp_path / "nowhere")
+    with pytest.raises(InputError, match="resume: expected no out beside the run folder"):
+        Trainer(short, tmp_path / "other", resume=run)
+    with pytest.raises(InputError, match="resume: expected a run folder, or True"):
+        Trainer(short, run, resume=1)
+
+
+def test_evaluation_prompts_that_are_not_there_are_refused_at_the_start(config, tmp_path, monkeypatch):
+    """Whenever they are measured on: before a model is loaded, and before anything is written."""
+    monkeypatch.setattr("driftrl.run.build_loop", lambda *_, **__: pytest.fail("a model was loaded"))
+    settings = config(iterations=1, evaluation={"prompts": "nowhere.txt", "at_end": False})
+    with pytest.raises(InputError, match=r"evaluation\.prompts: expected a prompt set .*nowhere\.txt"):
+        Trainer(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_keep_last_and_keep_every(config, tmp_path):
     run = Trainer(config(iterations=5, logging__keep_last=1, logging__keep_every=2), tmp_path / "run").run()
     assert [p.name for p in checkpoint.listing(run / "checkpoints")] == [
