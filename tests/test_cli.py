@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,44 @@ def test_a_setting_without_its_option_is_explained(tmp_path):
 
 def test_an_equals_sign_that_was_forgotten():
     assert "expected key=value" in refused("train", "--set", "iterations", "3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["train", "--set", "foo=1"], 2), (["settings", "lambda"], 0)],
+)
+def test_a_typing_mistake_does_not_wait_for_torch(arguments, status):
+    asked = (
+        "import sys\nfrom driftrl.cli.main import main\ntry:\n    main()\nexcept SystemExit as end:\n"
+        "    print(end.code, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", asked, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.splitlines()[-1] == f"{status} False", result.stdout + result.stderr
+
+
+def test_ctrl_c_in_the_first_imports_ends_it_without_a_traceback():
+    """Where the installed command begins; the imports are interrupted at a place that is the same every time."""
+    interrupted = (
+        "import sys\nclass CtrlC:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer':\n            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, CtrlC())\nfrom driftrl.__main__ import main\nmain()"
+    )
+    command = [sys.executable, "-c", interrupted, "train"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (130, "")
+    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    if project.is_file():
+        assert tomllib.loads(project.read_text())["project"]["scripts"] == {
+            "driftrl": "driftrl.__main__:main"
+        }
+
+
+def test_the_package_is_a_command():
+    command = [sys.executable, "-m", "driftrl", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout == (
+        f"driftrl {__version__}\n"
+    )
 
 
 def test_every_setting_is_listed_and_found(config):

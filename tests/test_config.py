@@ -1,11 +1,12 @@
 """Configurations based on others: merged key by key, resolved, strictly checked, never in a circle."""
 
+import copy
 from pathlib import Path
 
 import pytest
 
 from driftrl.checks import InputError
-from driftrl.config import TrainConfig, dump_config, load_config
+from driftrl.config import SamplingConfig, TrainConfig, dump_config, load_config, parse_config
 from driftrl.prompts import load_prompts
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -157,3 +158,66 @@ def test_the_home_directory_is_found_where_no_shell_expands_it(monkeypatch):
     assert (config.shaping.encoder, config.evaluation.prompts) == ("/home/me/e", "/home/me/q.txt")
     assert config.prompt_noise.similarity == "pickscore@/home/me/pick"
     assert load_config(None, ["model.path=a~/b"]).model.path == "a~/b"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"foo": 1}, "foo: no such key; allowed here: name, seed, "),
+        ({"iterations": "x"}, "iterations: expected a valid integer; got 'x'"),
+        (
+            {"sampling": {"step": 3}},
+            "sampling.step: no such key; did you mean 'steps'? Allowed here: steps, ",
+        ),
+        ({"sampling": 5}, "sampling: expected keys and values; got 5; it has settings of its own"),
+        ({"reward": [{"name": "a", "wieght": 1}]}, "reward.0.wieght: no such key; did you mean 'weight'?"),
+        ({"selection": {"keep": 99}}, "selection.keep: expected at most sampling.candidates (16); got 99"),
+    ],
+)
+def test_what_is_wrong_in_python_is_told_as_on_the_command_line(settings, message):
+    with pytest.raises(InputError) as caught:
+        TrainConfig(**settings)
+    assert isinstance(caught.value, ValueError)
+    with pytest.raises(InputError) as told:
+        parse_config(settings)
+    own, other = (str(error.value).partition(": ")[2] for error in (caught, told))
+    assert own == other
+    assert own.startswith(message)
+    assert "pydantic" not in own
+
+
+def test_a_section_of_its_own_is_checked_alike():
+    with pytest.raises(InputError, match=r"SamplingConfig: steps: expected .*\n  step: no such key"):
+        SamplingConfig(steps=0, step=3)
+
+
+def test_pydantics_own_ways_to_make_a_configuration():
+    config = TrainConfig(iterations=3, sampling={"steps": 4})
+    assert config.model_copy(update={"iterations": 5}).sampling == SamplingConfig(steps=4)
+    assert TrainConfig.model_validate(config.model_dump()) == config
+    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+    assert copy.deepcopy(config) == config
+
+
+def test_a_mistake_is_where_it_was_made(tmp_path):
+    """A file has nothing to do with what was typed beside it."""
+    path = write(tmp_path, a="iterations: 3\n") / "a.yaml"
+    for override, told in [
+        ("prompts.sett=a", "--set prompts.sett: no such key; did you mean 'set'? Allowed here: set"),
+        ("foo.bar.baz=1", "--set foo: no such key"),
+        ("iterations=many", "--set iterations: expected a valid integer; got 'many'"),
+        ("selection.keep=99", "--set selection.keep: expected at most sampling.candidates (16); got 99"),
+        ("reward=[{name: a, wieght: 1}]", "--set reward.0.wieght: no such key"),
+    ]:
+        with pytest.raises(InputError) as caught:
+            load_config(path, [override])
+        assert str(caught.value).startswith(told)
+        assert "a.yaml" not in str(caught.value)
+    write(tmp_path, a="iteration: 3\nselection: {keep: x}\n")
+    with pytest.raises(InputError) as caught:
+        load_config(path, ["selection.strategy=best"])
+    first, *others = str(caught.value).splitlines()
+    assert first.startswith("--set selection.strategy: expected")
+    assert others[0].startswith(f"  {path}: ")
+    assert all("--set" not in line for line in others)
+    assert any("selection.keep: expected" in line for line in others)

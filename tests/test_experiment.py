@@ -98,6 +98,20 @@ def test_settings_that_differ():
     assert nested({"a.b": 1, "a": {"c.d": 2}}) == {"a": {"b": 1, "c": {"d": 2}}}
 
 
+def test_rewards_with_weights_are_one_value():
+    """Their names may have dots, and one mapping takes the place of another."""
+    (run,) = expanded(
+        methods=[{"set": {"reward": {"mine.rewards:score": 1, "hpsv2@v2.1": 0.5}}}],
+        set={"iterations": 8, "reward": {"pickscore": 1}},
+        grid={},
+        seeds=[0],
+    )
+    assert [(part.name, part.weight) for part in run.config.reward] == [
+        ("mine.rewards:score", 1.0),
+        ("hpsv2@v2.1", 0.5),
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -132,6 +146,59 @@ def test_bad_plans_are_named(changes, message):
     with pytest.raises(InputError) as caught:
         expanded(**changes)
     assert message in str(caught.value)
+
+
+def test_files_of_prompts_are_found_beside_the_plan(tmp_path, monkeypatch):
+    """As configurations are; those that are not there are looked up in the current folder."""
+    plans, here = tmp_path / "plans", tmp_path / "here"
+    for folder, names in ((tmp_path, ["two"]), (plans, ["own"]), (here, ["own", "elsewhere"])):
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            (folder / f"{name}.txt").write_text(f"a cat in {folder.name}\na dog\n")
+    monkeypatch.chdir(here)
+    small = {"prompts.per_iteration": 2, "iterations": 8}
+
+    def files(evaluation, **changes):
+        data = {"name": "x", "set": small | changes, "evaluation": evaluation}
+        (run,) = expand(parse(Plan, data, "plan"), Path("../plans/plan.yaml"))
+        return run, run.config.prompts.set, run.config.evaluation.prompts
+
+    run, trained, measured = files({"prompts": "own.txt"}, **{"prompts.set": "../two.txt"})
+    assert (trained, measured) == ("../plans/../two.txt", "../plans/own.txt")
+    assert run.prompts_evaluated() == ("a cat in plans", "a dog")
+    assert files({"prompts": "elsewhere.txt"})[2] == "elsewhere.txt"
+    assert files({"prompts": str(here / "own.txt")})[2] == str(here / "own.txt")
+    assert files({"prompts": "animals8"})[2] == "animals8"
+    with pytest.raises(InputError, match=r"there is no .*nowhere\.txt"):
+        files({}, **{"prompts.set": "nowhere.txt"})
+
+
+def test_own_prompts_are_what_the_runs_of_a_plan_are_measured_on(tmp_path, capsys):
+    """As `driftrl train` does, unless the plan, or a configuration, says otherwise."""
+    (tmp_path / "two.txt").write_text("a cat\na dog\n")
+    path = tmp_path / "plan.yaml"
+    text = (
+        "name: x\nset: {prompts: {set: two.txt, per_iteration: 2}, iterations: 2, sampling.candidates: 8}\n"
+    )
+    path.write_text(f"{text}evaluation: {{images: 2, checkpoints: 1}}\n")
+    (run,) = expand(load_plan(path), path)
+    assert run.prompts_evaluated() == ("a cat", "a dog")
+    experiment(path, None, None, 1, dry_run=True, quiet=False)
+    assert "32 in training, 12 in evaluation" in capsys.readouterr().out
+    (ours,) = expand(parse(Plan, {"name": "x", "set": {"iterations": 8}}, "plan"), path)
+    assert len(ours.prompts_evaluated()) == 40
+    (said,) = expand(parse(Plan, {"name": "x", "set": {"evaluation.prompts": "animals8"}}, "plan"), path)
+    assert len(said.prompts_evaluated()) == 8
+    (tmp_path / "other.txt").write_text("a cow\na horse\n")
+    grid = {"grid": {"prompts.set": ["two.txt", "other.txt"]}}
+    data = {"name": "x", "set": {"iterations": 8, "prompts.per_iteration": 2}, **grid}
+    with pytest.raises(InputError, match=r"evaluation\.prompts: expected the same in all runs"):
+        expand(parse(Plan, data, "plan"), path)
+    assert len(expand(parse(Plan, data | {"evaluation": {"prompts": "eval40"}}, "plan"), path)) == 2
+
+
+def test_the_shipped_plans_say_what_their_runs_are_measured_on():
+    assert all(load_plan(path).evaluation.prompts is not None for path in PLANS.glob("*.yaml"))
 
 
 def command_line(*arguments, **options):

@@ -1,14 +1,26 @@
 """Prompt sets and the order in which prompts are drawn."""
 
 import json
+import warnings
 from copy import deepcopy as copy_of
 from itertools import pairwise
 
 import pytest
 
+from driftrl.build import build_loop
 from driftrl.checks import InputError
 from driftrl.files import write_json
-from driftrl.prompts import as_json, draw, earlier, evaluated, load_prompts, prompt_sets, trained
+from driftrl.prompts import (
+    PromptWarning,
+    as_json,
+    draw,
+    earlier,
+    evaluated,
+    load_prompts,
+    prompt_sets,
+    trained,
+    warn_of_doubles,
+)
 from driftrl.types import Prompt
 
 
@@ -116,3 +128,28 @@ def test_a_users_own_prompts_are_what_the_run_is_measured_on(tmp_path):
         evaluated(None, "gone.txt", tmp_path)
     with pytest.raises(InputError, match="gone"):
         evaluated(None, "gone.txt", tmp_path / "other")
+
+
+def test_prompts_that_are_there_twice_are_warned_of_once(config, tmp_path):
+    """Nothing else changes: each line is a prompt of its own, as it may be meant."""
+    path = tmp_path / "twice.txt"
+    path.write_text("a cat\na dog\na cat\na cow\n")
+    settings = config(prompts__set=str(path), prompts__per_iteration=2)
+    with pytest.warns(PromptWarning) as caught:
+        loop = build_loop(settings, tmp_path / "run")
+    assert len([each for each in caught if each.category is PromptWarning]) == 1
+    assert f'prompts.set: {path} has "a cat" more than once' in str(caught[0].message)
+    assert list(loop.prompt_set) == ["a cat", "a dog", "a cat", "a cow"]
+
+
+def test_prompts_that_differ_in_metadata_are_not_the_same(tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"prompt": "a cat", "n": 1}\n{"prompt": "a cat", "n": 2}\n"a cat"\n')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_doubles(load_prompts(str(path)), "some")
+        for name in prompt_sets():
+            warn_of_doubles(load_prompts(name), name)
+    many = [f"{k} é" for k in range(5)] * 2
+    with pytest.warns(PromptWarning, match='has "0 é", "1 é", "2 é" and 2 more more than once'):
+        warn_of_doubles(many, "some")

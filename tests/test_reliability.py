@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import run_command
+from conftest import driftrl, run_command
 from driftrl import Trainer, checkpoint, terms
 from driftrl.batches import MemoryWarning
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
@@ -159,6 +160,28 @@ def test_a_reward_that_fails_says_where():
     line = score.__code__.co_firstlineno + 1
     with pytest.raises(RunFailedError, match=rf"KeyError: 'a cat' \(.*test_reliability\.py, line {line}\)"):
         GuardedReward(score, attempts=1)(torch.zeros(1, 3, 2, 2), ["a cat"])
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_a_reward_that_exits_has_failed(timeout):
+    def score(images, prompts):
+        sys.exit(5)
+
+    line = score.__code__.co_firstlineno + 1
+    told = (
+        rf"failed 2 times for 'a cat'; the last time: SystemExit: 5 \(.*test_reliability\.py, line {line}\)"
+    )
+    with pytest.raises(RunFailedError, match=told):
+        GuardedReward(score, attempts=2, pause=0, timeout=timeout)(torch.zeros(1, 3, 2, 2), ["a cat"])
+
+
+def test_a_reward_that_exits_ends_the_program_with_status_3(config, tmp_path):
+    (tmp_path / "leaving.py").write_text("import sys\ndef score(images, prompts):\n    sys.exit(5)\n")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config(iterations=1, reward="leaving:score", guards={"reward_attempts": 1})))
+    result = driftrl("train", path, "--out", tmp_path / "run", cwd=tmp_path)
+    assert result.returncode == 3, result.stderr
+    assert re.search(r"the last time: SystemExit: 5 \(.*leaving\.py, line 3\)", result.stderr)
 
 
 def test_a_reward_that_writes_into_the_images_is_refused():
@@ -411,6 +434,36 @@ def test_a_run_is_resumed_by_its_folder_alone(config, tmp_path):
     trainer = Trainer(out=run, resume=True)
     assert trainer.config == config(iterations=1, seed=3)
     assert trainer.loop.position.iteration == 1
+
+
+def test_a_run_is_resumed_by_the_name_of_its_folder_in_place_of_true(config, tmp_path):
+    """In Python as by --resume; with settings that may change, or without any."""
+    short = config(iterations=1)
+    run = Trainer(short, tmp_path / "run").run()
+    longer = short.model_copy(update={"iterations": 2})
+    for folder, asked in ((str(run), longer), (run, None)):
+        trainer = Trainer(asked, resume=folder)
+        assert trainer.folder == run
+        assert trainer.resumed_from == checkpoint.newest(run / "checkpoints")
+        trainer.run()
+        assert checkpoint.newest(run / "checkpoints").name == "000002"
+    with pytest.raises(InputError, match="these settings differ and would change the run: seed: "):
+        Trainer(short.model_copy(update={"seed": short.seed + 1}), resume=run)
+    with pytest.raises(InputError, match="no run folder, for it has no config"):
+        Trainer(short, resume=tmp_path / "nowhere")
+    with pytest.raises(InputError, match="resume: expected no out beside the run folder"):
+        Trainer(short, tmp_path / "other", resume=run)
+    with pytest.raises(InputError, match="resume: expected a run folder, or True"):
+        Trainer(short, run, resume=1)
+
+
+def test_evaluation_prompts_that_are_not_there_are_refused_at_the_start(config, tmp_path, monkeypatch):
+    """Whenever they are measured on: before a model is loaded, and before anything is written."""
+    monkeypatch.setattr("driftrl.run.build_loop", lambda *_, **__: pytest.fail("a model was loaded"))
+    settings = config(iterations=1, evaluation={"prompts": "nowhere.txt", "at_end": False})
+    with pytest.raises(InputError, match=r"evaluation\.prompts: expected a prompt set .*nowhere\.txt"):
+        Trainer(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_keep_last_and_keep_every(config, tmp_path):

@@ -133,6 +133,7 @@ def test_an_entry_point_that_cannot_be_loaded_is_bad_input(plugin):
         ("localhost:8300", r"did you mean 'http://localhost:8300'\?"),
         ("broken_reward:score", "SyntaxError"),
         ("gloomy_reward:score", "RuntimeError: no licence"),
+        ("leaving_reward:score", "SystemExit: 5"),
         ("stateful_reward:State", r"is a class; expected .* an instance"),
         (
             "stateful_reward:alone",
@@ -147,6 +148,7 @@ def test_rewards_that_cannot_be_imported_are_one_message(tmp_path, monkeypatch, 
     modules.mkdir()
     (modules / "broken_reward.py").write_text("x = (\n")
     (modules / "gloomy_reward.py").write_text("raise RuntimeError('no licence')\n")
+    (modules / "leaving_reward.py").write_text("raise SystemExit(5)\n")
     (modules / "stateful_reward.py").write_text("class State:\n    pass\ndef alone(images):\n    pass\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [str(modules)])

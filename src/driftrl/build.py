@@ -34,10 +34,11 @@ from driftrl.policies.flow import (
     StableDiffusion3Policy,
     ZImagePolicy,
 )
+from driftrl.policies.lora import WEIGHTS as LORA
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from driftrl.policies.start import layer_kind, load_start
-from driftrl.prompts import trained
+from driftrl.prompts import trained, warn_of_doubles
 from driftrl.rewards.calling import asks_for_metadata
 from driftrl.rewards.guarded import GuardedReward
 from driftrl.rewards.several import SeveralRewards
@@ -365,7 +366,18 @@ def build_policy(
 
 
 def _newest_of(start: str) -> str:
-    """A LoRA as it is named, or of a run its last checkpoint."""
+    """A LoRA as it is named, or of a run its last checkpoint; of a hub that does not answer the copy in this machine's cache."""
+    if not Path(start).exists():
+        beyond = of_hub(start)
+        if beyond and hub.answers():
+            return start
+        cached = hub.cached(start, LORA) if beyond else None
+        if cached is None:
+            raise InputError(
+                f"adapter.start: {start}: there is no such run, checkpoint, folder or file here"
+                f"{', and the hub does not answer' * beyond}; expected one of these, or the hub name OWNER/NAME of a LoRA"
+            )
+        return str(cached)
     if not (Path(start) / "config.yaml").is_file():
         return start
     newest = checkpoint.newest(Path(start) / "checkpoints")
@@ -397,6 +409,12 @@ def build_reward(
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     towers = {} if towers is None else towers
     kind, _, weights = name.partition("@")
+    if "," in name and not (weights and Path(weights).exists()):
+        names = ", ".join(part.strip() for part in name.split(","))
+        raise InputError(
+            f"reward: expected one name; got {name!r}; several are a list, or have a weight each: --set 'reward=[{names}]', "
+            f"--set 'reward={{{names.replace(',', ': 1,')}: 0.5}}'"
+        )
     if name == "tiny-animals":
         from driftrl.rewards.clip import CLIPReward
 
@@ -414,7 +432,7 @@ def build_reward(
     if name in plugins:
         try:
             plugin = plugins[name].load()
-        except Exception as error:  # whatever a user's module does at its import
+        except (Exception, SystemExit) as error:  # whatever a user's module does at its import
             raise InputError(
                 f"reward: {name!r} cannot be loaded from its entry point {plugins[name].value}: {error}"
             ) from error
@@ -456,7 +474,7 @@ def _imported(name: str) -> Reward:
         sys.path.append(here)
     try:
         reward = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever a user's module does at its import
+    except (Exception, SystemExit) as error:  # whatever a user's module does at its import
         hint = ""
         if module == "__main__":
             hint = "; it is of the script or notebook that trained: put it into a module, and name that in config.yaml"
@@ -502,6 +520,11 @@ def _model_reward(kind: str, weights: str, device: torch.device, dtype: str, tow
         )
     if of_hub(weights):
         hub.answers()
+    elif not Path(weights).exists():
+        raise InputError(
+            f"reward: {kind} cannot be loaded from {weights}: there is no such folder; expected {kind}@FOLDER, or the hub name "
+            f"{kind}@OWNER/NAME (docs/rewards.md)"
+        )
     try:
         if kind == "imagereward":
             return ImageReward(weights, device, dtype=dtype)
@@ -639,6 +662,7 @@ def _policy_encoder(name: str, policy: Policy | None) -> Encoder:
 def build_loop(config: TrainConfig, run: Path, team: Team = ALONE, start: bool = True) -> TrainingLoop:
     """Everything that a run needs, ready to go; without ``start`` for going on from a checkpoint."""
     prompt_set = trained(config.prompts.set, run)
+    warn_of_doubles(prompt_set, config.prompts.set)
     if config.prompts.per_iteration > len(prompt_set):
         raise InputError(
             f"prompts.per_iteration: expected at most the {len(prompt_set)} prompts of {config.prompts.set}; "

@@ -5,10 +5,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a mistyped setting should not wait for torch, which is imported where a tensor is checked
+    from torch import Tensor
 
 
 class InputError(ValueError):
@@ -70,6 +70,8 @@ def is_tensor(name: str, value: Tensor) -> Tensor:
     Raises:
         InputError: if it is an array, a list, or whatever else.
     """
+    from torch import Tensor
+
     if not isinstance(value, Tensor):
         raise InputError(f"{name}: expected a tensor; got {type(value).__name__}")
     return value
@@ -95,6 +97,8 @@ def has_shape(name: str, tensor: Tensor, shape: str) -> Tensor:
     Raises:
         InputError: if it is no tensor, or its number of dimensions differs.
     """
+    from torch import Tensor
+
     expected = shape.count(",") + 1 if shape.strip("[] ") else 0
     if not isinstance(tensor, Tensor):
         raise InputError(f"{name}: expected a tensor of shape {shape}; got {type(tensor).__name__}")
@@ -109,6 +113,8 @@ def is_finite(name: str, tensor: Tensor) -> Tensor:
     Raises:
         InputError: naming how many elements are not, and the index of the first.
     """
+    import torch
+
     bad = ~torch.isfinite(tensor)
     if bool(bad.any()):
         first = tuple(int(i) for i in bad.nonzero()[0])
@@ -147,6 +153,8 @@ def per_sample(name: str, values: Tensor | float, samples: Tensor) -> Tensor:
     Raises:
         InputError: for another shape.
     """
+    import torch
+
     wide = torch.float32 if samples.device.type == "mps" else torch.float64
     given = torch.as_tensor(values).to(device=samples.device, dtype=wide)
     if given.dim() == 0:
@@ -167,4 +175,6 @@ def floating(tensor: Tensor) -> Tensor:
         >>> floating(torch.tensor([1, 2])).dtype, floating(torch.ones(2, dtype=torch.float64)).dtype
         (torch.float32, torch.float64)
     """
+    import torch
+
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())

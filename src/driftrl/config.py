@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
@@ -58,6 +58,20 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    def __init__(self, **settings: Any) -> None:
+        """Check the settings.
+
+        Raises:
+            InputError: as from `parse`.
+        """
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise InputError(_told(_lines(error, type(self)), type(self).__name__)) from None
+
+    # Else pydantic would make the sections within one by calling this, and lose where in it a mistake is.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 class ModelConfig(Section):
@@ -181,7 +195,21 @@ class RewardPart(Section):
         return self
 
 
+REWARD = "reward"
+"""The setting whose mapping is from names to weights, not a section with keys of its own."""
 _TAGS = ("<name>", "<parts>")
+
+
+def _as_parts(value: Any) -> Any:
+    """Names in a list, and a mapping from names to weights, as the parts that they stand for; anything else as it is."""
+    if isinstance(value, dict) and not isinstance(value.get("name"), str):
+        for name, weight in value.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise ValueError(f"reward.{name}: expected a number, the reward's weight; got {weight!r}")
+        return [{"name": name, "weight": weight} for name, weight in value.items()]
+    if isinstance(value, list):
+        return [{"name": each} if isinstance(each, str) or callable(each) else each for each in value]
+    return value
 
 
 def _kind_of_reward(value: Any) -> str | None:
@@ -194,8 +222,9 @@ RewardSetting = Annotated[
     Discriminator(
         _kind_of_reward,
         custom_error_type="reward_kind",
-        custom_error_message="Input should be a name, or a list of {name, weight, normalize}",
+        custom_error_message="Input should be a name, a list of names or of {name, weight, normalize}, or {name: weight}",
     ),
+    BeforeValidator(_as_parts),
 ]
 """The name of a reward, or several with their weights."""
 
@@ -414,7 +443,8 @@ class TrainConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     reward: RewardSetting = "tiny-animals"
     """A reward of the package, as NAME or NAME@FOLDER (docs/rewards.md), a function of yours as module:function, or a
-    reward server as http://host:port; or several, as a list of {name, weight, normalize}."""
+    reward server as http://host:port; or several: a list of names, as {name: weight}, or as a list of {name, weight,
+    normalize}."""
     reward_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision that the package's reward networks compute in; `auto` is bfloat16 on CUDA, else float32."""
     selection: SelectionConfig = SelectionConfig()
@@ -595,7 +625,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
             if not isinstance(place, dict):
                 raise InputError(f"--set {key}: '{parent}' has no keys of its own")
         place[leaf] = value
-    return parse_config(data, source)
+    return parse(TrainConfig, data, source, [key.strip() for key, _ in pairs])
 
 
 def parse_config(data: dict[str, Any], source: str = "configuration") -> TrainConfig:
@@ -603,8 +633,16 @@ def parse_config(data: dict[str, Any], source: str = "configuration") -> TrainCo
     return parse(TrainConfig, data, source)
 
 
-def parse(kind: type[SectionKind], data: dict[str, Any], source: str) -> SectionKind:
+def parse(
+    kind: type[SectionKind], data: dict[str, Any], source: str, typed: Sequence[str] = ()
+) -> SectionKind:
     """Check a nested dictionary against a section.
+
+    Args:
+        kind: the section.
+        data: its settings.
+        source: where they come from, for messages.
+        typed: dotted keys that come from ``--set`` instead.
 
     Raises:
         InputError: naming each bad key, what was given, what is allowed and the nearest valid name.
@@ -612,8 +650,24 @@ def parse(kind: type[SectionKind], data: dict[str, Any], source: str) -> Section
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(problem, kind) for problem in error.errors()]
-        raise InputError(f"{source}: " + "\n  ".join(lines)) from None
+        raise InputError(_told(_lines(error, kind), source, typed)) from None
+
+
+def _lines(error: ValidationError, kind: type[Section]) -> list[str]:
+    """What is wrong with the settings of a section, each thing in a line that begins with its key."""
+    return [_explain(problem, kind) for problem in error.errors()]
+
+
+def _told(lines: Sequence[str], source: str, typed: Sequence[str] = ()) -> str:
+    """The lines as one message, behind the name of where each comes from."""
+
+    def by_set(line: str) -> bool:
+        key = line.partition(":")[0]
+        return any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in typed)
+
+    own = [line for line in lines if not by_set(line)]
+    told = [f"--set {line}" for line in lines if by_set(line)]
+    return "\n  ".join([*told, *(f"{source}: {line}" for line in own[:1]), *own[1:]])
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], str]:
@@ -657,11 +711,14 @@ def _read_with_base(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, A
 
 
 def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with the keys of ``change`` in their place, mappings key by key."""
+    """``base`` with the keys of ``change`` in their place, mappings key by key; but rewards with their weights are one value."""
     result = dict(base)
     for key, value in change.items():
         before = result.get(key)
-        result[key] = merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+        if key != REWARD and isinstance(before, dict) and isinstance(value, dict):
+            result[key] = merged(before, value)
+        else:
+            result[key] = value
     return result
 
 

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-import torch
-from torch import Tensor
-
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
+
+if TYPE_CHECKING:  # who speaks for all is asked before torch is needed
+    from torch import Tensor
 
 PATIENCE = timedelta(hours=2)
 """How long the others wait for a process, whose reward may be slow, before the run ends."""
@@ -59,6 +59,8 @@ class Team:
         """The rows of all processes, in the order of `share`; their numbers may differ, the other dimensions not."""
         if self.size == 1:
             return rows
+        import torch
+
         with _listening() as group:
             count = torch.tensor([len(rows)], device=rows.device)
             counts = [torch.empty_like(count) for _ in range(self.size)]
@@ -74,6 +76,8 @@ class Team:
         """Replace each tensor by its sum over the processes: the same bits in all of them."""
         if self.size == 1:
             return
+        import torch
+
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             with _listening() as group:
@@ -91,12 +95,16 @@ class Team:
 
     def most(self, number: int) -> int:
         """The largest of the processes' numbers."""
+        import torch
+
         return int(self.largest(torch.tensor(number)))
 
     def texts(self, text: str) -> list[str]:
         """The text of each process."""
         if self.size == 1:
             return [text]
+        import torch
+
         content = text.encode()
         sizes = self.gather(torch.tensor([len(content)])).tolist()
         letters = self.gather(torch.tensor(list(content), dtype=torch.uint8))
@@ -108,6 +116,8 @@ class Team:
 
     def wait(self) -> None:
         """Until all processes are here."""
+        import torch
+
         self.largest(torch.zeros(1))
 
     @contextmanager
@@ -189,6 +199,7 @@ def join() -> Team:
                 f"accelerate launch {flag}: driftrl shards prompts, not weights; those too, by FSDP, with "
                 f"adapter.kind=full and adapter.shard=true, but launched without {flag} (docs/guide/several-gpus.md)"
             )
+    import torch
     from accelerate import PartialState
 
     environment = dict(os.environ)
@@ -241,6 +252,8 @@ def leave() -> None:
     threads may still hold. In some hundreds of runs over gloo that ended two finished processes with an abort (docs/log.md),
     and a launcher takes such a run for a failed one.
     """
+    import torch
+
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         atexit._run_exitfuncs()
         sys.stdout.flush()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -22,6 +24,10 @@ FILE = "prompts.json"
 USUAL, EVALUATED = "eval40", 40
 """What a model is measured on, where nothing else was asked for; how many of a user's own prompts are."""
 _FOLDER = resources.files("driftrl") / "assets" / "prompts"
+
+
+class PromptWarning(UserWarning):
+    """Prompts say what may not be meant."""
 
 
 def prompt_sets() -> tuple[str, ...]:
@@ -90,6 +96,20 @@ def evaluated(asked: str | None, trained: str, run: Path | None = None) -> tuple
     own = _copied(copy) if copy is not None and copy.is_file() else load_prompts(trained)
     count = min(EVALUATED, len(own))
     return trained, tuple(own[k * len(own) // count] for k in range(count))
+
+
+def warn_of_doubles(prompts: Sequence[str], name: str) -> None:
+    """Warn of prompts that are in a set, called ``name``, more than once; of those with metadata, with the same."""
+    counts = Counter(json.dumps(each, sort_keys=True, ensure_ascii=False) for each in as_json(prompts))
+    twice = [text for text, count in counts.items() if count > 1]
+    if twice:
+        more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""
+        warnings.warn(
+            f"prompts.set: {name} has {', '.join(twice[:3])}{more} more than once; every line is a prompt of its own, so what is "
+            "there twice is drawn and counts twice",
+            PromptWarning,
+            stacklevel=2,
+        )
 
 
 def draw(prompts: int, count: int, seed: int, iteration: int) -> list[int]:

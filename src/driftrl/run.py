@@ -54,18 +54,23 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig | None = None, out: str | Path | None = None, resume: bool = False
+        self,
+        config: TrainConfig | None = None,
+        out: str | Path | None = None,
+        resume: bool | str | Path = False,
     ) -> None:
         """Check everything before anything is written.
 
         Args:
             config: the run; the default fine-tunes the embedded model with DRIFT, or is what is resumed.
             out: the run folder; by default ``runs/<name>-seed<seed>``, numbered if that exists.
-            resume: go on with the run in ``out``.
+            resume: go on with the run in ``out``; or the folder of that run, in place of ``out``.
 
         Raises:
             InputError: if the folder holds another run, or something in the configuration cannot be used.
         """
+        if not isinstance(resume, bool):
+            out, resume = _resumed(resume, out), True
         if config is None and resume and out is not None and (Path(out) / "config.yaml").is_file():
             config = load_config(Path(out) / "config.yaml")
         self.config = config or TrainConfig()
@@ -82,7 +87,7 @@ class Trainer:
         self.on_stop: Callable[[], Any] | None = None
         """Called once when a signal asks the run to end."""
         self._check_trackers()
-        self._asked_meanwhile = self._prompts_meanwhile()
+        self._asked_meanwhile = self._prompts_meanwhile(resume)
         self._meanwhile: Meanwhile | None = None
         if resume:
             self._check_resume()
@@ -185,9 +190,17 @@ class Trainer:
             self.team.gather(pixels(iteration.images).cpu()) if wanted and iteration.images.numel() else None
         )
 
-    def _prompts_meanwhile(self) -> tuple[str, ...]:
-        """What is measured in training; read at the start, so that what is not there is not found out later."""
+    def _prompts_meanwhile(self, resume: bool) -> tuple[str, ...]:
+        """What is measured in training; read at the start, so that what is not there is not found out later, by whatever
+        measures a new run then.
+        """
         if self.config.evaluation.every is None:
+            asked = self.config.evaluation.prompts
+            if asked is not None and not resume:
+                try:
+                    prompts.load_prompts(asked)
+                except InputError as error:
+                    raise InputError(f"evaluation.{error}") from error
             return ()
         return prompts.evaluated(self.config.evaluation.prompts, self.config.prompts.set, self.folder)[1]
 
@@ -426,6 +439,17 @@ def _learned_nothing(folder: Path) -> bool:
     saved = [path.name for path in checkpoint.listing(folder / "checkpoints")]
     begun = (folder / "config.yaml").is_file() and (folder / prompts.FILE).is_file()
     return begun and saved == [checkpoint.name_of(Position(0))] and not (folder / "metrics.jsonl").exists()
+
+
+def _resumed(folder: object, out: str | Path | None) -> Path:
+    """The folder of the run to go on with, which is not to be named twice."""
+    if not isinstance(folder, str | Path):
+        raise InputError(f"resume: expected a run folder, or True and the run folder as out; got {folder!r}")
+    if out is not None:
+        raise InputError(
+            f"resume: expected no out beside the run folder {folder}, which is written to; got {out}"
+        )
+    return Path(folder)
 
 
 def _free(path: Path) -> Path:

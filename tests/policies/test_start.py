@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import run_command
-from driftrl import Trainer
+from driftrl import Trainer, hub
 from driftrl.build import build_policy
 from driftrl.checks import InputError
 from driftrl.evaluation.generate import generate, open_policy
@@ -102,7 +102,9 @@ def test_it_is_resumed_and_measured_without_what_it_began_with(config, first, tm
         Trainer(config(iterations=1, **settings), tmp_path / "third")
 
 
-def test_what_does_not_fit_is_one_message(config, first, tmp_path, pipeline_folder):
+def test_what_does_not_fit_is_one_message(config, first, tmp_path, pipeline_folder, monkeypatch):
+    monkeypatch.setattr(hub, "answers", lambda: False)
+
     def refused(**changes):
         with pytest.raises(InputError) as caught:
             build_policy(config(**{"adapter__start": str(first), **MORE} | changes), start=True)
@@ -114,6 +116,9 @@ def test_what_does_not_fit_is_one_message(config, first, tmp_path, pipeline_fold
     told = refused(adapter__targets=["to_q"])
     assert "does not name: to_out.0;" in told and "--set 'adapter.targets=[to_out.0, to_q]'" in told
     assert "has no pytorch_lora_weights.safetensors" in refused(adapter__start=str(tmp_path))
+    for name, more in (("nope", ""), ("./runs/nope", ""), ("runs/nope", ", and the hub does not answer")):
+        told = refused(adapter__start=name)
+        assert f"adapter.start: {name}: there is no such run, checkpoint, folder or file here{more}; " in told
     pickled = tmp_path / "lora.bin"
     torch.save({}, pickled)
     assert "expected a safetensors file" in refused(adapter__start=str(pickled))

@@ -44,8 +44,21 @@ def test_numbers_are_taken_in_any_of_the_usual_forms(answer):
 @pytest.mark.parametrize(
     "answer",
     [
+        torch.tensor([True, False, True]), np.array([True, False, True]), [True, False, True],
+        torch.tensor([[True], [False], [True]]), ([np.True_, np.False_, np.True_], {}),
+    ],
+)  # fmt: skip
+def test_right_and_wrong_are_1_and_0(answer):
+    got = GuardedReward(lambda images, prompts: answer)(IMAGES, ["a cat"] * 3)
+    assert torch.equal(got, torch.tensor([1.0, 0.0, 1.0]))
+    assert got.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
         None, 1.0, "123", ["a", "b", "c"], [1, None, 3], [[1, 2], [3], []], {"rewards": [1, 2, 3]}, torch.ones(4),
-        torch.ones(1, 3), torch.ones(3, 2), torch.ones(3, dtype=torch.complex64), torch.ones(3, dtype=torch.bool),
+        torch.ones(1, 3), torch.ones(3, 2), torch.ones(3, dtype=torch.complex64), torch.ones(4, dtype=torch.bool),
         np.array(["a", "b", "c"]), np.array([1, None, 3]), ([1, 2, 3], [4, 5, 6]), (1.0, {}),
     ],
 )  # fmt: skip

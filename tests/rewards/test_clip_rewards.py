@@ -246,6 +246,17 @@ def test_what_cannot_be_loaded_is_one_message(folder, tmp_path):
         InputError, match=r"pickscore cannot be loaded from yuvalkirstain/PickScore_v1.*pickscore@"
     ):
         build_reward("pickscore", CPU)
+    for name in (
+        "pickscore@nowhere",
+        "clipscore@./weights/nowhere",
+        "aesthetic@nowhere",
+        "imagereward@nowhere",
+    ):
+        folder_named = name.partition("@")[2]
+        with pytest.raises(
+            InputError, match=rf"cannot be loaded from {folder_named}: there is no such folder"
+        ):
+            build_reward(name, CPU)
     with pytest.raises(InputError, match=r"clipscore cannot be loaded from"):
         build_reward(f"clipscore@{tmp_path}", CPU)
     with pytest.raises(InputError, match=r"has no aesthetic\.safetensors"):

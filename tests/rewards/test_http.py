@@ -285,11 +285,18 @@ def test_a_server_of_something_else(fake, info, status, message):
 
 
 def test_a_server_that_is_down():
-    message = (
-        r"no reward server answers at http://127.0.0.1:9: Connection.*driftrl serve-reward NAME --port 9"
-    )
+    message = r"no reward server answers at http://127.0.0.1:9: Connection.*; start it on 127.0.0.1 with: driftrl serve-reward NAME --port 9$"
     with pytest.raises(InputError, match=message):
         build_reward("http://127.0.0.1:9", CPU)
+
+
+def test_a_server_on_another_machine_has_to_let_others_in():
+    message = (
+        r"; start it on nohost\.invalid with: driftrl serve-reward NAME --host 0\.0\.0\.0 --port 80, which lets other machines in; "
+        r"those that have the token, if DRIFTRL_REWARD_TOKEN is set there and here$"
+    )
+    with pytest.raises(InputError, match=message):
+        build_reward("http://nohost.invalid:80", CPU)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from driftrl import Trainer
-from driftrl.build import build_loop, build_training_reward
+from driftrl.build import build_loop, build_reward, build_training_reward
 from driftrl.checks import InputError, RunFailedError
 from driftrl.config import RewardPart, TrainConfig, dump_config, load_config, parse_config
 from driftrl.evaluation.evaluate import (
@@ -64,6 +64,51 @@ def test_the_configuration_round_trips(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("reward", "weights"),
+    [
+        ("[pickscore, aesthetic@x]", [("pickscore", 1.0), ("aesthetic@x", 1.0)]),
+        ("{pickscore: 1, aesthetic@x: 0.5}", [("pickscore", 1.0), ("aesthetic@x", 0.5)]),
+        ("[pickscore, {name: mine:score, weight: -2}]", [("pickscore", 1.0), ("mine:score", -2.0)]),
+        ("{tiny-animals: 3}", [("tiny-animals", 3.0)]),
+    ],
+)
+def test_names_and_weights_alone_will_do(tmp_path, reward, weights):
+    """As Flow-GRPO writes several rewards, and as one would type them."""
+    config = load_config(None, [f"reward={reward}"])
+    assert config.reward == [RewardPart(name=name, weight=weight) for name, weight in weights]
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_functions_and_weights_in_python():
+    named = f"{__name__}:dark"
+    assert TrainConfig(reward=[dark, "compressibility"]).reward == [
+        RewardPart(name=named),
+        RewardPart(name="compressibility"),
+    ]
+    assert TrainConfig(reward={dark: 0.5}).reward == [RewardPart(name=named, weight=0.5)]
+
+
+def dark(images, prompts):
+    return -images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("tiny-animals,compressibility", "tiny-animals, compressibility"),
+        ("pickscore@here, mine:score", "pickscore@here, mine:score"),
+    ],
+)
+def test_names_with_commas_are_told_how_several_are_written(name, shown):
+    with pytest.raises(InputError) as caught:
+        build_reward(name, torch.device("cpu"))
+    assert f"--set 'reward=[{shown}]'" in str(caught.value)
+    weighed = shown.replace(",", ": 1,")
+    assert f"--set 'reward={{{weighed}: 0.5}}'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("reward", "message"),
     [
         (
@@ -81,9 +126,19 @@ def test_the_configuration_round_trips(tmp_path):
         ("[{name: a}, {name: a}]", r"reward: expected each name once; a is there twice"),
         ("[{name: a, weight: 0}]", r"reward: expected at least one reward whose weight is not 0"),
         ("[]", r"reward: expected at least one reward"),
-        ("[pickscore]", r"reward\.0: expected keys and values; got 'pickscore'"),
-        ("5", r"reward: expected a name, or a list of \{name, weight, normalize\}; got 5"),
-        ("{name: a}", r"reward: expected a name, or a list of"),
+        ("[pickscore, 5]", r"reward\.1: expected keys and values; got 5"),
+        (
+            "5",
+            r"reward: expected a name, a list of names or of \{name, weight, normalize\}, or \{name: weight\}; got 5",
+        ),
+        ("{name: a}", r"reward: expected a name, a list of names or of"),
+        ("{name: a, weight: 2}", r"reward: expected a name, a list of names or of"),
+        ("{a: b}", r"reward\.a: expected a number, the reward's weight; got 'b'"),
+        ("{a: true}", r"reward\.a: expected a number, the reward's weight; got True"),
+        ("{a: .inf}", r"reward\.0\.weight: expected a finite number; got inf"),
+        ("{a: 0}", r"reward: expected at least one reward whose weight is not 0"),
+        ("{}", r"reward: expected at least one reward"),
+        ("[a, a]", r"reward: expected each name once; a is there twice"),
     ],
 )
 def test_a_bad_list_is_one_message(reward, message):

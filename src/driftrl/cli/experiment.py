@@ -17,7 +17,6 @@ from driftrl.checks import InputError, RunFailedError, counted
 from driftrl.config import TrainConfig, dump_config
 from driftrl.experiment.plan import Plan, PlannedRun, differing, expand, load_plan
 from driftrl.experiment.pool import Failure, Pool, Task, slots
-from driftrl.prompts import load_prompts
 
 
 def experiment(
@@ -129,8 +128,9 @@ def _collect(out: Path, name: str) -> None:
 def _commands(plan: Plan, run: PlannedRun, folder: Path, trained: bool) -> list[list[str]]:
     """What is left of a run, as command lines; resuming a run that has not begun begins it."""
     driftrl, wanted = [sys.executable, "-m", "driftrl.cli.main"], plan.evaluation
+    asked = run.config.evaluation.prompts
     evaluate = [
-        *driftrl, "evaluate", str(folder), "--prompts", wanted.prompts, "--images", str(wanted.images),
+        *driftrl, "evaluate", str(folder), *([] if asked is None else ["--prompts", asked]), "--images", str(wanted.images),
         "--seed", str(wanted.seed), "--encoder", wanted.encoder, "--checkpoint", ",".join(map(str, run.checkpoints)),
         *(part for name in wanted.rewards for part in ("--reward", name)), "--quiet",
     ]  # fmt: skip
@@ -168,7 +168,7 @@ def _list(plan: Plan, runs: Sequence[PlannedRun], jobs: int, threads: int) -> No
 
 def _evaluation_images(plan: Plan, run: PlannedRun) -> int:
     """Images that a run's evaluation draws: of its checkpoints, the base model, and the base model once more."""
-    return (len(run.checkpoints) + 2) * len(load_prompts(plan.evaluation.prompts)) * plan.evaluation.images
+    return (len(run.checkpoints) + 2) * len(run.prompts_evaluated()) * plan.evaluation.images
 
 
 class _Display:

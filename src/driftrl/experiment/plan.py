@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 
 from driftrl.checks import InputError
 from driftrl.config import (
+    REWARD,
     Place,
     Positive,
     Section,
@@ -25,7 +26,7 @@ from driftrl.config import (
     read_config,
     read_yaml,
 )
-from driftrl.prompts import load_prompts
+from driftrl.prompts import USUAL, evaluated, load_prompts, prompt_sets
 
 NAMES = {"name", "seed"}
 """Settings that every run's name says already."""
@@ -82,8 +83,8 @@ class PlanMethod(Section):
 class PlanEvaluation(Section):
     """How every run is measured; the same for all, or nothing could be compared."""
 
-    prompts: Place = "eval40"
-    """A prompt set of the package, or a TXT or JSONL file."""
+    prompts: Place | None = None
+    """A prompt set of the package, or a TXT or JSONL file; null: as evaluation.prompts of a run, which follows prompts.set."""
     images: int = Field(40, ge=2)
     """Images per prompt."""
     checkpoints: int | str = 8
@@ -156,6 +157,10 @@ class PlannedRun:
         config = self.config
         return config.iterations * config.prompts.per_iteration * config.sampling.candidates
 
+    def prompts_evaluated(self, folder: Path | None = None) -> tuple[str, ...]:
+        """What it is measured on; where its file of prompts is gone, by the copy in its ``folder``."""
+        return evaluated(self.config.evaluation.prompts, self.config.prompts.set, folder)[1]
+
 
 def load_plan(path: Path) -> Plan:
     """Read a plan.
@@ -180,7 +185,6 @@ def expand(plan: Plan, path: Path) -> list[PlannedRun]:
         InputError: for a file that cannot be read, settings that are no valid configuration, prompts that are not
             there, two runs of one name, or fewer checkpoints than are to be evaluated.
     """
-    load_prompts(plan.evaluation.prompts)
     runs: dict[str, PlannedRun] = {}
     turns: dict[str, int] = {}
     for method in plan.methods:
@@ -197,7 +201,10 @@ def expand(plan: Plan, path: Path) -> list[PlannedRun]:
             for turn, seed in enumerate(method.seeds or plan.seeds):
                 own = {"name": f"{label}{suffix}", "seed": seed}
                 run = _planned(
-                    plan, merged(merged(data, change), own), f"{path}: {label}{suffix}, from {source}"
+                    plan,
+                    path.parent,
+                    merged(merged(data, change), own),
+                    f"{path}: {label}{suffix}, from {source}",
                 )
                 if run.name in runs:
                     raise InputError(
@@ -211,6 +218,11 @@ def expand(plan: Plan, path: Path) -> list[PlannedRun]:
                 f"{path}: {key}: expected the same in all runs, or they could not be compared; got "
                 f"{' and '.join(values)}; make a plan of each"
             )
+    if len({run.prompts_evaluated() for run in runs.values()}) > 1:
+        raise InputError(
+            f"{path}: evaluation.prompts: expected the same in all runs, or they could not be compared; by default they follow "
+            f"the prompts that a run is trained on, which differ: say evaluation: {{prompts: {USUAL}}}, or a file"
+        )
     return sorted(runs.values(), key=lambda run: turns[run.name])
 
 
@@ -218,7 +230,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with dotted keys as nested ones: {"a.b": 1, "a": {"c": 2}} is {"a": {"b": 1, "c": 2}}."""
     result: dict[str, Any] = {}
     for key, value in settings.items():
-        inner = nested(value) if isinstance(value, dict) else value
+        inner = nested(value) if isinstance(value, dict) and key != REWARD else value
         for part in reversed(str(key).split(".")):
             inner = {part: inner}
         result = merged(result, inner)
@@ -232,10 +244,13 @@ def differing(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
     return [{key: table[key] for key in keys} for table in tables]
 
 
-def _planned(plan: Plan, data: dict[str, Any], source: str) -> PlannedRun:
+def _planned(plan: Plan, folder: Path, data: dict[str, Any], source: str) -> PlannedRun:
     """One run, checked as far as that goes without loading a model."""
-    wanted, count = plan.evaluation, plan.evaluation.checkpoints
-    data = merged(data, {"evaluation": {"prompts": wanted.prompts, "images": wanted.images, "at_end": False}})
+    count = plan.evaluation.checkpoints
+    wanted: dict[str, Any] = {"images": plan.evaluation.images, "at_end": False}
+    if plan.evaluation.prompts is not None:
+        wanted["prompts"] = plan.evaluation.prompts
+    data = _located(merged(data, {"evaluation": wanted}), folder)
     config = parse_config(data, source)
     if isinstance(count, int) and "checkpoint_every" not in data.get("logging", {}):
         logging = config.logging.model_copy(update={"checkpoint_every": max(1, config.iterations // count)})
@@ -261,6 +276,17 @@ def _planned(plan: Plan, data: dict[str, Any], source: str) -> PlannedRun:
             f"{config.prompts.per_iteration}"
         )
     return PlannedRun(config, tuple(there) if isinstance(count, str) else _spread(there, count))
+
+
+def _located(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Settings with the files of prompts that lie where they say, seen from the plan's folder; others as they are named."""
+    found = data
+    for section, key in (("prompts", "set"), ("evaluation", "prompts")):
+        part = data.get(section)
+        name = part.get(key) if isinstance(part, dict) else None
+        if isinstance(name, str) and name not in prompt_sets() and (folder / name).is_file():
+            found = merged(found, {section: {key: str(folder / name)}})
+    return found
 
 
 def _spread(places: Sequence[int], count: int) -> tuple[int, ...]:

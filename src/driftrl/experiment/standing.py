@@ -13,7 +13,6 @@ from driftrl.config import flat, load_config
 from driftrl.evaluation.evaluate import FILE, load_evaluation
 from driftrl.experiment.plan import PlanEvaluation, PlannedRun
 from driftrl.files import sha256
-from driftrl.prompts import load_prompts
 from driftrl.run import RESUMABLE
 
 TAIL = 2**14
@@ -92,7 +91,7 @@ def _measured(run: PlannedRun, folder: Path, wanted: PlanEvaluation) -> int:
         return 0
     evaluation = load_evaluation(folder)
     there, scored = evaluation.settings, evaluation.base.figures
-    asked = (list(load_prompts(wanted.prompts)), wanted.images, wanted.seed, wanted.encoder)
+    asked = (list(run.prompts_evaluated(folder)), wanted.images, wanted.seed, wanted.encoder)
     if (there.prompts, there.images, there.seed, there.encoder) != asked:
         return 0
     if not all(f"reward/{name}" in scored or name in there.rewards for name in wanted.rewards):

@@ -41,7 +41,7 @@ def ask(reward: Reward, images: Tensor, prompts: Sequence[str]) -> object:
 def scores_of(answer: object, count: int, title: str) -> Tensor:
     """A reward's answer as a tensor [count] of its own dtype, detached.
 
-    A tensor, NumPy's or a list of as many numbers will do, [count, 1] too, and a pair of one of these and a dictionary of
+    A tensor, NumPy's or a list of as many numbers will do, [count, 1] too, truth values, which count as 0 and 1, and a pair of one of these and a dictionary of
     anything, which is left out: what DDPO's and Flow-GRPO's rewards return.
 
     Raises:
@@ -59,8 +59,10 @@ def scores_of(answer: object, count: int, title: str) -> Tensor:
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise InputError(f"{wanted}; got a {type(answer).__name__} of something else") from None
     values = values.detach()
+    if values.dtype == torch.bool:  # whether an answer is right, say
+        values = values.to(torch.float32)
     if values.shape == (count, 1):
         values = values[:, 0]
-    if values.shape != (count,) or values.is_complex() or values.dtype == torch.bool:
+    if values.shape != (count,) or values.is_complex():
         raise InputError(f"{wanted}; got shape {list(values.shape)}, {values.dtype}")
     return values

@@ -60,7 +60,7 @@ class GuardedReward:
                 if self.name in str(error):  # the empty name is in every one
                     raise
                 raise type(error)(f"{self.title}: {error}") from error
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # sys.exit in a reward is not the end of the program
                 problem = f"{type(error).__name__}: {error}{where_raised(error)}"
         asked = list(dict.fromkeys(prompts))
         named = ", ".join(repr(p) for p in asked[:3]) + (
@@ -134,7 +134,7 @@ def _writes(images: Tensor) -> tuple[int, str]:
     return count, str(float(images.sum(dtype=torch.float64))) if images.device.type == "cpu" else ""
 
 
-def where_raised(error: Exception) -> str:
+def where_raised(error: BaseException) -> str:
     """Where in the user's code an error came up: the last place that is neither this package's nor an installed one's."""
     package = str(Path(__file__).parents[1])
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

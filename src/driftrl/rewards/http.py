@@ -154,10 +154,8 @@ class HTTPReward:
         try:
             status, answer = self._request("GET", "/v1/info", None, 65_536, min(self.timeout, 30.0))
         except _TroubleError as trouble:
-            local = self._host if self._host in ("127.0.0.1", "localhost", "::1") else f"{self._host}, there"
             raise InputError(
-                f"reward: no reward server answers at {self.url}: {trouble}; start it on {local}, with: "
-                f"driftrl serve-reward NAME --port {self._port}"
+                f"reward: no reward server answers at {self.url}: {trouble}; start it on {self._host} with: {self._command()}"
             ) from trouble
         if status != 200:
             raise InputError(
@@ -168,7 +166,7 @@ class HTTPReward:
         if not isinstance(info, dict) or type(version) is not int:
             raise InputError(
                 f'reward: {self.url} is no reward server: /v1/info has no "protocol"; start one there with: '
-                f"driftrl serve-reward NAME --port {self._port}"
+                f"{self._command()}"
             )
         if version != PROTOCOL:
             raise InputError(
@@ -176,6 +174,15 @@ class HTTPReward:
                 f"{PROTOCOL}; install the same version on both sides"
             )
         return info
+
+    def _command(self) -> str:
+        """What starts a server at this address: by itself it listens to its own machine only."""
+        if self._host in ("127.0.0.1", "localhost", "::1"):
+            return f"driftrl serve-reward NAME --port {self._port}"
+        return (
+            f"driftrl serve-reward NAME --host 0.0.0.0 --port {self._port}, which lets other machines in; those that have "
+            f"the token, if {TOKEN_VARIABLE} is set there and here"
+        )
 
     def _choose(self, wanted: str, offered: Any) -> str:
         takes = [f for f in MEDIA if isinstance(offered, list) and f in offered]
