@@ -306,8 +306,8 @@ def adapter_of(pipeline: Any, lora: str) -> AdapterConfig:
         InputError: if it cannot be read, or is not of the UNet or transformer alone.
     """
     component = PIPELINES[type(pipeline).__name__].component
-    source = _newest_of(lora)
     try:
+        source = _newest_of(lora)
         layers = load_start(pipeline, component, getattr(pipeline, component), source).layers
     except InputError as error:
         raise InputError(str(error).replace("adapter.start:", "--lora:", 1)) from error

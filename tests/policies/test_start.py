@@ -48,7 +48,7 @@ def test_a_lora_is_drawn_with_on_a_model(config, first, drawn, pipeline_folder, 
         ({"source": first, "lora": str(first)}, "--lora: expected a model to put it on"),
         (
             {"source": pipeline_folder, "lora": str(tmp_path / "none.safetensors")},
-            r"--lora: .*cannot be loaded",
+            r"--lora: .*there is no such",
         ),
         ({"source": pipeline_folder, "lora": str(pipeline_folder)}, r"--lora: .*has no"),
     ):
