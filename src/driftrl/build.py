@@ -662,7 +662,8 @@ def _policy_encoder(name: str, policy: Policy | None) -> Encoder:
 def build_loop(config: TrainConfig, run: Path, team: Team = ALONE, start: bool = True) -> TrainingLoop:
     """Everything that a run needs, ready to go; without ``start`` for going on from a checkpoint."""
     prompt_set = trained(config.prompts.set, run)
-    warn_of_doubles(prompt_set, config.prompts.set)
+    if start:  # once: not again of a run that goes on
+        warn_of_doubles(prompt_set, config.prompts.set)
     if config.prompts.per_iteration > len(prompt_set):
         raise InputError(
             f"prompts.per_iteration: expected at most the {len(prompt_set)} prompts of {config.prompts.set}; "
