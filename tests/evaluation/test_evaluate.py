@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import run_command
+from conftest import driftrl, run_command
 from driftrl import Trainer
 from driftrl.build import load_pipeline
 from driftrl.checks import InputError, RunFailedError
@@ -115,6 +115,17 @@ def test_measures_base_and_every_checkpoint_once(run, prompts_file, clip_folder)
         assert status == 0 and shown in table, table
     status, table = run_command("evaluate", run / "checkpoints/000001", *options)
     assert status == 0 and "iteration 1" in table, table
+    shown = driftrl("evaluate", run, *options)
+    assert "iteration 2" in shown.stdout and "report.html" not in shown.stdout  # figures alone
+    assert f"open {run / 'report.html'}" in shown.stderr and "iteration 2" not in shown.stderr
+    written = json.loads(driftrl("evaluate", run, *options, "--json", "--quiet").stdout)
+    assert [point["label"] for point in written["points"]] == ["base", "000001", "000002"]
+    for point, measured in zip(written["points"], evaluation.points, strict=True):
+        assert {k: v["mean"] for k, v in point["figures"].items()} == {
+            k: v.mean for k, v in measured.figures.items()
+        }
+    change = evaluation.tuned[-1].figures["reward"].change
+    assert written["points"][-1]["figures"]["reward"]["change"]["mean"] == change.mean
     evaluate(run, **chosen, progress=lambda *_: told.append(1))
     assert not told and (run / FILE).read_text() == before
 

@@ -208,7 +208,11 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["driftrl", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             main()
-        return end.value.code, capsys.readouterr().err
+        told = capsys.readouterr()
+        shown.append(told.out)
+        return end.value.code, told.err
+
+    shown: list[str] = []
 
     runs = [make_run(tmp_path / name, name) for name in ("grpo", "drift")]
     kit = tmp_path / "human"
@@ -219,7 +223,8 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
     file = tmp_path / "answers.json"
     file.write_text(json.dumps({"format": 1, "kit": key["kit"], "rater": "", "answers": answers}))
     status, told = driftrl("judge", kit, file)
-    assert status == 0 and "distinctiveness: about the same 0 of 3 times, left 3" in told
+    assert status == 0 and told.startswith(f"wrote {kit / 'analysis.json'}")
+    assert "win rate" in shown[-1] and "distinctiveness: about the same 0 of 3 times, left 3" in shown[-1]
     for arguments, message in (
         (("judge", kit, kit / "key.json"), "expected answers"),
         (("judge", kit, tmp_path / "none.json"), "expected a JSON file"),

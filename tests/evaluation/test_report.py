@@ -11,7 +11,7 @@ import pytest
 from made import PROMPTS, make_run
 from PIL import Image
 
-from conftest import run_command
+from conftest import driftrl, run_command
 from driftrl.checks import InputError
 from driftrl.config import load_config
 from driftrl.evaluation import compare as comparing
@@ -198,6 +198,26 @@ def test_the_command_shows_what_it_found(tmp_path):
     assert findings.verdict()[0] in told.replace("\n", " ")
     status, told = run_command("compare", tmp_path / "nowhere", runs[0])
     assert (status, "there is no such run or file" in told) == (2, True)
+
+
+def test_what_was_found_goes_to_stdout_and_where_it_lies_to_stderr(tmp_path):
+    runs = [
+        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss)
+        for n, loss in (("grpo", 0.2), ("drift", 0.05))
+        for s in (0, 1)
+    ]
+    page, findings = tmp_path / "page.html", find(runs)
+    shown = driftrl("compare", *runs, "--out", page)
+    assert findings.verdict()[0] in shown.stdout and "page.html" not in shown.stdout
+    assert shown.stderr.startswith(f"open {page}") and "grpo" not in shown.stderr
+    written = driftrl("compare", *runs, "--out", page, "--json")
+    found = json.loads(written.stdout)
+    assert (found["against"], found["verdict"]) == ("grpo", findings.verdict())
+    assert [(m["name"], m["seeds"]) for m in found["methods"]] == [("grpo", [0, 1]), ("drift", [0, 1])]
+    for gain, pair in zip(found["gains"], findings.pairs, strict=True):
+        assert gain["variety_at_equal_reward"]["mean"] == pair.diversity_gain.mean
+    status, told = run_command("compare", *runs, "--blind", tmp_path / "kit", "--json")
+    assert (status, "--json: has no meaning with --blind" in told) == (2, True)
 
 
 def test_refuses_to_compare_what_was_not_measured_alike(tmp_path):

@@ -35,6 +35,9 @@ def _flag(*names: str, help: str) -> Any:
     return typer.Option(*names, help=help, metavar="")
 
 
+Json = Annotated[bool, _flag("--json", help="Print the figures as one JSON object instead of the table.")]
+
+
 class _Command(TyperCommand):
     """A command whose --help has no type."""
 
@@ -278,11 +281,12 @@ def register(app: typer.Typer) -> None:
         ] = None,
         dtype: Dtype = None,
         device: Device = None,
+        as_json: Json = False,
         quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress display.")] = False,
     ) -> None:
         """Measure reward and variety beside the base model, and write report.html.
 
-        What was measured under the same settings before is not measured again.
+        What was measured under the same settings before is not measured again. The figures go to stdout.
 
         Examples:
 
@@ -295,6 +299,8 @@ def register(app: typer.Typer) -> None:
           driftrl evaluate runs/mine --lora-scale 0.2,0.4,0.6,0.8
 
           driftrl evaluate tiny-animals --images 40
+
+          driftrl evaluate runs/mine --json > figures.json
         """
         from driftrl.cli.evaluate import evaluate as work
         from driftrl.cli.evaluate import scales
@@ -302,6 +308,7 @@ def register(app: typer.Typer) -> None:
         work(
             source,
             quiet=quiet,
+            as_json=as_json,
             prompts=prompts,
             images=images,
             checkpoints=which,
@@ -346,6 +353,7 @@ def register(app: typer.Typer) -> None:
             int | None,
             typer.Option(help="Of the blinded page's order and sides; by default a new one.", min=0),
         ] = None,
+        as_json: Json = False,
     ) -> None:
         """Compare methods: curves, fronts, gains at equal level.
 
@@ -363,7 +371,7 @@ def register(app: typer.Typer) -> None:
         """
         from driftrl.cli.compare import compare as work
 
-        work(runs, out, against, blind, seed)
+        work(runs, out, against, blind, seed, as_json)
 
     @app.command(cls=_Command)
     def export(

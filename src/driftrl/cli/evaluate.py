@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 import warnings
@@ -25,11 +26,13 @@ from driftrl.cli.interrupt import on_interrupt
 from driftrl.distributed import leads
 
 if TYPE_CHECKING:
-    from driftrl.evaluation.evaluate import Evaluation, Point
+    from driftrl.evaluation.evaluate import Change, Evaluation, Figure, Point
 
 
-def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Path:
+def evaluate(source: str | Path, *, quiet: bool = False, as_json: bool = False, **settings: Any) -> Path:
     """Measure ``source`` as `driftrl.evaluation.evaluate.evaluate` does, write the report, show the figures.
+
+    The figures go to stdout, as a table or, if ``as_json``, as one JSON object; everything else goes to stderr.
 
     Returns:
         The folder with ``evaluation.json``, ``report.html`` and ``report.png``.
@@ -39,7 +42,6 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
         from transformers.utils import logging
 
         from driftrl.evaluation.evaluate import load_evaluation
-        from driftrl.evaluation.measures import METRICS, describe
         from driftrl.evaluation.report import evaluate as work
 
     logging.disable_progress_bar()  # its bars for loading weights would come between ours
@@ -69,12 +71,59 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
             folder = work(source, progress=watch, **settings)
     if not leads():
         return folder
+    results = Console(emoji=False)
+    if as_json:
+        results.print(_json(load_evaluation(folder), folder), highlight=False, soft_wrap=True, markup=False)
     if quiet:
         console.print(folder / "report.html", highlight=False, soft_wrap=True, markup=False)
         return folder
+    if not as_json:
+        evaluation = load_evaluation(folder)
+        results.print(
+            _table(evaluation, _shown(evaluation, source, str(settings.get("checkpoints", "last"))))
+        )
+    console.print(
+        f"measured in {time.perf_counter() - start:.0f} s; open {folder / 'report.html'}",
+        highlight=False, soft_wrap=True, markup=False,
+    )  # fmt: skip
+    return folder
 
-    evaluation = load_evaluation(folder)
-    last = _shown(evaluation, source, str(settings.get("checkpoints", "last")))
+
+def _json(evaluation: Evaluation, folder: Path) -> str:
+    """Every figure of every model that was measured, without the single prompts', which evaluation.json has."""
+
+    def figure(found: Figure | Change) -> dict[str, Any]:
+        return {"mean": found.mean, "interval": [found.low, found.high]}
+
+    points = [
+        {
+            "label": point.label,
+            "iteration": point.iteration,
+            "lora_scale": point.lora_scale,
+            "figures": {
+                name: figure(found) | {"change": None if found.change is None else figure(found.change)}
+                for name, found in point.figures.items()
+            },
+        }
+        for point in evaluation.points
+    ]
+    return json.dumps(
+        {
+            "name": evaluation.name,
+            "prompts": len(evaluation.settings.prompts),
+            "images": evaluation.settings.images,
+            "level": evaluation.level,
+            "report": str(folder / "report.html"),
+            "points": points,
+        },
+        indent=1,
+    )
+
+
+def _table(evaluation: Evaluation, last: Point | None) -> Table:
+    """The base model's figures, and beside them those of its adapter at every scale, or of one checkpoint."""
+    from driftrl.evaluation.measures import METRICS, describe
+
     each = f"{counted(len(evaluation.settings.prompts), 'prompt')} x {evaluation.settings.images} images"
     table = Table(
         title=f"{escape(evaluation.name)}, {each}, mean over prompts",
@@ -103,12 +152,7 @@ def evaluate(source: str | Path, *, quiet: bool = False, **settings: Any) -> Pat
             )
         style = "bold" if name in METRICS and METRICS[name].headline else None
         table.add_row(*row, style=style)
-    console.print(table)
-    console.print(
-        f"measured in {time.perf_counter() - start:.0f} s; open {folder / 'report.html'}",
-        highlight=False, soft_wrap=True, markup=False,
-    )  # fmt: skip
-    return folder
+    return table
 
 
 def _shown(evaluation: Evaluation, source: str | Path, which: str) -> Point | None:
