@@ -15,18 +15,23 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from driftrl.checks import InputError, counted
 from driftrl.cli.interrupt import on_interrupt
+from driftrl.cli.train import WIDE
 from driftrl.distributed import leads
 
 if TYPE_CHECKING:
     from driftrl.evaluation.evaluate import Change, Evaluation, Figure, Point
+
+EVERY = 30.0
+"""Seconds between two lines where there is no terminal to show a bar on."""
 
 
 def evaluate(source: str | Path, *, quiet: bool = False, as_json: bool = False, **settings: Any) -> Path:
@@ -41,23 +46,21 @@ def evaluate(source: str | Path, *, quiet: bool = False, as_json: bool = False, 
     with console.status("loading the model", spinner="dots"):
         from transformers.utils import logging
 
-        from driftrl.evaluation.evaluate import load_evaluation
+        from driftrl.evaluation.evaluate import in_words, load_evaluation
         from driftrl.evaluation.report import evaluate as work
 
     logging.disable_progress_bar()  # its bars for loading weights would come between ours
-    progress = Progress(
-        TextColumn("[bold]evaluating[/] {task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("images"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        console=console, disable=quiet or not console.is_terminal,
-    )  # fmt: skip
+    progress = _progress(console, quiet)
     task = progress.add_task("", total=None)
-    told: set[str] = set()
+    lines = Lines(EVERY)
 
     def watch(label: str, done: int, total: int) -> None:
-        progress.update(task, description=label, completed=done, total=total)
-        if not quiet and not console.is_terminal and label not in told:
-            told.add(label)
-            console.print(f"evaluating {label}  {done}/{total} images", highlight=False, markup=False)
+        progress.update(task, description=in_words(label), completed=done, total=total)
+        if quiet or console.is_terminal:
+            return
+        line = lines.due(in_words(label), done, total, time.perf_counter())
+        if line:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def show(message: Warning | str, category: type[Warning], *_: object) -> None:
         console.print(f"[yellow]{category.__name__}:[/] {escape(str(message))}", highlight=False)
@@ -87,6 +90,52 @@ def evaluate(source: str | Path, *, quiet: bool = False, as_json: bool = False, 
         highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
     return folder
+
+
+def _progress(console: Console, quiet: bool) -> Progress:
+    """A bar; on a narrow terminal figures alone, none of them cut short."""
+
+    def whole() -> Column:
+        return Column(no_wrap=True, min_width=8)
+
+    columns: list[ProgressColumn] = [
+        TextColumn("[bold]evaluating[/] {task.description}"),
+        MofNCompleteColumn(table_column=whole()),
+        TextColumn("images, left"),
+        TimeRemainingColumn(table_column=whole()),
+    ]
+    if console.width >= WIDE:
+        columns[1:1] = [BarColumn(None), TimeElapsedColumn()]
+    return Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+
+
+class Lines:
+    """How far it is, in a line now and then, where there is no terminal to show a bar on.
+
+    Example:
+        >>> from driftrl.cli.evaluate import Lines
+        >>> lines = Lines(every=30)
+        >>> [lines.due("base model", done, 32, now) for done, now in ((8, 100), (16, 110), (24, 140), (32, 150))]
+        ['evaluating base model  8/32 images', '', 'evaluating base model  24/32 images  20.0 s left', 'evaluating base model  32/32 images']
+    """
+
+    def __init__(self, every: float) -> None:
+        """A line for the first batch and the last, and between them after each ``every`` seconds."""
+        self.every = every
+        self.first: tuple[int, float] | None = None
+        """Images done and the time when the first batch was: its own time is that of warming up, too."""
+        self.said = 0.0
+
+    def due(self, what: str, done: int, total: int, now: float) -> str:
+        """The line that is due ``now``, in seconds, or nothing."""
+        from driftrl.cli.estimate import duration
+
+        if self.first is not None and done < total and now - self.said < self.every:
+            return ""
+        begun, start = self.first = self.first or (done, now)
+        self.said = now
+        left = (total - done) * (now - start) / (done - begun) if begun < done < total else 0.0
+        return f"evaluating {what}  {done}/{total} images" + (f"  {duration(left)} left" if left else "")
 
 
 def _json(evaluation: Evaluation, folder: Path) -> str:

@@ -56,6 +56,8 @@ NEEDED = {"reward", "diversity"}
 REFERENCE = 2**30
 """Added to the seed for the reference images of recall: another draw of the base model, so that the base
 model's own figure says what a perfect copy would reach, and equal seeds do not pass for coverage."""
+WORDS = {"base": "base model", "reference": "base model, second draw (for recall)"}
+"""What is drawn beside checkpoints, in words."""
 LATENT_SIDE = 8
 """Places on a side that latents are averaged down to: layout and colours, and small enough to keep."""
 
@@ -188,6 +190,14 @@ class Evaluation(_Record):
     def sheet(self, folder: Path, point: Point, place: int) -> Path:
         """Where the sheet of images of one prompt lies, if it was kept."""
         return _pictures(folder, self.settings) / point.label / f"{place:03d}.webp"
+
+
+def in_words(label: str) -> str:
+    """What is being drawn, for those who wait for it: a label of `Point`, or the reference's."""
+    if label in WORDS:
+        return WORDS[label]
+    number, _, scale = label.partition("x")
+    return f"iteration {int(number)}" + (f", scale {scale}" if scale else "")
 
 
 def with_mixture(readings: Readings, reference: Readings, mixture: Sequence[RewardPart]) -> Readings:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from driftrl.checks import counted
 from driftrl.distributed import join
-from driftrl.evaluation.evaluate import Evaluation, Figure, Point, Settings, load_evaluation
+from driftrl.evaluation.evaluate import Evaluation, Figure, Point, Settings, in_words, load_evaluation
 from driftrl.evaluation.evaluate import evaluate as measured
 from driftrl.evaluation.gallery import FIRST, evenly, pictures, prompt_rows, side, spread
 from driftrl.evaluation.measures import METRICS, VARIETY, Metric, asked, describe, trained
@@ -89,7 +89,7 @@ def _bar(hidden: bool) -> Iterator[Progress]:
 
         def tell(label: str, done: int, total: int) -> None:
             bar.total = total
-            bar.set_description(f"evaluating {label}", refresh=False)
+            bar.set_description(f"evaluating {in_words(label)}", refresh=False)
             bar.update(done - bar.n)
 
         yield tell
