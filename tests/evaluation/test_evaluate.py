@@ -152,6 +152,8 @@ def test_measures_base_and_every_checkpoint_once(run, prompts_file, clip_folder,
     shown = driftrl("evaluate", run, *options)
     assert "iteration 2" in shown.stdout and "report.html" not in shown.stdout  # figures alone
     assert f"open {run / 'report.html'}" in shown.stderr and "iteration 2" not in shown.stderr
+    assert "On 3 prompts, too few to tell much of any other: no interval is given.\n" in shown.stdout
+    assert "interval)" not in shown.stdout and " to " not in shown.stdout.partition("On 3")[0]
     written = json.loads(driftrl("evaluate", run, *options, "--json", "--quiet").stdout)
     assert [point["label"] for point in written["points"]] == ["base", "000001", "000002"]
     for point, measured in zip(written["points"], evaluation.points, strict=True):
@@ -159,7 +161,7 @@ def test_measures_base_and_every_checkpoint_once(run, prompts_file, clip_folder,
             k: v.mean for k, v in measured.figures.items()
         }
     change = evaluation.tuned[-1].figures["reward"].change
-    assert written["points"][-1]["figures"]["reward"]["change"]["mean"] == change.mean
+    assert written["points"][-1]["figures"]["reward"]["change"] == {"mean": change.mean, "interval": None}
     evaluate(run, **chosen, progress=lambda *_: told.append(1))
     assert not told and (run / FILE).read_text() == before
 

@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from made import PROMPTS, make_run
+from made import MANY, PROMPTS, make_run
 from PIL import Image
 
 from conftest import driftrl, run_command
@@ -96,7 +96,7 @@ def test_the_picture(tmp_path):
 
 def test_comparison_finds_who_keeps_more(tmp_path):
     runs = [
-        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss)
+        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss, prompts=MANY)
         for n, loss in (("grpo", 0.2), ("drift", 0.05))
         for s in (0, 1)
     ]
@@ -120,7 +120,9 @@ def test_comparison_finds_who_keeps_more(tmp_path):
 
 
 def test_a_single_seed_is_said_to_be_one(tmp_path):
-    runs = [make_run(tmp_path / n, n, 0, 2.0, loss) for n, loss in (("grpo", 0.2), ("drift", 0.05))]
+    runs = [
+        make_run(tmp_path / n, n, 0, 2.0, loss, prompts=MANY) for n, loss in (("grpo", 0.2), ("drift", 0.05))
+    ]
     page = write_comparison(runs, tmp_path / "out.html").read_text()
     assert "on a single seed" in page and "may be chance" in page
     assert comparing.compare(comparing.load_methods(runs), ["diversity"], "drift")[0].diversity_gain.mean < 0
@@ -130,7 +132,9 @@ def test_of_many_methods_a_board_says_who_has_more(tmp_path):
     """More, less, a difference that rounds to 0%, and none."""
     losses = {"grpo": 0.2, "drift": 0.05, "worse": 0.3, "close": 0.2005, "same": 0.2}
     runs = [
-        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss) for n, loss in losses.items() for s in (0, 1)
+        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss, prompts=MANY)
+        for n, loss in losses.items()
+        for s in (0, 1)
     ]
     page = write_comparison(runs, tmp_path / "out.html").read_text()
     assert "At equal reward more varied than grpo by most of 2 measures: drift (2)." in page
@@ -157,7 +161,7 @@ def test_of_many_methods_a_board_says_who_has_more(tmp_path):
 @pytest.mark.parametrize(("fallen", "against"), [("drift", "grpo"), ("drift", "drift")])
 def test_a_reward_that_only_fell_is_said_to_have(tmp_path, fallen, against):
     made = {"grpo": 2.0, "ddpo": 1.0, fallen: -1.0}
-    runs = [make_run(tmp_path / name, name, 0, gain) for name, gain in made.items()]
+    runs = [make_run(tmp_path / name, name, 0, gain, prompts=MANY) for name, gain in made.items()]
     page = write_comparison(runs, tmp_path / "page.html", against).read_text()
     assert "drift never got above the base model&#39;s reward" in page
     assert "drift cannot be told apart" not in page and "drift and grpo" not in page
@@ -166,21 +170,55 @@ def test_a_reward_that_only_fell_is_said_to_have(tmp_path, fallen, against):
 
 def test_a_single_seed_is_said_of_the_method_that_has_one(tmp_path):
     made = (("grpo", 0.2, (0, 1)), ("drift", 0.05, (0, 1)), ("once", 0.1, (0,)))
-    runs = [make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss) for n, loss, seeds in made for s in seeds]
+    runs = [
+        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss, prompts=MANY)
+        for n, loss, seeds in made
+        for s in seeds
+    ]
     page = write_comparison(runs, tmp_path / "out.html").read_text()
     assert "At equal reward drift has more than grpo of: diversity" in page
     assert "At equal reward, on a single seed, once has more than grpo of: diversity" in page
 
 
 def test_a_difference_that_rounds_to_nothing_is_no_headline(tmp_path):
-    runs = [make_run(tmp_path / n, n, 0, 2.0, loss) for n, loss in (("grpo", 0.2), ("close", 0.2005))]
+    runs = [
+        make_run(tmp_path / n, n, 0, 2.0, loss, prompts=MANY)
+        for n, loss in (("grpo", 0.2), ("close", 0.2005))
+    ]
     assert (
         find(runs).verdict()[0].startswith("At equal reward, on a single seed, close and grpo cannot be told")
     )
 
 
+def test_of_few_prompts_nothing_is_concluded(tmp_path):
+    """The page, the terminal and the report of a run: figures, and neither intervals nor a verdict."""
+    made = [
+        make_run(tmp_path / f"{n}{s}", n, s, gain + 0.1 * s, loss)
+        for n, gain, loss in (("grpo", 2, 0.2), ("drift", 2, 0.05), ("fallen", -1, 0.1))
+        for s in (0, 1)
+    ]
+    page = write_comparison(made, tmp_path / "out.html").read_text()
+    few = "On 3 prompts, too few to tell much of any other: who has more variety is left open."
+    assert few in page and "drift has more" not in page and "fallen never got above" in page
+    assert " to \N{MINUS SIGN}" not in page and not re.search(r" to [+0-9.]+\)", page)  # no interval
+    assert set(re.findall(r"--tint:([\d.]+)", page)) == {"0.0"} and 'class="band' not in page
+    shown = driftrl("compare", *made, "--out", tmp_path / "out.html").stdout
+    assert few in shown and "drift has more" not in shown
+    found = json.loads(driftrl("compare", *made, "--out", tmp_path / "out.html", "--json").stdout)
+    assert {
+        gain["variety_at_equal_reward"]["interval"] for gain in found["gains"] if gain["method"] == "drift"
+    } == {None}
+    report = write_report(made[0]).read_text()
+    assert "of so few prompts no interval is given" in report and 'class="whisker' not in report
+    assert not re.search(r" to [+\N{MINUS SIGN}0-9.]+(\)|<)", report)
+    enough = write_report(make_run(tmp_path / "enough", prompts=MANY)).read_text()
+    assert "95% interval" in enough and 'class="whisker' in enough and " to +" in enough
+
+
 def test_the_command_shows_what_it_found(tmp_path):
-    runs = [make_run(tmp_path / n, n, 0, 2.0, loss) for n, loss in (("grpo", 0.2), ("drift", 0.05))]
+    runs = [
+        make_run(tmp_path / n, n, 0, 2.0, loss, prompts=MANY) for n, loss in (("grpo", 0.2), ("drift", 0.05))
+    ]
     status, told = run_command("compare", *runs, "--out", tmp_path / "page.html")
     assert status == 0
     rows = {
@@ -202,7 +240,7 @@ def test_the_command_shows_what_it_found(tmp_path):
 
 def test_what_was_found_goes_to_stdout_and_where_it_lies_to_stderr(tmp_path):
     runs = [
-        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss)
+        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss, prompts=MANY)
         for n, loss in (("grpo", 0.2), ("drift", 0.05))
         for s in (0, 1)
     ]

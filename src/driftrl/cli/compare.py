@@ -59,12 +59,15 @@ def show(console: Console, findings: Findings) -> None:
 
 
 def _json(findings: Findings) -> str:
-    """What was found, every figure of it; there is no interval where there is nothing to resample."""
+    """What was found, every figure of it; there is no interval of a single seed or of few prompts."""
 
     def figure(found: Interval | None) -> dict[str, Any] | None:
         if found is None:
             return None
-        return {"mean": found.mean, "interval": [found.low, found.high] if found.count > 1 else None}
+        return {
+            "mean": found.mean,
+            "interval": None if findings.few or found.low == found.high else [found.low, found.high],
+        }
 
     base = findings.methods[0].runs[0].evaluation
     names = ["reward", *findings.metrics]

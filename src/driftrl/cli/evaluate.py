@@ -81,10 +81,14 @@ def evaluate(source: str | Path, *, quiet: bool = False, as_json: bool = False, 
         console.print(folder / "report.html", highlight=False, soft_wrap=True, markup=False)
         return folder
     if not as_json:
+        from driftrl.evaluation.measures import too_few
+
         evaluation = load_evaluation(folder)
         results.print(
             _table(evaluation, _shown(evaluation, source, str(settings.get("checkpoints", "last"))))
         )
+        if few := too_few(evaluation.settings):
+            results.print(f"{few}: no interval is given.", highlight=False, soft_wrap=True)
     console.print(
         f"measured in {time.perf_counter() - start:.0f} s; open {folder / 'report.html'}",
         highlight=False, soft_wrap=True, markup=False,
@@ -140,9 +144,12 @@ class Lines:
 
 def _json(evaluation: Evaluation, folder: Path) -> str:
     """Every figure of every model that was measured, without the single prompts', which evaluation.json has."""
+    from driftrl.evaluation.measures import too_few
+
+    few = bool(too_few(evaluation.settings))
 
     def figure(found: Figure | Change) -> dict[str, Any]:
-        return {"mean": found.mean, "interval": [found.low, found.high]}
+        return {"mean": found.mean, "interval": None if few else [found.low, found.high]}
 
     points = [
         {
@@ -171,8 +178,9 @@ def _json(evaluation: Evaluation, folder: Path) -> str:
 
 def _table(evaluation: Evaluation, last: Point | None) -> Table:
     """The base model's figures, and beside them those of its adapter at every scale, or of one checkpoint."""
-    from driftrl.evaluation.measures import METRICS, describe
+    from driftrl.evaluation.measures import METRICS, describe, too_few
 
+    few = too_few(evaluation.settings)
     each = f"{counted(len(evaluation.settings.prompts), 'prompt')} x {evaluation.settings.images} images"
     table = Table(
         title=f"{escape(evaluation.name)}, {each}, mean over prompts",
@@ -186,7 +194,7 @@ def _table(evaluation: Evaluation, last: Point | None) -> Table:
             table.add_column(f"scale {point.lora_scale:g}", justify="right")
     elif last is not None:
         table.add_column(f"iteration {last.iteration}", justify="right")
-        table.add_column(f"change ({evaluation.level:.0%} interval)", justify="right")
+        table.add_column("change" if few else f"change ({evaluation.level:.0%} interval)", justify="right")
     for name, figure in evaluation.base.figures.items():
         row = [describe(name, evaluation.settings).title, f"{figure.mean:.3f}"]
         if evaluation.settings.scaled:
@@ -194,11 +202,9 @@ def _table(evaluation: Evaluation, last: Point | None) -> Table:
         elif last is not None:
             now = last.figures[name]
             row.append(f"{now.mean:.3f}")
-            row.append(
-                ""
-                if now.change is None
-                else f"{now.change.mean:+.3f} ({now.change.low:+.3f} to {now.change.high:+.3f})"
-            )
+            assert now.change is not None  # evaluations are checked when they are read
+            ends = f" ({now.change.low:+.3f} to {now.change.high:+.3f})"
+            row.append(f"{now.change.mean:+.3f}" + ("" if few else ends))
         style = "bold" if name in METRICS and METRICS[name].headline else None
         table.add_row(*row, style=style)
     return table

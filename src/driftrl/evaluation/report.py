@@ -20,7 +20,7 @@ from driftrl.distributed import join
 from driftrl.evaluation.evaluate import Evaluation, Figure, Point, Settings, in_words, load_evaluation
 from driftrl.evaluation.evaluate import evaluate as measured
 from driftrl.evaluation.gallery import FIRST, evenly, pictures, prompt_rows, side, spread
-from driftrl.evaluation.measures import METRICS, VARIETY, Metric, asked, describe, trained
+from driftrl.evaluation.measures import METRICS, VARIETY, Metric, asked, describe, too_few, trained
 from driftrl.evaluation.page import COLOURS, listed, minus, percent, render, short
 from driftrl.evaluation.picture import COLOURS as PICTURE_COLOURS
 from driftrl.evaluation.picture import MUTED, Chart, Side, Stroke, draw
@@ -33,8 +33,6 @@ PART = re.compile(r"reward/.+/mean")
 """One of several rewards in metrics.jsonl."""
 AXIS = 34
 """Letters that fit below a plot, beside its hint."""
-FEW = 5
-"""Prompts below which an interval over prompts says little."""
 FIRED = {
     "warning/constant_reward_groups": (
         "Groups whose rewards were all equal",
@@ -116,6 +114,7 @@ def write_report(folder: Path) -> Path:
         evaluation=evaluation,
         settings=evaluation.settings,
         asked=asked(evaluation.settings),
+        few=too_few(evaluation.settings),
         tuned=tuned,
         verdict=[_verdict(evaluation, tuned)],
         cards=_cards(evaluation, tuned),
@@ -147,11 +146,8 @@ def _verdict(evaluation: Evaluation, tuned: Point | None) -> str:
     how = {1: "rose", -1: "fell", 0: "did not change measurably"}[_direction(reward)]
     before = evaluation.base.figures["reward"].mean
     text = f"The reward {how}, from {minus(before)} to {minus(reward.mean)}"
-    prompts = len(evaluation.settings.prompts)
-    if prompts < FEW:
-        text = (
-            f"On {counted(prompts, 'prompt')}, too few to tell much of any other: {text[0].lower()}{text[1:]}"
-        )
+    if few := too_few(evaluation.settings):
+        text = f"{few}: {text[0].lower()}{text[1:]}"
     kept = []
     for name in ("diversity", "diversity/clip", "vendi"):
         if name in tuned.figures and evaluation.base.figures[name].mean > 0:
@@ -241,7 +237,7 @@ def _run_fronts(evaluation: Evaluation) -> list[tuple[str, Markup]]:
                 path,
                 tips=tips,
                 names={k: p.told for k, p in enumerate(points) if k == last or (k and settings.scaled)},
-                spread={last: _whiskers(points[0], points[-1], name)},
+                spread={} if too_few(settings) else {last: _whiskers(points[0], points[-1], name)},
             ),
             Line(path[:1], -1, "none", tips[:1], {0: "base"}),
         ]
