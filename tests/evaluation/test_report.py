@@ -258,6 +258,23 @@ def test_what_was_found_goes_to_stdout_and_where_it_lies_to_stderr(tmp_path):
     assert (status, "--json: has no meaning with --blind" in told) == (2, True)
 
 
+def test_a_comparison_is_never_written_over_a_run_s_own_report(tmp_path):
+    runs = [make_run(tmp_path / n, n, loss=loss) for n, loss in (("grpo", 0.2), ("drift", 0.05))]
+    before = [write_report(runs[0]).read_text(), write_picture(runs[0]).read_bytes()]
+    shown = driftrl("compare", ".", runs[1], cwd=runs[0])
+    assert shown.returncode == 0 and "open comparison.html" in shown.stderr
+    assert {"comparison.html", "comparison.png"} <= {path.name for path in runs[0].iterdir()}
+    for out, where in (
+        ("report.html", runs[0]),
+        (runs[0] / "report.htm", tmp_path),
+        ("grpo/report.html", tmp_path),
+    ):
+        told = driftrl("compare", *runs, "--out", out, cwd=where)
+        assert told.returncode == 2 and f"no run's own report; got {out}" in told.stderr
+        assert "comparison.html" in told.stderr
+    assert [(runs[0] / "report.html").read_text(), (runs[0] / "report.png").read_bytes()] == before
+
+
 def test_refuses_to_compare_what_was_not_measured_alike(tmp_path):
     a = make_run(tmp_path / "a", "grpo")
     with pytest.raises(InputError, match="at least two"):

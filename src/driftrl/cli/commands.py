@@ -335,9 +335,13 @@ def register(app: typer.Typer) -> None:
                 "as that of an experiment; runs of one name are its seeds.",
             ),
         ],
-        out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path(
-            "report.html"
-        ),
+        out: Annotated[
+            Path,
+            typer.Option(
+                metavar="FILE.html",
+                help="The page to write, and a PNG of that name; never a run's own report.",
+            ),
+        ] = Path("comparison.html"),
         against: Annotated[
             str | None, typer.Option(metavar="NAME", help="The method to compare with; by default the first.")
         ] = None,
@@ -357,17 +361,17 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Compare methods: curves, fronts, gains at equal level.
 
-        Measure all runs alike first, with driftrl evaluate RUN --checkpoint all.
+        Measure all runs alike first, with driftrl evaluate RUN --checkpoint all. What is found goes to stdout.
 
         Examples:
 
           driftrl compare runs/grpo-seed0 runs/drift-seed0
 
-          driftrl compare runs/grpo-seed* runs/drift-seed* --against grpo --out comparison.html
+          driftrl compare runs/grpo-seed* runs/drift-seed* --against grpo --out seeds.html
 
           driftrl compare runs/grpo-seed0 runs/drift-seed0 --blind human
 
-          driftrl compare runs/main --against grpo --out comparison.html
+          driftrl compare runs/main --against grpo --json
         """
         from driftrl.cli.compare import compare as work
 
