@@ -190,6 +190,47 @@ def test_a_difference_that_rounds_to_nothing_is_no_headline(tmp_path):
     )
 
 
+def rewritten(run, change):
+    """With the figures of each point changed: ``change`` is told its number and its figures."""
+    data = json.loads((run / "evaluation.json").read_text())
+    for number, point in enumerate(data["points"]):
+        change(number, point["figures"])
+    (run / "evaluation.json").write_text(json.dumps(data))
+    return run
+
+
+def test_a_measure_that_never_moves_is_called_flat_and_not_without_a_reward_in_common(tmp_path):
+    def constant(_, figures):
+        figures["vendi"]["mean"] = 3.0
+
+    runs = [
+        rewritten(make_run(tmp_path / n, n, 0, gain, prompts=MANY), constant)
+        for n, gain in (("grpo", 2.0), ("drift", 1.0))
+    ]
+    page = write_comparison(runs, tmp_path / "page.html").read_text()
+    assert page.count("flat: nothing to compare") == 2 and "no reward in common" not in page
+
+    def only_better(number, figures):
+        figures["vendi"]["mean"] = 3.0 + number
+
+    rewritten(runs[0], only_better)  # the last checkpoint exceeds all others in both
+    rewritten(runs[1], lambda number, figures: figures["vendi"].update(mean=3.0 - number))
+    page = write_comparison(runs, tmp_path / "page.html").read_text()
+    assert page.count("a front of one point: nothing to compare") == 3 and "in common" not in page
+
+    for run, rewards, levels in (
+        (runs[0], (1.1, 2.0, 3.0), (3.0, 3.5, 3.4)),
+        (runs[1], (1.1, 1.2, 1.3), (3.0, 2.9, 2.8)),
+    ):
+
+        def beyond(number, figures, rewards=rewards, levels=levels):
+            figures["reward"]["mean"], figures["vendi"]["mean"] = rewards[number], levels[number]
+
+        rewritten(run, beyond)
+    page = write_comparison(runs, tmp_path / "page.html").read_text()
+    assert page.count("no reward in common") == 2 and "nothing to compare<" not in page
+
+
 def test_of_few_prompts_nothing_is_concluded(tmp_path):
     """The page, the terminal and the report of a run: figures, and neither intervals nor a verdict."""
     made = [

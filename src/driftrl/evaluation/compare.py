@@ -12,7 +12,14 @@ import numpy as np
 from driftrl.checks import InputError, nearest
 from driftrl.config import TrainConfig, flat, load_config
 from driftrl.evaluation.evaluate import Evaluation, Point, load_evaluation
-from driftrl.evaluation.pareto import Array, Interval, bootstrap_interval, gain_at_equal, hypervolume
+from driftrl.evaluation.pareto import (
+    Array,
+    Interval,
+    bootstrap_interval,
+    gain_at_equal,
+    hypervolume,
+    upper_envelope,
+)
 from driftrl.evaluation.results import load_result, sources
 
 LEVEL = 0.95
@@ -118,6 +125,8 @@ class Comparison:
     """So many of them have a reward in common; those that have none, one lying wholly beyond the other, are left out."""
     share_diversity: int = 1
     """So many have a diversity in common."""
+    apart: str = ""
+    """Why there is nothing to compare, where it is not that the fronts reach different levels."""
 
 
 def load_methods(paths: Sequence[Path]) -> list[Method]:
@@ -202,6 +211,7 @@ def compare(
                 int(np.isfinite(_gains(method, rival, metric, axis)).sum())
                 for axis in ("reward", "diversity")
             ),
+            apart=_apart(method, rival, metric),
         )
         for metric in metrics
         for method in methods
@@ -251,6 +261,16 @@ def _gain(
     drawn = drawn[~np.isnan(drawn).all(axis=1)]
     low, high = np.quantile(np.nanmean(drawn, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(np.nanmean(gains)), float(low), float(high), LEVEL, min(gains.shape))
+
+
+def _apart(method: Method, rival: Method, metric: str) -> str:
+    """Why two methods may share no level though both cover it: a front of one point spans none."""
+    curves = [run.curve(metric) for each in (method, rival) for run in each.runs]
+    if any(len({value for _, value in curve}) == 1 for curve in curves):
+        return "flat: nothing to compare"
+    if any(len(upper_envelope(curve)) == 1 for curve in curves):
+        return "a front of one point: nothing to compare"
+    return ""
 
 
 def _gains(method: Method, rival: Method, metric: str, axis: str, relative: bool = False) -> Array:

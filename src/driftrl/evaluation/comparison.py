@@ -294,12 +294,12 @@ def _board(
     for number, method in enumerate(methods):
         if method.name == rival:
             continue
-        cells: list[dict[str, Any] | None] = []
+        cells: list[dict[str, Any]] = []
         for metric in metrics:
             pair = next(p for p in pairs if (p.method, p.metric) == (method.name, metric))
             gain, share = pair.diversity_gain, pair.diversity_share
             if gain is None or share is None:
-                cells.append(None)
+                cells.append({"apart": pair.apart or "no reward in common"})
                 continue
             single = min(runs[method.name], runs[rival]) == 1
             sure = 0.0 if few or not _way(pair) else 0.6 if single else 1.0
