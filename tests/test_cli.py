@@ -12,6 +12,7 @@ from conftest import driftrl, run_command
 from driftrl import __version__
 from driftrl.checks import InputError
 from driftrl.cli.sample import sample
+from driftrl.cli.typed import as_typed
 from driftrl.config import dump_config, flat
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -241,6 +242,31 @@ def test_what_used_to_end_in_a_traceback(settings, tmp_path, pipeline_folder):
     told = refused("evaluate", pipeline_folder, "--images", 2, "--steps", 2, "--out", half)
     assert f"--out: {half} cannot be written" in told
     assert "evaluating" not in told  # before anything was drawn
+
+
+def test_messages_name_the_option_that_was_typed(tmp_path, pipeline_folder):
+    """And the key, where it is a setting of the run."""
+    (tmp_path / "two.txt").write_text("a cat\na fox\n")
+    evaluated = ("evaluate", pipeline_folder, "--prompts", "two.txt", "--out", "e")
+    few = ("--images", 2, "--steps", 2)
+    for arguments, told in (
+        ((*evaluated, *few, "--encoder", "nope"), "driftrl: --encoder: expected"),
+        ((*evaluated, *few, "--reward", "nope"), "driftrl: --reward: expected one of"),
+        ((*evaluated, "--images", 1), "driftrl: --images: expected at least 2"),
+        ((*evaluated, "--steps", 5000), "driftrl: --steps: expected at most 1000"),
+        (("evaluate", pipeline_folder, "--prompts", "nope.txt"), "driftrl: --prompts: expected a prompt set"),
+        (("evaluate", "nope"), "driftrl: RUN_OR_MODEL: expected 'tiny-animals', a pipeline folder or a hub name"),
+        (("sample", pipeline_folder, "--prompts", "nope.txt"), "driftrl: --prompts: expected a prompt set"),
+        (("sample", pipeline_folder, "-p", "a", "--steps", 5000), "driftrl: --steps: expected at most 1000"),
+        (("doctor", "--model", "nope"), "driftrl: --model: expected 'tiny-animals'"),
+    ):  # fmt: skip
+        assert told in refused(*arguments, cwd=tmp_path), arguments
+    error = InputError("reward: expected one of tiny-animals; got 'mine'; take --set reward=tiny-animals")
+    for given, told in ((["mine"], "--reward: expected one of tiny-animals; got 'mine'; take --reward tiny-animals"),
+                        (["other"], str(error)), (None, str(error))):  # fmt: skip
+        with pytest.raises(InputError) as raised, as_typed({"reward": ("--reward", given)}):
+            raise InputError(str(error))
+        assert str(raised.value) == told
 
 
 def test_a_prompt_set_into_a_folder_with_every_image(tmp_path, pipeline_folder):

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from driftrl.cli.typed import as_typed
+
 CONFIG = Annotated[
     Path | None,
     typer.Argument(metavar="CONFIG.yaml", help="A YAML file; without one, DRIFT on the embedded model."),
@@ -216,10 +218,11 @@ def register(app: typer.Typer) -> None:
         """
         from driftrl.cli.sample import sample as work
 
-        work(
-            source, prompt or [], prompts, count, seed, out, base, steps, guidance_scale, deterministic, dtype, device,
-            lora_scale,
-        )  # fmt: skip
+        with as_typed({"sampling.steps": ("--steps", steps), "prompts": ("--prompts", prompts)}):
+            work(
+                source, prompt or [], prompts, count, seed, out, base, steps, guidance_scale, deterministic, dtype,
+                device, lora_scale,
+            )  # fmt: skip
 
     @app.command(cls=_Command)
     def evaluate(
@@ -305,25 +308,35 @@ def register(app: typer.Typer) -> None:
         from driftrl.cli.evaluate import evaluate as work
         from driftrl.cli.evaluate import scales
 
-        work(
-            source,
-            quiet=quiet,
-            as_json=as_json,
-            prompts=prompts,
-            images=images,
-            checkpoints=which,
-            rewards=reward or [],
-            seed=seed,
-            encoder=encoder,
-            clip=clip,
-            dtype=dtype,
-            device=device,
-            keep_images=keep_images,
-            out=out,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            lora_scales=scales(lora_scale),
-        )
+        with as_typed(
+            {
+                "model.path": ("RUN_OR_MODEL", source),
+                "prompts": ("--prompts", prompts),
+                "images": ("--images", images),
+                "reward": ("--reward", reward),
+                "shaping.encoder": ("--encoder", encoder),
+                "sampling.steps": ("--steps", steps),
+            }
+        ):
+            work(
+                source,
+                quiet=quiet,
+                as_json=as_json,
+                prompts=prompts,
+                images=images,
+                checkpoints=which,
+                rewards=reward or [],
+                seed=seed,
+                encoder=encoder,
+                clip=clip,
+                dtype=dtype,
+                device=device,
+                keep_images=keep_images,
+                out=out,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                lora_scales=scales(lora_scale),
+            )
 
     @app.command(cls=_Command)
     def compare(
@@ -535,4 +548,5 @@ def register(app: typer.Typer) -> None:
         """
         from driftrl.cli.doctor import doctor as work
 
-        work(model)
+        with as_typed({"model.path": ("--model", model)}):
+            work(model)
