@@ -153,6 +153,7 @@ def test_measures_base_and_every_checkpoint_once(run, prompts_file, clip_folder,
     assert "iteration 2" in shown.stdout and "report.html" not in shown.stdout  # figures alone
     assert f"open {run / 'report.html'}" in shown.stderr and "iteration 2" not in shown.stderr
     assert "On 3 prompts, too few to tell much of any other: no interval is given.\n" in shown.stdout
+    assert shown.stdout.startswith("drift, 3 prompts x 4 images, mean over prompts\n")  # in one line
     assert "interval)" not in shown.stdout and " to " not in shown.stdout.partition("On 3")[0]
     written = json.loads(driftrl("evaluate", run, *options, "--json", "--quiet").stdout)
     assert [point["label"] for point in written["points"]] == ["base", "000001", "000002"]

@@ -9,16 +9,18 @@ import shutil
 import numpy as np
 import pytest
 from made import MANY, PROMPTS, make_run
+from matplotlib.figure import Figure
 from PIL import Image
 
 from conftest import driftrl, run_command
 from driftrl.checks import InputError
 from driftrl.config import load_config
 from driftrl.evaluation import compare as comparing
+from driftrl.evaluation import report as reports
 from driftrl.evaluation.comparison import find, write_comparison, write_comparison_picture
 from driftrl.evaluation.evaluate import load_evaluation
 from driftrl.evaluation.page import percent
-from driftrl.evaluation.picture import Side, draw
+from driftrl.evaluation.picture import Chart, Side, Stroke, _chart, draw
 from driftrl.evaluation.plots import Line, label, plot, ticks
 from driftrl.evaluation.report import _verdict, write_picture, write_report
 from driftrl.evaluation.results import load_result, write_result
@@ -270,6 +272,10 @@ def test_the_command_shows_what_it_found(tmp_path):
     findings = find(runs)
     (mean, _), *_ = findings.summary()[2]["cells"]
     assert rows["drift"][:2] == ["1", f"{mean:.3f}"]
+    heading = told.partition("base model")[0]
+    assert (
+        heading.count("diversity") == 2 and "beside grpo" in heading
+    )  # that of the method, and beside the rival's
     (share,) = (
         p.diversity_share.mean for p in findings.pairs if (p.method, p.metric) == ("drift", "diversity")
     )
@@ -341,6 +347,50 @@ def test_refuses_to_compare_what_was_not_measured_alike(tmp_path):
     with pytest.raises(InputError, match="driftrl evaluate"):
         load_evaluation(b)
     assert not (tmp_path / "out.html").exists()
+
+
+def test_runs_that_were_not_measured_are_all_named(tmp_path):
+    """Those never measured, and those of which only the base model was."""
+    runs = [make_run(tmp_path / name, name) for name in ("one", "two", "three", "four")]
+    (runs[1] / "evaluation.json").unlink()
+    data = json.loads((runs[3] / "evaluation.json").read_text())
+    (runs[3] / "evaluation.json").write_text(json.dumps(data | {"points": data["points"][:1]}))
+    with pytest.raises(InputError) as raised:
+        comparing.load_methods([tmp_path])
+    told = str(raised.value)
+    assert f"{runs[3]}, {runs[1]}: " in told and "driftrl evaluate RUN --checkpoint all" in told
+    assert str(runs[0]) not in told
+    with pytest.raises(InputError, match=rf"driftrl evaluate {runs[1]} --checkpoint all"):
+        comparing.load_methods(runs[:3])
+
+
+def test_two_runs_of_one_name_and_seed_are_told_what_to_do(tmp_path):
+    runs = [make_run(tmp_path / name, "mine") for name in ("mine-seed0", "mine-seed0-2")]
+    with pytest.raises(InputError, match=r"leave one out.*another name: name: in its config\.yaml"):
+        comparing.load_methods(runs)
+
+
+def test_a_short_training_has_whole_iterations_and_no_moving_average(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(reports, "draw", lambda path, prompts, sides, charts: drawn.update(charts=charts))
+    run = make_run(tmp_path / "run")
+    write_picture(run)
+    assert [len(chart.strokes) for chart in drawn["charts"]] == [2, 2]  # of 20 iterations
+    assert "a moving average" in write_report(run).read_text()
+    log = (run / "metrics.jsonl").read_text().splitlines()[:2]
+    (run / "metrics.jsonl").write_text("\n".join(log))
+    write_picture(run)
+    (chart, _) = drawn["charts"]
+    (stroke,) = chart.strokes
+    assert (list(stroke.points), chart.whole) == ([(1.0, 1.1), (2.0, 1.2)], True)
+    assert "a moving average" not in write_report(run).read_text()
+
+
+def test_ticks_of_what_is_counted_are_whole_numbers():
+    for whole in (True, False):
+        axes = Figure().add_subplot()
+        _chart(axes, Chart("reward", "iteration", [Stroke([(1.0, 0.0), (2.0, 1.0)], "#000000")], whole))
+        assert all(float(tick).is_integer() for tick in axes.get_xticks()) == whole
 
 
 def test_ticks_are_round():

@@ -53,6 +53,8 @@ def compare(
 
 def show(console: Console, findings: Findings) -> None:
     """What a comparison found, in a table and in words."""
+    heading = "last checkpoints, mean over seeds; in the last column at equal reward"
+    console.print(heading, highlight=False, soft_wrap=True, style="italic")
     console.print(_table(findings))
     for sentence in findings.verdict():
         console.print(sentence, highlight=False, soft_wrap=True, markup=False)
@@ -116,15 +118,17 @@ def _table(findings: Findings) -> Table:
     first = findings.metrics[0]
     shares = {p.method: p.diversity_share for p in findings.pairs if p.metric == first}
     table = Table(
-        title=f"last checkpoints, mean over seeds; at the right: {METRICS[first].title} at equal reward",
-        title_justify="left",
         header_style="bold",
         box=None,
         collapse_padding=True,
         pad_edge=False,
     )
     table.add_column("method", overflow="fold")
-    titles = ("seeds", *(METRICS[name].title for name in shown), f"beside {escape(findings.rival)}")
+    titles = (
+        "seeds",
+        *(METRICS[name].title for name in shown),
+        f"{METRICS[first].title} beside {escape(findings.rival)}",
+    )
     for title in titles:
         table.add_column(title, justify="right", min_width=max(map(len, title.split())))
     for row in findings.summary():

@@ -84,9 +84,13 @@ def evaluate(source: str | Path, *, quiet: bool = False, as_json: bool = False, 
         from driftrl.evaluation.measures import too_few
 
         evaluation = load_evaluation(folder)
-        results.print(
-            _table(evaluation, _shown(evaluation, source, str(settings.get("checkpoints", "last"))))
-        )
+        last = _shown(evaluation, source, str(settings.get("checkpoints", "last")))
+        each = f"{counted(len(evaluation.settings.prompts), 'prompt')} x {evaluation.settings.images} images"
+        results.print(  # not as the table's title, which breaks where the table is narrow
+            f"{evaluation.name}, {each}, mean over prompts",
+            highlight=False, soft_wrap=True, markup=False, style="italic",
+        )  # fmt: skip
+        results.print(_table(evaluation, last))
         if few := too_few(evaluation.settings):
             results.print(f"{few}: no interval is given.", highlight=False, soft_wrap=True)
     console.print(
@@ -181,12 +185,7 @@ def _table(evaluation: Evaluation, last: Point | None) -> Table:
     from driftrl.evaluation.measures import METRICS, describe, too_few
 
     few = too_few(evaluation.settings)
-    each = f"{counted(len(evaluation.settings.prompts), 'prompt')} x {evaluation.settings.images} images"
-    table = Table(
-        title=f"{escape(evaluation.name)}, {each}, mean over prompts",
-        title_justify="left",
-        header_style="bold",
-    )
+    table = Table(header_style="bold")
     table.add_column("measure")
     table.add_column("base", justify="right")
     if evaluation.settings.scaled:

@@ -31,6 +31,8 @@ from driftrl.files import write_text
 
 PART = re.compile(r"reward/.+/mean")
 """One of several rewards in metrics.jsonl."""
+SMOOTHED = 5
+"""Iterations from which on a moving average is drawn: of two it would be a level line."""
 AXIS = 34
 """Letters that fit below a plot, beside its hint."""
 FIRED = {
@@ -121,6 +123,7 @@ def write_report(folder: Path) -> Path:
         notices=_notices(evaluation, tuned, log),
         fronts=_run_fronts(evaluation) if tuned else [],
         curves=_training_curves(log),
+        smoothed=any(len(points) >= SMOOTHED for _, points in _series(log)),
         rows=prompt_rows(evaluation, tuned),
         gallery=_gallery(evaluation, [("base model", folder, evaluation.base)], tuned, folder),
         all_figures=_all_figures(evaluation, tuned),
@@ -276,7 +279,11 @@ def _training_curves(log: list[dict[str, float]]) -> list[tuple[str, Markup]]:
     for title, points in _series(log):
         smooth = _smoothed(points)
         described = f"{title} over {counted(len(points), 'iteration')} of training, from {smooth[0][1]:.3f} to {smooth[-1][1]:.3f}"
-        lines = [Line(points, 0, "faint"), Line(smooth, 0, "bold")]
+        lines = (
+            [Line(points, 0, "faint"), Line(smooth, 0, "bold")]
+            if len(points) >= SMOOTHED
+            else [Line(points, 0, "bold")]
+        )
         curves.append((f"{title}, over training", plot(lines, "iteration", described, integer_x=True)))
     return curves
 
@@ -298,7 +305,11 @@ def _number(value: object) -> bool:
 
 
 def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A centred moving average over a tenth of the run, for prompts differ from iteration to iteration."""
+    """A centred moving average over a tenth of the run, for prompts differ from iteration to iteration; of fewer than
+    `SMOOTHED` iterations they are as they are.
+    """
+    if len(points) < SMOOTHED:
+        return points
     half = max(1, len(points) // 20)
     windows = [points[max(0, k - half) : k + half + 1] for k in range(len(points))]
     return [(point[0], sum(y for _, y in w) / len(w)) for point, w in zip(points, windows, strict=True)]
@@ -359,9 +370,10 @@ def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
             title,
             "iteration",
             [
-                Stroke(points, PICTURE_COLOURS[0], 0.9, 0.3),
+                *([Stroke(points, PICTURE_COLOURS[0], 0.9, 0.3)] if len(points) >= SMOOTHED else []),
                 Stroke(_smoothed(points), PICTURE_COLOURS[0]),
             ],
+            whole=True,
         )
         for title, points in series
     ]
