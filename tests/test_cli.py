@@ -217,6 +217,18 @@ def test_runs_and_their_parts_taken_for_each_other(settings, tmp_path):
     assert list(tmp_path.rglob("*.png")) == []
 
 
+def test_of_many_runs_the_nearest_ten_are_named_and_no_far_off_one_is_guessed(tmp_path):
+    for name in ("pe", *(f"grpo-{k}" for k in range(20)), *(f"drift-seed{k}" for k in range(9))):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").write_text("")
+    told = refused("sample", "runs/drift-seed", "-p", "a cat", cwd=tmp_path)
+    named = told.partition("are the runs ")[2].partition(";")[0]
+    assert named.endswith(" and 20 more") and len(named.split(", ")) == 10
+    assert all(f"drift-seed{k}" in named for k in range(9)) and "did you mean 'drift-seed" in told
+    assert "did you mean" not in refused("sample", "runs/nope", "-p", "a cat", cwd=tmp_path)
+    assert "and 20 more" in refused("sample", "runs", "-p", "a cat", cwd=tmp_path)
+
+
 @pytest.mark.parametrize("out", ["grid.jpg", "file.txt/grid.png", "file.txt/grid"])
 def test_a_picture_that_cannot_be_written(tmp_path, pipeline_folder, out):
     (tmp_path / "file.txt").write_text("")
