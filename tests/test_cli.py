@@ -11,7 +11,7 @@ import pytest
 from conftest import driftrl, run_command
 from driftrl import __version__
 from driftrl.checks import InputError
-from driftrl.cli.sample import sample
+from driftrl.cli.sample import heading, sample
 from driftrl.cli.typed import as_typed
 from driftrl.config import dump_config, flat
 
@@ -279,6 +279,15 @@ def test_messages_name_the_option_that_was_typed(tmp_path, pipeline_folder):
         with pytest.raises(InputError) as raised, as_typed({"reward": ("--reward", given)}):
             raise InputError(str(error))
         assert str(raised.value) == told
+
+
+def test_a_sheet_says_which_checkpoint_it_is_of_and_at_what_scale():
+    told = [
+        heading("runs/mine/checkpoints/000002", 0.5),
+        heading("runs/mine", 0.5),
+        heading("runs/mine", 1.0),
+    ]
+    assert told == ["iteration 2, scale 0.5", "mine, scale 0.5", "mine"]
 
 
 def test_a_prompt_set_into_a_folder_with_every_image(tmp_path, pipeline_folder):

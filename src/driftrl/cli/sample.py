@@ -61,7 +61,7 @@ def sample(
             with policy.reference():
                 sets["base"] = list(generate(policy, prompts, count, seed, progress=drawn))
     if base:
-        picture = beside(sets["base"], sets["tuned"], prompts, ("base model", Path(source).name))
+        picture = beside(sets["base"], sets["tuned"], prompts, ("base model", heading(source, lora_scale)))
     else:
         picture = grid(sets["tuned"], prompts)
     try:
@@ -79,6 +79,15 @@ def sample(
         f"{grid_file}: {picture.width} x {picture.height}{single}",
         highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
+
+
+def heading(source: str, lora_scale: float) -> str:
+    """What a model is called over its pictures: a checkpoint by its iteration, anything else by its name."""
+    path = Path(source)
+    name = path.name
+    if path.parent.name == "checkpoints" and name.isdecimal():
+        name = f"iteration {int(name)}"
+    return name if lora_scale == 1.0 else f"{name}, scale {lora_scale:g}"
 
 
 def _prompts(given: list[str], prompt_set: str | None) -> list[str]:
