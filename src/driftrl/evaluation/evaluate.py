@@ -480,10 +480,8 @@ def parse_evaluation(data: Any, file: Path) -> Evaluation:
     try:
         evaluation = Evaluation.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"{file} is damaged at {place}: {first['msg']}; delete it and evaluate again"
+            f"{file} is damaged at {first_problem(error)}; delete it and evaluate again"
         ) from None
     if not evaluation.points or evaluation.points[0].label != "base":
         raise InputError(f"{file} is damaged: it has no base model; delete it and evaluate again")
@@ -497,6 +495,15 @@ def parse_evaluation(data: Any, file: Path) -> Evaluation:
                 f"{file} is damaged at {point.label}: figures are missing; delete it and evaluate again"
             )
     return evaluation
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that is wrong with a file, as "place: what"."""
+    first = error.errors()[0]
+    what = {"missing": "is missing", "extra_forbidden": "no such key"}.get(first["type"])
+    if what is None:
+        what = f"expected {first['msg'].removeprefix('Input should be ')}; got {first['input']!r}"
+    return f"{'.'.join(str(part) for part in first['loc'])}: {what}"
 
 
 def _instruments(settings: Settings, clip_folder: Path | None, policy: PipelinePolicy) -> Instruments:
