@@ -15,7 +15,8 @@ from conftest import driftrl, run_command
 from driftrl import TrainConfig, Trainer, __version__
 from driftrl.build import unlikely_settings
 from driftrl.checks import InputError
-from driftrl.cli.sample import sample
+from driftrl.cli.sample import heading, sample
+from driftrl.cli.typed import as_typed
 from driftrl.config import dump_config, flat, parse_config
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -258,6 +259,18 @@ def test_runs_and_their_parts_taken_for_each_other(settings, tmp_path):
     assert list(tmp_path.rglob("*.png")) == []
 
 
+def test_of_many_runs_the_nearest_ten_are_named_and_no_far_off_one_is_guessed(tmp_path):
+    for name in ("pe", *(f"grpo-{k}" for k in range(20)), *(f"drift-seed{k}" for k in range(9))):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").write_text("")
+    told = refused("sample", "runs/drift-seed", "-p", "a cat", cwd=tmp_path)
+    named = told.partition("are the runs ")[2].partition(";")[0]
+    assert named.endswith(" and 20 more") and len(named.split(", ")) == 10
+    assert all(f"drift-seed{k}" in named for k in range(9)) and "did you mean 'drift-seed" in told
+    assert "did you mean" not in refused("sample", "runs/nope", "-p", "a cat", cwd=tmp_path)
+    assert "and 20 more" in refused("sample", "runs", "-p", "a cat", cwd=tmp_path)
+
+
 @pytest.mark.parametrize("out", ["grid.jpg", "file.txt/grid.png", "file.txt/grid"])
 def test_a_picture_that_cannot_be_written(tmp_path, pipeline_folder, out):
     (tmp_path / "file.txt").write_text("")
@@ -283,6 +296,40 @@ def test_what_used_to_end_in_a_traceback(settings, tmp_path, pipeline_folder):
     told = refused("evaluate", pipeline_folder, "--images", 2, "--steps", 2, "--out", half)
     assert f"--out: {half} cannot be written" in told
     assert "evaluating" not in told  # before anything was drawn
+
+
+def test_messages_name_the_option_that_was_typed(tmp_path, pipeline_folder):
+    """And the key, where it is a setting of the run."""
+    (tmp_path / "two.txt").write_text("a cat\na fox\n")
+    evaluated = ("evaluate", pipeline_folder, "--prompts", "two.txt", "--out", "e")
+    few = ("--images", 2, "--steps", 2)
+    for arguments, told in (
+        ((*evaluated, *few, "--encoder", "nope"), "driftrl: --encoder: expected"),
+        ((*evaluated, *few, "--reward", "nope"), "driftrl: --reward: expected one of"),
+        ((*evaluated, "--images", 1), "driftrl: --images: expected at least 2"),
+        ((*evaluated, "--steps", 5000), "driftrl: --steps: expected at most 1000"),
+        (("evaluate", pipeline_folder, "--prompts", "nope.txt"), "driftrl: --prompts: expected a prompt set"),
+        (("evaluate", "nope"), "driftrl: RUN_OR_MODEL: expected 'tiny-animals', a pipeline folder or a hub name"),
+        (("sample", pipeline_folder, "--prompts", "nope.txt"), "driftrl: --prompts: expected a prompt set"),
+        (("sample", pipeline_folder, "-p", "a", "--steps", 5000), "driftrl: --steps: expected at most 1000"),
+        (("doctor", "--model", "nope"), "driftrl: --model: expected 'tiny-animals'"),
+    ):  # fmt: skip
+        assert told in refused(*arguments, cwd=tmp_path), arguments
+    error = InputError("reward: expected one of tiny-animals; got 'mine'; take --set reward=tiny-animals")
+    for given, told in ((["mine"], "--reward: expected one of tiny-animals; got 'mine'; take --reward tiny-animals"),
+                        (["other"], str(error)), (None, str(error))):  # fmt: skip
+        with pytest.raises(InputError) as raised, as_typed({"reward": ("--reward", given)}):
+            raise InputError(str(error))
+        assert str(raised.value) == told
+
+
+def test_a_sheet_says_which_checkpoint_it_is_of_and_at_what_scale():
+    told = [
+        heading("runs/mine/checkpoints/000002", 0.5),
+        heading("runs/mine", 0.5),
+        heading("runs/mine", 1.0),
+    ]
+    assert told == ["iteration 2, scale 0.5", "mine, scale 0.5", "mine"]
 
 
 def test_a_prompt_set_into_a_folder_with_every_image(tmp_path, pipeline_folder):

@@ -118,7 +118,23 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: expected a JSON file: {error}") from error
+        raise InputError(f"{path}: expected a JSON file; {_no_json(error)}") from error
+
+
+def _no_json(error: Exception) -> str:
+    """Why a file is none, in words of ours."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, IsADirectoryError):
+        return "got a folder"
+    if isinstance(error, OSError):
+        return f"it cannot be read: {error.strerror or error}"
+    if isinstance(error, json.JSONDecodeError):
+        place = f"line {error.lineno}, column {error.colno}"
+        return f"got one that is not JSON at {place}" if error.doc.strip() else "got one that is empty"
+    return (
+        "got one that is not text" if isinstance(error, UnicodeDecodeError) else "got one nested too deeply"
+    )
 
 
 def make_parent(out: Path) -> None:

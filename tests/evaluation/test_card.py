@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import driftrl
 from driftrl import Trainer
 from driftrl.checks import InputError
-from driftrl.evaluation.card import _bare, export
+from driftrl.evaluation.card import _bare, _measured, export
 from driftrl.evaluation.evaluate import load_evaluation
 
 
@@ -51,8 +51,14 @@ def test_a_card_says_what_was_measured_and_its_python_draws(config, tmp_path, pi
     evaluation = load_evaluation(run)
     reward = evaluation.tuned[-1].figures["reward"]
     row = next(line for line in text.splitlines() if line.startswith("| reward"))
-    for value in (evaluation.base.figures["reward"].mean, reward.mean, reward.change.low):
+    for value in (evaluation.base.figures["reward"].mean, reward.mean, reward.change.mean):
         assert f"{value:.3f}".replace("-", "\N{MINUS SIGN}").replace("\N{MINUS SIGN}0.000", "0.000") in row
+    assert "On 2 prompts, too few to tell much of any other: no interval is given." in text
+    assert "interval)" not in text and " to " not in row
+    more = evaluation.settings.model_copy(update={"prompts": ["a cat"] * 5})
+    told = _measured(evaluation.model_copy(update={"settings": more}), evaluation.tuned[-1])
+    low = f"{reward.change.low:+.3f}".replace("-", "\N{MINUS SIGN}").replace("\N{MINUS SIGN}0.000", "0.000")
+    assert "change (95% interval)" in told and f"({low.replace('+0.000', '0.000')} to " in told
     assert "3 images of each of 2 prompts" in text and "optimizer.learning_rate: 0.05" in text
     assert str(tmp_path) not in text and str(pipeline_folder.parent) not in text
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from conftest import run_command
+from conftest import driftrl, run_command
 from driftrl import Trainer
 from driftrl.build import load_pipeline
 from driftrl.checks import InputError, RunFailedError
+from driftrl.cli.evaluate import Lines, _progress
 from driftrl.config import dump_config, load_config
-from driftrl.evaluation.evaluate import FILE, evaluate, load_evaluation
+from driftrl.evaluation.evaluate import FILE, evaluate, in_words, load_evaluation
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.evaluation.studio import Instruments, Readings, _asked, measure
 
@@ -80,7 +84,32 @@ def test_a_reward_that_fails_or_writes_into_the_images_ends_it_with_one_message(
             _asked("mine", reward, torch.ones(1, 3, 2, 2), ["a cat"])
 
 
-def test_measures_base_and_every_checkpoint_once(run, prompts_file, clip_folder):
+def test_what_is_drawn_is_told_in_words():
+    assert [in_words(label) for label in ("base", "000020", "000020x0.5")] == [
+        "base model", "iteration 20", "iteration 20, scale 0.5",
+    ]  # fmt: skip
+    assert in_words("reference") == "base model, second draw (for recall)"
+
+
+def test_a_narrow_terminal_cuts_no_figure_short():
+    console = Console(force_terminal=True, width=80, color_system=None, file=io.StringIO())
+    with _progress(console, False) as progress:
+        progress.add_task(in_words("reference"), total=25600, completed=320)
+    shown = console.file.getvalue()
+    assert in_words("reference") in shown and "320/25600 images, left -:--:--" in shown
+
+
+def test_a_long_evaluation_says_every_half_minute_how_long_it_takes_yet():
+    lines = Lines(30.0)
+    times = (100.0, 120.0, 131.0, 150.0, 162.0, 163.0)
+    told = [lines.due("base model", 4 + 4 * k, 24, now) for k, now in enumerate(times)]
+    assert told == [
+        "evaluating base model  4/24 images", "", "evaluating base model  12/24 images  46.5 s left", "",
+        "evaluating base model  20/24 images  15.5 s left", "evaluating base model  24/24 images",
+    ]  # fmt: skip
+
+
+def test_measures_base_and_every_checkpoint_once(run, prompts_file, clip_folder, monkeypatch):
     told = []
     chosen = settings(prompts_file, clip_folder, checkpoints="all", rewards=["compressibility"])
     evaluate(run, **chosen, progress=lambda label, done, total: told.append((label, done, total)))
@@ -115,6 +144,25 @@ def test_measures_base_and_every_checkpoint_once(run, prompts_file, clip_folder)
         assert status == 0 and shown in table, table
     status, table = run_command("evaluate", run / "checkpoints/000001", *options)
     assert status == 0 and "iteration 1" in table, table
+    monkeypatch.setattr("driftrl.cli.evaluate.EVERY", 0.0)
+    waited = driftrl("evaluate", run, *options, "--seed", 1, "--checkpoint", 1).stderr
+    assert "evaluating base model, second draw (for recall)  12/36 images\n" in waited
+    assert re.search(r"evaluating base model  24/36 images  [0-9.]+ (ms|s|min) left\n", waited)
+    assert "evaluating iteration 1  36/36 images\n" in waited
+    shown = driftrl("evaluate", run, *options)
+    assert "iteration 2" in shown.stdout and "report.html" not in shown.stdout  # figures alone
+    assert f"open {run / 'report.html'}" in shown.stderr and "iteration 2" not in shown.stderr
+    assert "On 3 prompts, too few to tell much of any other: no interval is given.\n" in shown.stdout
+    assert shown.stdout.startswith("drift, 3 prompts x 4 images, mean over prompts\n")  # in one line
+    assert "interval)" not in shown.stdout and " to " not in shown.stdout.partition("On 3")[0]
+    written = json.loads(driftrl("evaluate", run, *options, "--json", "--quiet").stdout)
+    assert [point["label"] for point in written["points"]] == ["base", "000001", "000002"]
+    for point, measured in zip(written["points"], evaluation.points, strict=True):
+        assert {k: v["mean"] for k, v in point["figures"].items()} == {
+            k: v.mean for k, v in measured.figures.items()
+        }
+    change = evaluation.tuned[-1].figures["reward"].change
+    assert written["points"][-1]["figures"]["reward"]["change"] == {"mean": change.mean, "interval": None}
     evaluate(run, **chosen, progress=lambda *_: told.append(1))
     assert not told and (run / FILE).read_text() == before
 

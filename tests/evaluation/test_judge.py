@@ -142,9 +142,9 @@ GOOD = [{"trial": f"{k:03d}", "coherence": "left", "distinctiveness": "same"} fo
         ({"answers": [*GOOD, GOOD[0]]}, "answered twice: 001"),
         ({"answers": [*GOOD[:2], {**GOOD[2], "coherence": "both"}]}, "answers.2.coherence"),
         ({"answers": [*GOOD[:2], {"trial": "003", "coherence": "left"}]}, "answers.2.distinctiveness"),
-        ({"answers": "left"}, "answers: Input should be a valid list"),
+        ({"answers": "left"}, "answers: expected a valid list; got 'left'"),
         ({"rater": 3}, "rater"),
-        ({"note": "hello"}, "note: Extra inputs"),
+        ({"note": "hello"}, "note: no such key"),
     ],
 )
 def test_refuses_answers_that_do_not_fit(tmp_path, changes, message):
@@ -208,7 +208,11 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["driftrl", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             main()
-        return end.value.code, capsys.readouterr().err
+        told = capsys.readouterr()
+        shown.append(told.out)
+        return end.value.code, told.err
+
+    shown: list[str] = []
 
     runs = [make_run(tmp_path / name, name) for name in ("grpo", "drift")]
     kit = tmp_path / "human"
@@ -219,10 +223,16 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
     file = tmp_path / "answers.json"
     file.write_text(json.dumps({"format": 1, "kit": key["kit"], "rater": "", "answers": answers}))
     status, told = driftrl("judge", kit, file)
-    assert status == 0 and "distinctiveness: about the same 0 of 3 times, left 3" in told
+    assert status == 0 and told.startswith(f"wrote {kit / 'analysis.json'}")
+    assert "win rate" in shown[-1] and "distinctiveness: about the same 0 of 3 times, left 3" in shown[-1]
+    torn, empty = tmp_path / "torn.json", tmp_path / "empty"
+    torn.write_text('{"kit": ')
+    empty.write_text("")
     for arguments, message in (
-        (("judge", kit, kit / "key.json"), "expected answers"),
-        (("judge", kit, tmp_path / "none.json"), "expected a JSON file"),
+        (("judge", kit, kit / "key.json"), "expected answers; rater: is missing"),
+        (("judge", kit, tmp_path / "none.json"), "expected a JSON file; there is no such file"),
+        (("judge", kit, torn), "expected a JSON file; got one that is not JSON at line 1, column 9"),
+        (("compare", empty, runs[0]), "expected a JSON file; got one that is empty"),
         (("compare", *runs, "--blind", kit), "is taken"),
         (("compare", *runs, "--seed", 1), "--blind"),
         (("compare", *runs, "--blind", tmp_path / "b", "--against", "grpo"), "no meaning"),

@@ -8,17 +8,19 @@ import shutil
 
 import numpy as np
 import pytest
-from made import PROMPTS, make_run
+from made import MANY, PROMPTS, make_run
+from matplotlib.figure import Figure
 from PIL import Image
 
-from conftest import run_command
+from conftest import driftrl, run_command
 from driftrl.checks import InputError
 from driftrl.config import load_config
 from driftrl.evaluation import compare as comparing
+from driftrl.evaluation import report as reports
 from driftrl.evaluation.comparison import find, write_comparison, write_comparison_picture
 from driftrl.evaluation.evaluate import load_evaluation
 from driftrl.evaluation.page import percent
-from driftrl.evaluation.picture import Side, draw
+from driftrl.evaluation.picture import Chart, Side, Stroke, _chart, draw
 from driftrl.evaluation.plots import Line, label, plot, ticks
 from driftrl.evaluation.report import _verdict, write_picture, write_report
 from driftrl.evaluation.results import load_result, write_result
@@ -96,7 +98,7 @@ def test_the_picture(tmp_path):
 
 def test_comparison_finds_who_keeps_more(tmp_path):
     runs = [
-        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss)
+        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss, prompts=MANY)
         for n, loss in (("grpo", 0.2), ("drift", 0.05))
         for s in (0, 1)
     ]
@@ -120,7 +122,9 @@ def test_comparison_finds_who_keeps_more(tmp_path):
 
 
 def test_a_single_seed_is_said_to_be_one(tmp_path):
-    runs = [make_run(tmp_path / n, n, 0, 2.0, loss) for n, loss in (("grpo", 0.2), ("drift", 0.05))]
+    runs = [
+        make_run(tmp_path / n, n, 0, 2.0, loss, prompts=MANY) for n, loss in (("grpo", 0.2), ("drift", 0.05))
+    ]
     page = write_comparison(runs, tmp_path / "out.html").read_text()
     assert "on a single seed" in page and "may be chance" in page
     assert comparing.compare(comparing.load_methods(runs), ["diversity"], "drift")[0].diversity_gain.mean < 0
@@ -130,7 +134,9 @@ def test_of_many_methods_a_board_says_who_has_more(tmp_path):
     """More, less, a difference that rounds to 0%, and none."""
     losses = {"grpo": 0.2, "drift": 0.05, "worse": 0.3, "close": 0.2005, "same": 0.2}
     runs = [
-        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss) for n, loss in losses.items() for s in (0, 1)
+        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss, prompts=MANY)
+        for n, loss in losses.items()
+        for s in (0, 1)
     ]
     page = write_comparison(runs, tmp_path / "out.html").read_text()
     assert "At equal reward more varied than grpo by most of 2 measures: drift (2)." in page
@@ -157,7 +163,7 @@ def test_of_many_methods_a_board_says_who_has_more(tmp_path):
 @pytest.mark.parametrize(("fallen", "against"), [("drift", "grpo"), ("drift", "drift")])
 def test_a_reward_that_only_fell_is_said_to_have(tmp_path, fallen, against):
     made = {"grpo": 2.0, "ddpo": 1.0, fallen: -1.0}
-    runs = [make_run(tmp_path / name, name, 0, gain) for name, gain in made.items()]
+    runs = [make_run(tmp_path / name, name, 0, gain, prompts=MANY) for name, gain in made.items()]
     page = write_comparison(runs, tmp_path / "page.html", against).read_text()
     assert "drift never got above the base model&#39;s reward" in page
     assert "drift cannot be told apart" not in page and "drift and grpo" not in page
@@ -166,21 +172,96 @@ def test_a_reward_that_only_fell_is_said_to_have(tmp_path, fallen, against):
 
 def test_a_single_seed_is_said_of_the_method_that_has_one(tmp_path):
     made = (("grpo", 0.2, (0, 1)), ("drift", 0.05, (0, 1)), ("once", 0.1, (0,)))
-    runs = [make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss) for n, loss, seeds in made for s in seeds]
+    runs = [
+        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss, prompts=MANY)
+        for n, loss, seeds in made
+        for s in seeds
+    ]
     page = write_comparison(runs, tmp_path / "out.html").read_text()
     assert "At equal reward drift has more than grpo of: diversity" in page
     assert "At equal reward, on a single seed, once has more than grpo of: diversity" in page
 
 
 def test_a_difference_that_rounds_to_nothing_is_no_headline(tmp_path):
-    runs = [make_run(tmp_path / n, n, 0, 2.0, loss) for n, loss in (("grpo", 0.2), ("close", 0.2005))]
+    runs = [
+        make_run(tmp_path / n, n, 0, 2.0, loss, prompts=MANY)
+        for n, loss in (("grpo", 0.2), ("close", 0.2005))
+    ]
     assert (
         find(runs).verdict()[0].startswith("At equal reward, on a single seed, close and grpo cannot be told")
     )
 
 
+def rewritten(run, change):
+    """With the figures of each point changed: ``change`` is told its number and its figures."""
+    data = json.loads((run / "evaluation.json").read_text())
+    for number, point in enumerate(data["points"]):
+        change(number, point["figures"])
+    (run / "evaluation.json").write_text(json.dumps(data))
+    return run
+
+
+def test_a_measure_that_never_moves_is_called_flat_and_not_without_a_reward_in_common(tmp_path):
+    def constant(_, figures):
+        figures["vendi"]["mean"] = 3.0
+
+    runs = [
+        rewritten(make_run(tmp_path / n, n, 0, gain, prompts=MANY), constant)
+        for n, gain in (("grpo", 2.0), ("drift", 1.0))
+    ]
+    page = write_comparison(runs, tmp_path / "page.html").read_text()
+    assert page.count("flat: nothing to compare") == 2 and "no reward in common" not in page
+
+    def only_better(number, figures):
+        figures["vendi"]["mean"] = 3.0 + number
+
+    rewritten(runs[0], only_better)  # the last checkpoint exceeds all others in both
+    rewritten(runs[1], lambda number, figures: figures["vendi"].update(mean=3.0 - number))
+    page = write_comparison(runs, tmp_path / "page.html").read_text()
+    assert page.count("a front of one point: nothing to compare") == 3 and "in common" not in page
+
+    for run, rewards, levels in (
+        (runs[0], (1.1, 2.0, 3.0), (3.0, 3.5, 3.4)),
+        (runs[1], (1.1, 1.2, 1.3), (3.0, 2.9, 2.8)),
+    ):
+
+        def beyond(number, figures, rewards=rewards, levels=levels):
+            figures["reward"]["mean"], figures["vendi"]["mean"] = rewards[number], levels[number]
+
+        rewritten(run, beyond)
+    page = write_comparison(runs, tmp_path / "page.html").read_text()
+    assert page.count("no reward in common") == 2 and "nothing to compare<" not in page
+
+
+def test_of_few_prompts_nothing_is_concluded(tmp_path):
+    """The page, the terminal and the report of a run: figures, and neither intervals nor a verdict."""
+    made = [
+        make_run(tmp_path / f"{n}{s}", n, s, gain + 0.1 * s, loss)
+        for n, gain, loss in (("grpo", 2, 0.2), ("drift", 2, 0.05), ("fallen", -1, 0.1))
+        for s in (0, 1)
+    ]
+    page = write_comparison(made, tmp_path / "out.html").read_text()
+    few = "On 3 prompts, too few to tell much of any other: who has more variety is left open."
+    assert few in page and "drift has more" not in page and "fallen never got above" in page
+    assert " to \N{MINUS SIGN}" not in page and not re.search(r" to [+0-9.]+\)", page)  # no interval
+    assert set(re.findall(r"--tint:([\d.]+)", page)) == {"0.0"} and 'class="band' not in page
+    shown = driftrl("compare", *made, "--out", tmp_path / "out.html").stdout
+    assert few in shown and "drift has more" not in shown
+    found = json.loads(driftrl("compare", *made, "--out", tmp_path / "out.html", "--json").stdout)
+    assert {
+        gain["variety_at_equal_reward"]["interval"] for gain in found["gains"] if gain["method"] == "drift"
+    } == {None}
+    report = write_report(made[0]).read_text()
+    assert "of so few prompts no interval is given" in report and 'class="whisker' not in report
+    assert not re.search(r" to [+\N{MINUS SIGN}0-9.]+(\)|<)", report)
+    enough = write_report(make_run(tmp_path / "enough", prompts=MANY)).read_text()
+    assert "95% interval" in enough and 'class="whisker' in enough and " to +" in enough
+
+
 def test_the_command_shows_what_it_found(tmp_path):
-    runs = [make_run(tmp_path / n, n, 0, 2.0, loss) for n, loss in (("grpo", 0.2), ("drift", 0.05))]
+    runs = [
+        make_run(tmp_path / n, n, 0, 2.0, loss, prompts=MANY) for n, loss in (("grpo", 0.2), ("drift", 0.05))
+    ]
     status, told = run_command("compare", *runs, "--out", tmp_path / "page.html")
     assert status == 0
     rows = {
@@ -191,6 +272,10 @@ def test_the_command_shows_what_it_found(tmp_path):
     findings = find(runs)
     (mean, _), *_ = findings.summary()[2]["cells"]
     assert rows["drift"][:2] == ["1", f"{mean:.3f}"]
+    heading = told.partition("base model")[0]
+    assert (
+        heading.count("diversity") == 2 and "beside grpo" in heading
+    )  # that of the method, and beside the rival's
     (share,) = (
         p.diversity_share.mean for p in findings.pairs if (p.method, p.metric) == ("drift", "diversity")
     )
@@ -198,6 +283,43 @@ def test_the_command_shows_what_it_found(tmp_path):
     assert findings.verdict()[0] in told.replace("\n", " ")
     status, told = run_command("compare", tmp_path / "nowhere", runs[0])
     assert (status, "there is no such run or file" in told) == (2, True)
+
+
+def test_what_was_found_goes_to_stdout_and_where_it_lies_to_stderr(tmp_path):
+    runs = [
+        make_run(tmp_path / f"{n}{s}", n, s, 2 + 0.1 * s, loss, prompts=MANY)
+        for n, loss in (("grpo", 0.2), ("drift", 0.05))
+        for s in (0, 1)
+    ]
+    page, findings = tmp_path / "page.html", find(runs)
+    shown = driftrl("compare", *runs, "--out", page)
+    assert findings.verdict()[0] in shown.stdout and "page.html" not in shown.stdout
+    assert shown.stderr.startswith(f"open {page}") and "grpo" not in shown.stderr
+    written = driftrl("compare", *runs, "--out", page, "--json")
+    found = json.loads(written.stdout)
+    assert (found["against"], found["verdict"]) == ("grpo", findings.verdict())
+    assert [(m["name"], m["seeds"]) for m in found["methods"]] == [("grpo", [0, 1]), ("drift", [0, 1])]
+    for gain, pair in zip(found["gains"], findings.pairs, strict=True):
+        assert gain["variety_at_equal_reward"]["mean"] == pair.diversity_gain.mean
+    status, told = run_command("compare", *runs, "--blind", tmp_path / "kit", "--json")
+    assert (status, "--json: has no meaning with --blind" in told) == (2, True)
+
+
+def test_a_comparison_is_never_written_over_a_run_s_own_report(tmp_path):
+    runs = [make_run(tmp_path / n, n, loss=loss) for n, loss in (("grpo", 0.2), ("drift", 0.05))]
+    before = [write_report(runs[0]).read_text(), write_picture(runs[0]).read_bytes()]
+    shown = driftrl("compare", ".", runs[1], cwd=runs[0])
+    assert shown.returncode == 0 and "open comparison.html" in shown.stderr
+    assert {"comparison.html", "comparison.png"} <= {path.name for path in runs[0].iterdir()}
+    for out, where in (
+        ("report.html", runs[0]),
+        (runs[0] / "report.htm", tmp_path),
+        ("grpo/report.html", tmp_path),
+    ):
+        told = driftrl("compare", *runs, "--out", out, cwd=where)
+        assert told.returncode == 2 and f"no run's own report; got {out}" in told.stderr
+        assert "comparison.html" in told.stderr
+    assert [(runs[0] / "report.html").read_text(), (runs[0] / "report.png").read_bytes()] == before
 
 
 def test_refuses_to_compare_what_was_not_measured_alike(tmp_path):
@@ -225,6 +347,50 @@ def test_refuses_to_compare_what_was_not_measured_alike(tmp_path):
     with pytest.raises(InputError, match="driftrl evaluate"):
         load_evaluation(b)
     assert not (tmp_path / "out.html").exists()
+
+
+def test_runs_that_were_not_measured_are_all_named(tmp_path):
+    """Those never measured, and those of which only the base model was."""
+    runs = [make_run(tmp_path / name, name) for name in ("one", "two", "three", "four")]
+    (runs[1] / "evaluation.json").unlink()
+    data = json.loads((runs[3] / "evaluation.json").read_text())
+    (runs[3] / "evaluation.json").write_text(json.dumps(data | {"points": data["points"][:1]}))
+    with pytest.raises(InputError) as raised:
+        comparing.load_methods([tmp_path])
+    told = str(raised.value)
+    assert f"{runs[3]}, {runs[1]}: " in told and "driftrl evaluate RUN --checkpoint all" in told
+    assert str(runs[0]) not in told
+    with pytest.raises(InputError, match=rf"driftrl evaluate {runs[1]} --checkpoint all"):
+        comparing.load_methods(runs[:3])
+
+
+def test_two_runs_of_one_name_and_seed_are_told_what_to_do(tmp_path):
+    runs = [make_run(tmp_path / name, "mine") for name in ("mine-seed0", "mine-seed0-2")]
+    with pytest.raises(InputError, match=r"leave one out.*another name: name: in its config\.yaml"):
+        comparing.load_methods(runs)
+
+
+def test_a_short_training_has_whole_iterations_and_no_moving_average(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(reports, "draw", lambda path, prompts, sides, charts: drawn.update(charts=charts))
+    run = make_run(tmp_path / "run")
+    write_picture(run)
+    assert [len(chart.strokes) for chart in drawn["charts"]] == [2, 2]  # of 20 iterations
+    assert "a moving average" in write_report(run).read_text()
+    log = (run / "metrics.jsonl").read_text().splitlines()[:2]
+    (run / "metrics.jsonl").write_text("\n".join(log))
+    write_picture(run)
+    (chart, _) = drawn["charts"]
+    (stroke,) = chart.strokes
+    assert (list(stroke.points), chart.whole) == ([(1.0, 1.1), (2.0, 1.2)], True)
+    assert "a moving average" not in write_report(run).read_text()
+
+
+def test_ticks_of_what_is_counted_are_whole_numbers():
+    for whole in (True, False):
+        axes = Figure().add_subplot()
+        _chart(axes, Chart("reward", "iteration", [Stroke([(1.0, 0.0), (2.0, 1.0)], "#000000")], whole))
+        assert all(float(tick).is_integer() for tick in axes.get_xticks()) == whole
 
 
 def test_ticks_are_round():

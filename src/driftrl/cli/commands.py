@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from driftrl.cli.typed import as_typed
+
 CONFIG = Annotated[
     Path | None,
     typer.Argument(metavar="CONFIG.yaml", help="A YAML file; without one, DRIFT on the embedded model."),
@@ -33,6 +35,9 @@ Device = Annotated[
 def _flag(*names: str, help: str) -> Any:
     """A switch, without a type in the help."""
     return typer.Option(*names, help=help, metavar="")
+
+
+Json = Annotated[bool, _flag("--json", help="Print the figures as one JSON object instead of the table.")]
 
 
 class _Command(TyperCommand):
@@ -227,10 +232,11 @@ def register(app: typer.Typer) -> None:
         """
         from driftrl.cli.sample import sample as work
 
-        work(
-            source, prompt or [], prompts, count, seed, out, base, steps, guidance_scale, deterministic, dtype, device,
-            lora_scale, lora, iteration,
-        )  # fmt: skip
+        with as_typed({"sampling.steps": ("--steps", steps), "prompts": ("--prompts", prompts)}):
+            work(
+                source, prompt or [], prompts, count, seed, out, base, steps, guidance_scale, deterministic, dtype,
+                device, lora_scale, lora, iteration,
+            )  # fmt: skip
 
     @app.command(cls=_Command)
     def evaluate(
@@ -299,11 +305,12 @@ def register(app: typer.Typer) -> None:
         ] = None,
         dtype: Dtype = None,
         device: Device = None,
+        as_json: Json = False,
         quiet: Annotated[bool, _flag("--quiet", "-q", help="No progress display.")] = False,
     ) -> None:
         """Measure reward and variety beside the base model, and write report.html.
 
-        What was measured under the same settings before is not measured again.
+        What was measured under the same settings before is not measured again. The figures go to stdout.
 
         Examples:
 
@@ -318,29 +325,42 @@ def register(app: typer.Typer) -> None:
           driftrl evaluate tiny-animals --images 40
 
           driftrl evaluate stabilityai/stable-diffusion-xl-base-1.0 --lora my-lora.safetensors --reward pickscore --encoder dreamsim
+
+          driftrl evaluate runs/mine --json > figures.json
         """
         from driftrl.cli.evaluate import evaluate as work
         from driftrl.cli.evaluate import scales
 
-        work(
-            source,
-            quiet=quiet,
-            prompts=prompts,
-            images=images,
-            checkpoints=which,
-            rewards=reward or [],
-            seed=seed,
-            encoder=encoder,
-            clip=clip,
-            dtype=dtype,
-            device=device,
-            keep_images=keep_images,
-            out=out,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            lora_scales=scales(lora_scale),
-            lora=lora,
-        )
+        with as_typed(
+            {
+                "model.path": ("RUN_OR_MODEL", source),
+                "prompts": ("--prompts", prompts),
+                "images": ("--images", images),
+                "reward": ("--reward", reward),
+                "shaping.encoder": ("--encoder", encoder),
+                "sampling.steps": ("--steps", steps),
+            }
+        ):
+            work(
+                source,
+                quiet=quiet,
+                as_json=as_json,
+                prompts=prompts,
+                images=images,
+                checkpoints=which,
+                rewards=reward or [],
+                seed=seed,
+                encoder=encoder,
+                clip=clip,
+                dtype=dtype,
+                device=device,
+                keep_images=keep_images,
+                out=out,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                lora_scales=scales(lora_scale),
+                lora=lora,
+            )
 
     @app.command(cls=_Command)
     def compare(
@@ -352,9 +372,13 @@ def register(app: typer.Typer) -> None:
                 "as that of an experiment; runs of one name are its seeds.",
             ),
         ],
-        out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path(
-            "report.html"
-        ),
+        out: Annotated[
+            Path,
+            typer.Option(
+                metavar="FILE.html",
+                help="The page to write, and a PNG of that name; never a run's own report.",
+            ),
+        ] = Path("comparison.html"),
         against: Annotated[
             str | None, typer.Option(metavar="NAME", help="The method to compare with; by default the first.")
         ] = None,
@@ -370,24 +394,25 @@ def register(app: typer.Typer) -> None:
             int | None,
             typer.Option(help="Of the blinded page's order and sides; by default a new one.", min=0),
         ] = None,
+        as_json: Json = False,
     ) -> None:
         """Compare methods: curves, fronts, gains at equal level.
 
-        Measure all runs alike first, with driftrl evaluate RUN --checkpoint all.
+        Measure all runs alike first, with driftrl evaluate RUN --checkpoint all. What is found goes to stdout.
 
         Examples:
 
           driftrl compare runs/grpo-seed0 runs/drift-seed0
 
-          driftrl compare runs/grpo-seed* runs/drift-seed* --against grpo --out comparison.html
+          driftrl compare runs/grpo-seed* runs/drift-seed* --against grpo --out seeds.html
 
           driftrl compare runs/grpo-seed0 runs/drift-seed0 --blind human
 
-          driftrl compare runs/main --against grpo --out comparison.html
+          driftrl compare runs/main --against grpo --json
         """
         from driftrl.cli.compare import compare as work
 
-        work(runs, out, against, blind, seed)
+        work(runs, out, against, blind, seed, as_json)
 
     @app.command(cls=_Command)
     def export(
@@ -547,4 +572,5 @@ def register(app: typer.Typer) -> None:
         """
         from driftrl.cli.doctor import doctor as work
 
-        work(model)
+        with as_typed({"model.path": ("--model", model)}):
+            work(model)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,14 +15,22 @@ from driftrl.checks import InputError
 
 if TYPE_CHECKING:
     from driftrl.evaluation.comparison import Findings
+    from driftrl.evaluation.pareto import Interval
 
 
 def compare(
-    runs: Sequence[Path], out: Path, against: str | None, blind: Path | None = None, seed: int | None = None
+    runs: Sequence[Path],
+    out: Path,
+    against: str | None,
+    blind: Path | None = None,
+    seed: int | None = None,
+    as_json: bool = False,
 ) -> None:
-    """Write the comparison page, or with ``blind`` the page for raters."""
-    console = Console(stderr=True, emoji=False)
+    """Write the comparison page and show what it says on stdout, or with ``blind`` write the page for raters."""
+    console, results = Console(stderr=True, emoji=False), Console(emoji=False)
     if blind is not None:
+        if as_json:
+            raise InputError("--json: has no meaning with --blind, which finds nothing out")
         _blind(console, runs, blind, against, seed)
         return
     if seed is not None:
@@ -34,16 +43,69 @@ def compare(
         findings = find(runs, against)
         page = write_page(findings, out)
         picture = write_comparison_picture(runs, out.with_suffix(".png"), against)
-    show(console, findings)
+    if as_json:
+        results.print(_json(findings), highlight=False, soft_wrap=True, markup=False)
+    else:
+        show(results, findings)
     also = "" if picture is None else f"; the same in one picture: {picture}"
     console.print(f"open {page}{also}", highlight=False, soft_wrap=True, markup=False)
 
 
 def show(console: Console, findings: Findings) -> None:
     """What a comparison found, in a table and in words."""
+    heading = "last checkpoints, mean over seeds; in the last column at equal reward"
+    console.print(heading, highlight=False, soft_wrap=True, style="italic")
     console.print(_table(findings))
     for sentence in findings.verdict():
         console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+
+
+def _json(findings: Findings) -> str:
+    """What was found, every figure of it; there is no interval of a single seed or of few prompts."""
+
+    def figure(found: Interval | None) -> dict[str, Any] | None:
+        if found is None:
+            return None
+        return {
+            "mean": found.mean,
+            "interval": None if findings.few or found.low == found.high else [found.low, found.high],
+        }
+
+    base = findings.methods[0].runs[0].evaluation
+    names = ["reward", *findings.metrics]
+    methods = [
+        {
+            "name": method.name,
+            "seeds": [run.seed for run in method.runs],
+            "at": method.shared()[-1],
+            "figures": {name: figure(method.over_time(name)[-1]) for name in names},
+        }
+        for method in findings.methods
+    ]
+    gains = [
+        {
+            "measure": pair.metric,
+            "method": pair.method,
+            "variety_at_equal_reward": figure(pair.diversity_gain),
+            "variety_at_equal_reward_share": figure(pair.diversity_share),
+            "reward_at_equal_variety": figure(pair.reward_gain),
+            "reward_at_equal_variety_share": figure(pair.reward_share),
+        }
+        for pair in findings.pairs
+    ]
+    return json.dumps(
+        {
+            "against": findings.rival,
+            "prompts": len(base.settings.prompts),
+            "images": base.settings.images,
+            "base": {name: base.base.figures[name].mean for name in names},
+            "methods": methods,
+            "gains": gains,
+            "verdict": findings.verdict(),
+        },
+        indent=1,
+        ensure_ascii=False,
+    )
 
 
 def _table(findings: Findings) -> Table:
@@ -56,15 +118,17 @@ def _table(findings: Findings) -> Table:
     first = findings.metrics[0]
     shares = {p.method: p.diversity_share for p in findings.pairs if p.metric == first}
     table = Table(
-        title=f"last checkpoints, mean over seeds; at the right: {METRICS[first].title} at equal reward",
-        title_justify="left",
         header_style="bold",
         box=None,
         collapse_padding=True,
         pad_edge=False,
     )
     table.add_column("method", overflow="fold")
-    titles = ("seeds", *(METRICS[name].title for name in shown), f"beside {escape(findings.rival)}")
+    titles = (
+        "seeds",
+        *(METRICS[name].title for name in shown),
+        f"{METRICS[first].title} beside {escape(findings.rival)}",
+    )
     for title in titles:
         table.add_column(title, justify="right", min_width=max(map(len, title.split())))
     for row in findings.summary():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def judge(folder: Path, answers: Sequence[Path]) -> None:
     """Analyse the answers and show what they say."""
-    console = Console(stderr=True)
+    console, results = Console(stderr=True), Console()
     with console.status("counting", spinner="dots"):
         from driftrl.evaluation.judge import FILE, PICTURE
         from driftrl.evaluation.judge import judge as work
@@ -44,7 +44,7 @@ def judge(folder: Path, answers: Sequence[Path]) -> None:
                 _share(standing.prompt_rate),
                 "" if number else f"{finding.p_value:.3g}",
             )
-    console.print(table)
+    results.print(table)
     for finding in analysis.findings:
         told = f"{finding.question}: about the same {finding.same} of {analysis.prompts * raters} times"
         told += f", left {finding.left}, right {finding.right}"
@@ -54,7 +54,7 @@ def judge(folder: Path, answers: Sequence[Path]) -> None:
             told += (
                 f"; raters agree in {finding.agreement.share:.0%}, {finding.agreement.kind}'s kappa {value}"
             )
-        console.print(told, highlight=False)
+        results.print(told, highlight=False)
     console.print(
         f"wrote {folder / FILE} and {folder / PICTURE}", highlight=False, soft_wrap=True, markup=False
     )

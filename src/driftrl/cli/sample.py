@@ -71,7 +71,9 @@ def sample(
             with policy.reference():
                 sets["base"] = list(generate(policy, prompts, count, seed, progress=drawn))
     if base:
-        picture = beside(sets["base"], sets["tuned"], prompts, ("base model", Path(lora or source).name))
+        picture = beside(
+            sets["base"], sets["tuned"], prompts, ("base model", heading(lora or source, lora_scale))
+        )
     else:
         picture = grid(sets["tuned"], prompts)
     told = {
@@ -124,6 +126,15 @@ def _demand_no_others(out: Path, prompts: Sequence[str], count: int, base: bool)
             f"--out: {out} has {counted(len(others), 'picture')} of something else, such as {others[0].relative_to(out)}; choose "
             "another folder, or empty it"
         )
+
+
+def heading(source: str, lora_scale: float) -> str:
+    """What a model is called over its pictures: a checkpoint by its iteration, anything else by its name."""
+    path = Path(source)
+    name = path.name
+    if path.parent.name == "checkpoints" and name.isdecimal():
+        name = f"iteration {int(name)}"
+    return name if lora_scale == 1.0 else f"{name}, scale {lora_scale:g}"
 
 
 def _prompts(given: list[str], prompt_set: str | None) -> list[str]:

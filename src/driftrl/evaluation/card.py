@@ -15,7 +15,7 @@ from driftrl.checks import InputError, counted
 from driftrl.config import ModelConfig, TrainConfig, flat, load_config
 from driftrl.evaluation.evaluate import FILE, Evaluation, Point, formula, load_evaluation
 from driftrl.evaluation.generate import run_of
-from driftrl.evaluation.measures import describe
+from driftrl.evaluation.measures import describe, too_few
 from driftrl.evaluation.page import minus
 from driftrl.files import new_folder, read_json, write_text
 from driftrl.policies.kohya import write_kohya
@@ -172,22 +172,22 @@ def _measured(evaluation: Evaluation | None, point: Point | None) -> str:
     if evaluation is None or point is None:
         return "Not measured: `driftrl evaluate` was not run on this checkpoint."
     settings = evaluation.settings
+    few = too_few(settings)
     rows = [
-        f"| | base model | this one | change ({evaluation.level:.0%} interval) |",
+        f"| | base model | this one | {'change' if few else f'change ({evaluation.level:.0%} interval)'} |",
         "| --- | --- | --- | --- |",
     ]
     for name, figure in point.figures.items():
         change = figure.change
         assert change is not None  # evaluations are checked when they are read
-        told = f"{minus(change.mean, sign=True)} ({minus(change.low, sign=True)} to {minus(change.high, sign=True)})"
+        ends = f" ({minus(change.low, sign=True)} to {minus(change.high, sign=True)})"
+        told = minus(change.mean, sign=True) + ("" if few else ends)
         rows.append(
             f"| {describe(name, settings).title} | {minus(evaluation.base.figures[name].mean)} | {minus(figure.mean)} | {told} |"
         )
     each = f"{counted(settings.images, 'image')} of each of {counted(len(settings.prompts), 'prompt')}"
-    return (
-        "\n".join(rows)
-        + f"\n\nMeans over prompts, of {each}, the same seeds for both; intervals bootstrapped over prompts."
-    )
+    sure = f". {few}: no interval is given." if few else "; intervals bootstrapped over prompts."
+    return "\n".join(rows) + f"\n\nMeans over prompts, of {each}, the same seeds for both{sure}"
 
 
 def _settings(config: TrainConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,15 @@ import numpy as np
 
 from driftrl.checks import InputError, nearest
 from driftrl.config import TrainConfig, flat, load_config
-from driftrl.evaluation.evaluate import Evaluation, Point, load_evaluation
-from driftrl.evaluation.pareto import Array, Interval, bootstrap_interval, gain_at_equal, hypervolume
+from driftrl.evaluation.evaluate import FILE, Evaluation, Point, load_evaluation
+from driftrl.evaluation.pareto import (
+    Array,
+    Interval,
+    bootstrap_interval,
+    gain_at_equal,
+    hypervolume,
+    upper_envelope,
+)
 from driftrl.evaluation.results import load_result, sources
 
 LEVEL = 0.95
@@ -118,6 +126,8 @@ class Comparison:
     """So many of them have a reward in common; those that have none, one lying wholly beyond the other, are left out."""
     share_diversity: int = 1
     """So many have a diversity in common."""
+    apart: str = ""
+    """Why there is nothing to compare, where it is not that the fronts reach different levels."""
 
 
 def load_methods(paths: Sequence[Path]) -> list[Method]:
@@ -148,14 +158,17 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         InputError: for runs that were not measured alike, or that have no checkpoint measured.
     """
-    runs = []
-    for folder in folders:
-        run = _load(folder)
-        if not run.evaluation.tuned:
-            raise InputError(
-                f"{folder}: no checkpoint was measured; run: driftrl evaluate {folder} --checkpoint all"
-            )
-        runs.append(run)
+    bare = [path for path in folders if (path / "config.yaml").is_file() and not (path / FILE).is_file()]
+    runs = [_load(folder) for folder in folders if folder not in bare]
+    bare += [run.folder for run in runs if not run.evaluation.tuned]
+    if bare:
+        named = [str(folder) for folder in folders if folder in bare]
+        each = shlex.quote(named[0]) if len(named) == 1 else "RUN"
+        raise InputError(
+            f"{', '.join(named)}: expected runs with a checkpoint measured; {'this has' if len(named) == 1 else 'these have'} none; "
+            f"measure {'it' if len(named) == 1 else 'each'}: driftrl evaluate {each} --checkpoint all; or leave "
+            f"{'it' if len(named) == 1 else 'them'} out"
+        )
     for other in runs[1:]:
         _check_alike(runs[0], other)
     return runs
@@ -198,10 +211,9 @@ def compare(
             _gain(method, rival, metric, "diversity"),
             _gain(method, rival, metric, "diversity", relative=True),
             len(method.runs) * len(rival.runs),
-            *(
-                int(np.isfinite(_gains(method, rival, metric, axis)).sum())
-                for axis in ("reward", "diversity")
-            ),
+            _sharing(method, rival, metric, "reward"),
+            _sharing(method, rival, metric, "diversity"),
+            _apart(method, rival, metric),
         )
         for metric in metrics
         for method in methods
@@ -251,6 +263,21 @@ def _gain(
     drawn = drawn[~np.isnan(drawn).all(axis=1)]
     low, high = np.quantile(np.nanmean(drawn, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(np.nanmean(gains)), float(low), float(high), LEVEL, min(gains.shape))
+
+
+def _sharing(method: Method, rival: Method, metric: str, axis: str) -> int:
+    """So many pairs of seeds share a level."""
+    return int(np.isfinite(_gains(method, rival, metric, axis)).sum())
+
+
+def _apart(method: Method, rival: Method, metric: str) -> str:
+    """Why two methods may share no level though both cover it: a front of one point spans none."""
+    curves = [run.curve(metric) for each in (method, rival) for run in each.runs]
+    if any(len({value for _, value in curve}) == 1 for curve in curves):
+        return "flat: nothing to compare"
+    if any(len(upper_envelope(curve)) == 1 for curve in curves):
+        return "a front of one point: nothing to compare"
+    return ""
 
 
 def _gains(method: Method, rival: Method, metric: str, axis: str, relative: bool = False) -> Array:
@@ -308,8 +335,9 @@ def _check_group(name: str, group: Sequence[Run]) -> None:
     for run in group:
         if run.seed in seeds:
             raise InputError(
-                f"{seeds[run.seed].folder} and {run.folder} are both '{name}' with seed {run.seed}; "
-                "leave one out, or give methods different names (name: in the configuration)"
+                f"{seeds[run.seed].folder} and {run.folder} are both '{name}' with seed {run.seed}, so they are no two "
+                "seeds of a method; leave one out, or, if they are different methods, give one another name: name: in "
+                'its config.yaml and "name" in its evaluation.json'
             )
         seeds[run.seed] = run
         if run.config is None or first.config is None:

@@ -16,7 +16,7 @@ from driftrl.evaluation import compare as comparing
 from driftrl.evaluation.compare import Method
 from driftrl.evaluation.evaluate import Point
 from driftrl.evaluation.gallery import FIRST, evenly, pictures, prompt_rows, side, spread
-from driftrl.evaluation.measures import METRICS, VARIETY, asked, describe
+from driftrl.evaluation.measures import METRICS, VARIETY, asked, describe, too_few
 from driftrl.evaluation.page import COLOURS, listed, minus, percent, render, short
 from driftrl.evaluation.pareto import difference_at_equal, upper_envelope
 from driftrl.evaluation.picture import COLOURS as PICTURE_COLOURS
@@ -42,8 +42,15 @@ class Findings:
     rival: str
     """The method that the others are compared with."""
 
+    @property
+    def few(self) -> str:
+        """That so few prompts tell little, if it is so: then there are neither intervals nor a verdict."""
+        return too_few(self.methods[0].runs[0].evaluation.settings)
+
     def verdict(self) -> list[str]:
         """In sentences."""
+        if self.few:
+            return [f"{self.few}: who has more variety is left open.", *_never_rose(self.methods)]
         return _verdict(self.methods, self.pairs, self.rival)
 
     def summary(self) -> list[dict[str, Any]]:
@@ -97,17 +104,18 @@ def write_page(findings: Findings, out: Path) -> Path:
         evaluation=evaluation,
         settings=settings,
         asked=asked(settings),
+        few=findings.few,
         methods=methods,
         rival=rival,
         single=min(len(m.runs) for m in methods) == 1,
         several=max(len(m.runs) for m in methods) > 1,
         verdict=findings.verdict(),
         summary=findings.summary(),
-        board=_board(methods, metrics, pairs, rival),
+        board=_board(methods, metrics, pairs, rival, bool(findings.few)),
         differences=_differences(methods, metrics, rival),
         tables=tables,
         fronts=_fronts(methods, metrics),
-        curves=_checkpoint_curves(methods, metrics),
+        curves=_checkpoint_curves(methods, metrics, bool(findings.few)),
         gallery=_gallery(methods),
         differing=comparing.differing_settings(methods),
         configs=[(run.folder.name, dump_config(run.config)) for m in methods for run in m.runs if run.config],
@@ -191,10 +199,7 @@ def _verdict(methods: list[Method], pairs: list[comparing.Comparison], rival: st
                 else f"{who} cannot be told apart from {rival}"
             )
             parts.append(f"{level} {both} in variety.")
-    if fallen:
-        parts.append(
-            f"{listed(fallen)} never got above the base model's reward, so there is nothing to compare at equal reward."
-        )
+    parts += _never_rose(methods)
     if any(single for single, _ in alike):
         parts.append("More seeds would tell chance from effect.")
     return parts or [f"Only one method, {rival}, with {counted(len(methods[0].runs), 'seed')}."]
@@ -222,13 +227,17 @@ def _verdict_of_many(methods: list[Method], pairs: list[comparing.Comparison], r
         for kind, which in found.items()
         if which
     ]
-    if fallen:
-        parts.append(
-            f"{listed(fallen)} never got above the base model's reward, so there is nothing to compare at equal reward."
-        )
+    parts += _never_rose(methods)
     if min(len(method.runs) for method in methods) == 1:
         parts.append("Of a single seed any of this may be chance.")
     return parts
+
+
+def _never_rose(methods: list[Method]) -> list[str]:
+    """The sentence on methods without any gain of reward, if there are such."""
+    fallen = [method.name for method in methods if not _gained_reward(method)]
+    told = "never got above the base model's reward, so there is nothing to compare at equal reward."
+    return [f"{listed(fallen)} {told}"] if fallen else []
 
 
 def _way(pair: comparing.Comparison) -> int:
@@ -277,7 +286,7 @@ def _summary(methods: list[Method], metrics: list[str]) -> list[dict[str, Any]]:
 
 
 def _board(
-    methods: list[Method], metrics: list[str], pairs: list[comparing.Comparison], rival: str
+    methods: list[Method], metrics: list[str], pairs: list[comparing.Comparison], rival: str, few: bool
 ) -> list[dict[str, Any]]:
     """For each method what variety it has at equal reward beyond the rival's, as a share, by each measure."""
     runs = {method.name: len(method.runs) for method in methods}
@@ -285,22 +294,23 @@ def _board(
     for number, method in enumerate(methods):
         if method.name == rival:
             continue
-        cells: list[dict[str, Any] | None] = []
+        cells: list[dict[str, Any]] = []
         for metric in metrics:
             pair = next(p for p in pairs if (p.method, p.metric) == (method.name, metric))
             gain, share = pair.diversity_gain, pair.diversity_share
             if gain is None or share is None:
-                cells.append(None)
+                cells.append({"apart": pair.apart or "no reward in common"})
                 continue
             single = min(runs[method.name], runs[rival]) == 1
-            sure = 0.0 if not _way(pair) else 0.6 if single else 1.0
+            sure = 0.0 if few or not _way(pair) else 0.6 if single else 1.0
+            ends = f", {minus(gain.low, sign=True)} to {minus(gain.high, sign=True)}"
             cells.append(
                 {
                     "value": share.mean,
                     "text": percent(share.mean),
                     "tint": round(sure * min(1.0, abs(share.mean) / FULL_TINT) ** 0.5, 3),
                     "way": "more" if share.mean > 0 else "less",
-                    "tip": f"{minus(gain.mean, sign=True)}, {minus(gain.low, sign=True)} to {minus(gain.high, sign=True)}",
+                    "tip": minus(gain.mean, sign=True) + ("" if few else ends),
                 }
             )
         rows.append({"name": method.name, "colour": number % COLOURS, "cells": cells})
@@ -359,7 +369,7 @@ def _fronts(methods: list[Method], metrics: list[str]) -> list[tuple[str, Markup
     return fronts
 
 
-def _checkpoint_curves(methods: list[Method], metrics: list[str]) -> list[tuple[str, Markup]]:
+def _checkpoint_curves(methods: list[Method], metrics: list[str], few: bool) -> list[tuple[str, Markup]]:
     curves = []
     for name in ["reward", *metrics]:
         title, lines = METRICS[name].title, list[Line]()
@@ -371,7 +381,7 @@ def _checkpoint_curves(methods: list[Method], metrics: list[str]) -> list[tuple[
             tips = [
                 f"{method.name}, {method.told(i)}: {minus(o.mean)}" for i, o in zip(at, over, strict=True)
             ]
-            band = [(o.low, o.high) for o in over] if len(method.runs) > 1 else ()
+            band = [(o.low, o.high) for o in over] if len(method.runs) > 1 and not few else ()
             lines.append(Line(points, number % COLOURS, "bold", tips, band=band))
         if not lines:
             continue

@@ -57,6 +57,8 @@ NEEDED = {"reward", "diversity"}
 REFERENCE = 2**30
 """Added to the seed for the reference images of recall: another draw of the base model, so that the base
 model's own figure says what a perfect copy would reach, and equal seeds do not pass for coverage."""
+WORDS = {"base": "base model", "reference": "base model, second draw (for recall)"}
+"""What is drawn beside checkpoints, in words."""
 LATENT_SIDE = 8
 """Places on a side that latents are averaged down to: layout and colours, and small enough to keep."""
 
@@ -191,6 +193,14 @@ class Evaluation(_Record):
     def sheet(self, folder: Path, point: Point, place: int) -> Path:
         """Where the sheet of images of one prompt lies, if it was kept."""
         return _pictures(folder, self.settings) / point.label / f"{place:03d}.webp"
+
+
+def in_words(label: str) -> str:
+    """What is being drawn, for those who wait for it: a label of `Point`, or the reference's."""
+    if label in WORDS:
+        return WORDS[label]
+    number, _, scale = label.partition("x")
+    return f"iteration {int(number)}" + (f", scale {scale}" if scale else "")
 
 
 def with_mixture(readings: Readings, reference: Readings, mixture: Sequence[RewardPart]) -> Readings:
@@ -528,10 +538,8 @@ def parse_evaluation(data: Any, file: Path) -> Evaluation:
     try:
         evaluation = Evaluation.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"{file} is damaged at {place}: {first['msg']}; delete it and evaluate again"
+            f"{file} is damaged at {first_problem(error)}; delete it and evaluate again"
         ) from None
     if not evaluation.points or evaluation.points[0].label != "base":
         raise InputError(f"{file} is damaged: it has no base model; delete it and evaluate again")
@@ -545,6 +553,15 @@ def parse_evaluation(data: Any, file: Path) -> Evaluation:
                 f"{file} is damaged at {point.label}: figures are missing; delete it and evaluate again"
             )
     return evaluation
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that is wrong with a file, as "place: what"."""
+    first = error.errors()[0]
+    what = {"missing": "is missing", "extra_forbidden": "no such key"}.get(first["type"])
+    if what is None:
+        what = f"expected {first['msg'].removeprefix('Input should be ')}; got {first['input']!r}"
+    return f"{'.'.join(str(part) for part in first['loc'])}: {what}"
 
 
 def _instruments(settings: Settings, clip_folder: Path | None, policy: PipelinePolicy) -> Instruments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args
 
@@ -19,7 +20,7 @@ from driftrl.build import (
     prompt_noise_of,
     usual_sampling,
 )
-from driftrl.checks import InputError, nearest, one_of
+from driftrl.checks import InputError, one_of
 from driftrl.config import ModelConfig, TrainConfig, load_config
 from driftrl.policies.lora import scale_lora
 from driftrl.policies.pipeline import PipelinePolicy
@@ -27,6 +28,8 @@ from driftrl.rollout import NO_NOISE, PromptNoise, rollout
 from driftrl.types import Policy
 
 DTYPES: tuple[str, ...] = get_args(ModelConfig.model_fields["dtype"].annotation)
+LISTED = 10
+"""At most so many runs are named where one is asked for that is not there."""
 EVALUATION = 2**31
 """Stands for the iteration in the keys of evaluation's noise, so that it is never training's."""
 
@@ -75,10 +78,16 @@ def _demand_source(source: str) -> None:
         return
     else:
         problem = "there is no such folder"
-    listing = f"; in {inside} are the runs {', '.join(runs)}" if runs else ""
+    # Most alike first, of many; a guess only where the names are nearly the same.
+    alike = get_close_matches(path.name, runs, n=LISTED, cutoff=0.0)
+    shown = runs if len(runs) <= LISTED else sorted(alike)
+    more = f" and {len(runs) - len(shown)} more" if len(runs) > len(shown) else ""
+    listing = f"; in {inside} are the runs {', '.join(shown)}{more}" if runs else ""
+    guess = "" if path.exists() else "".join(get_close_matches(path.name, runs, n=1, cutoff=0.7))
     raise InputError(
         f"{source}: expected a run folder (with config.yaml), one of its checkpoints, a pipeline folder (with "
-        f"model_index.json), a hub name or 'tiny-animals'; {problem}{listing}{nearest(path.name, runs)}"
+        f"model_index.json), a hub name or 'tiny-animals'; {problem}{listing}"
+        + (f"; did you mean '{guess}'?" if guess else "")
     )
 
 

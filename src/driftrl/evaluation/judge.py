@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from driftrl.checks import InputError, counted
 from driftrl.evaluation.blind import FORMAT, KEY, QUESTIONS, Answers, Key, Record
 from driftrl.evaluation.choices import binomial_interval, cohen_kappa, fleiss_kappa, sign_test
+from driftrl.evaluation.evaluate import first_problem
 from driftrl.evaluation.pareto import bootstrap_interval
 from driftrl.files import read_json, write_json
 
@@ -116,9 +117,7 @@ def _read(path: Path, model: type[_File], what: str) -> _File:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: expected {what}; {place}: {first['msg']}") from None
+        raise InputError(f"{path}: expected {what}; {first_problem(error)}") from None
 
 
 def _key(folder: Path) -> Key:

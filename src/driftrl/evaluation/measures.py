@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from driftrl.checks import counted
 from driftrl.evaluation.evaluate import Settings
 from driftrl.prompts import prompt_sets
 
@@ -61,6 +62,8 @@ METRICS = {
     "coverage": Metric("coverage", "Share of the base model's images with one of them nearby.", variety=True),
 }
 VARIETY = tuple(name for name, metric in METRICS.items() if metric.variety)
+FEW = 5
+"""Prompts below which an interval over prompts says little: of two it is no more than their range."""
 
 
 def describe(name: str, settings: Settings) -> Metric:
@@ -74,6 +77,12 @@ def describe(name: str, settings: Settings) -> Metric:
             return Metric(title, "Part of what training raised, as it is: neither normalised nor weighed.")
         return Metric(title, "Not trained on; scored beside the one that was.")
     return METRICS.get(name) or Metric(name, "")
+
+
+def too_few(settings: Settings) -> str:
+    """What is said of figures over fewer than `FEW` prompts, in place of intervals; nothing of enough prompts."""
+    prompts = len(settings.prompts)
+    return f"On {counted(prompts, 'prompt')}, too few to tell much of any other" if prompts < FEW else ""
 
 
 def trained(settings: Settings) -> list[str]:

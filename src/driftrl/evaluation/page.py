@@ -65,9 +65,16 @@ def check_out(out: Path) -> Path:
     """Return ``out`` if a page can be written there.
 
     Raises:
-        InputError: if it is a folder, or is not named like a page.
+        InputError: if it is a folder, is not named like a page, or is the report of a run.
     """
     if out.is_dir() or out.suffix not in (".html", ".htm"):
-        raise InputError(f"--out: expected an HTML file, such as report.html; got {out}")
+        raise InputError(f"--out: expected an HTML file, such as comparison.html; got {out}")
+    folder = out.resolve().parent
+    a_run = any((folder / name).is_file() for name in ("config.yaml", "evaluation.json"))
+    if a_run and out.resolve().stem == "report":  # report.png beside it would be overwritten, too
+        raise InputError(
+            f"--out: expected a page that is no run's own report; got {out}, which driftrl evaluate writes; take "
+            f"another name, such as {out.with_name('comparison.html')}"
+        )
     make_parent(out)
     return out

@@ -45,6 +45,8 @@ class Chart:
     below: str
     """What the horizontal axis is."""
     strokes: Sequence[Stroke]
+    whole: bool = False
+    """Whether its horizontal axis counts something: ticks are whole numbers."""
 
 
 def draw(path: Path, prompts: Sequence[str], sides: Sequence[Side], charts: Sequence[Chart]) -> Path:
@@ -106,10 +108,14 @@ def _draw(path: Path, prompts: Sequence[str], sides: Sequence[Side], charts: Seq
 
 
 def _chart(axes: Any, chart: Chart) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for stroke in chart.strokes:
         axes.plot(*zip(*stroke.points, strict=True), color=stroke.colour, alpha=stroke.alpha, linewidth=stroke.width,
                   marker=stroke.marker or None, markersize=3.5)  # fmt: skip
     axes.set_title(chart.title, fontsize=10, color=INK, loc="left")
+    if chart.whole:
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_xlabel(chart.below, fontsize=8, color=MUTED, labelpad=2)
     axes.tick_params(labelsize=7.5, colors=MUTED, length=2)
     axes.grid(axis="y", color=RULE, linewidth=0.6)

@@ -17,10 +17,10 @@ from markupsafe import Markup
 
 from driftrl.checks import counted
 from driftrl.distributed import join
-from driftrl.evaluation.evaluate import Evaluation, Figure, Point, Settings, load_evaluation
+from driftrl.evaluation.evaluate import Evaluation, Figure, Point, Settings, in_words, load_evaluation
 from driftrl.evaluation.evaluate import evaluate as measured
 from driftrl.evaluation.gallery import FIRST, evenly, pictures, prompt_rows, side, spread
-from driftrl.evaluation.measures import METRICS, VARIETY, Metric, asked, describe, trained
+from driftrl.evaluation.measures import METRICS, VARIETY, Metric, asked, describe, too_few, trained
 from driftrl.evaluation.page import COLOURS, listed, minus, percent, render, short
 from driftrl.evaluation.picture import COLOURS as PICTURE_COLOURS
 from driftrl.evaluation.picture import MUTED, Chart, Side, Stroke, draw
@@ -31,10 +31,10 @@ from driftrl.files import write_text
 
 PART = re.compile(r"reward/.+/mean")
 """One of several rewards in metrics.jsonl."""
+SMOOTHED = 5
+"""Iterations from which on a moving average is drawn: of two it would be a level line."""
 AXIS = 34
 """Letters that fit below a plot, beside its hint."""
-FEW = 5
-"""Prompts below which an interval over prompts says little."""
 FIRED = {
     "warning/constant_reward_groups": (
         "Groups whose rewards were all equal",
@@ -89,7 +89,7 @@ def _bar(hidden: bool) -> Iterator[Progress]:
 
         def tell(label: str, done: int, total: int) -> None:
             bar.total = total
-            bar.set_description(f"evaluating {label}", refresh=False)
+            bar.set_description(f"evaluating {in_words(label)}", refresh=False)
             bar.update(done - bar.n)
 
         yield tell
@@ -116,12 +116,14 @@ def write_report(folder: Path) -> Path:
         evaluation=evaluation,
         settings=evaluation.settings,
         asked=asked(evaluation.settings),
+        few=too_few(evaluation.settings),
         tuned=tuned,
         verdict=[_verdict(evaluation, tuned)],
         cards=_cards(evaluation, tuned),
         notices=_notices(evaluation, tuned, log),
         fronts=_run_fronts(evaluation) if tuned else [],
         curves=_training_curves(log),
+        smoothed=any(len(points) >= SMOOTHED for _, points in _series(log)),
         rows=prompt_rows(evaluation, tuned),
         gallery=_gallery(evaluation, [("base model", folder, evaluation.base)], tuned, folder),
         all_figures=_all_figures(evaluation, tuned),
@@ -147,11 +149,8 @@ def _verdict(evaluation: Evaluation, tuned: Point | None) -> str:
     how = {1: "rose", -1: "fell", 0: "did not change measurably"}[_direction(reward)]
     before = evaluation.base.figures["reward"].mean
     text = f"The reward {how}, from {minus(before)} to {minus(reward.mean)}"
-    prompts = len(evaluation.settings.prompts)
-    if prompts < FEW:
-        text = (
-            f"On {counted(prompts, 'prompt')}, too few to tell much of any other: {text[0].lower()}{text[1:]}"
-        )
+    if few := too_few(evaluation.settings):
+        text = f"{few}: {text[0].lower()}{text[1:]}"
     kept = []
     for name in ("diversity", "diversity/clip", "vendi"):
         if name in tuned.figures and evaluation.base.figures[name].mean > 0:
@@ -241,7 +240,7 @@ def _run_fronts(evaluation: Evaluation) -> list[tuple[str, Markup]]:
                 path,
                 tips=tips,
                 names={k: p.told for k, p in enumerate(points) if k == last or (k and settings.scaled)},
-                spread={last: _whiskers(points[0], points[-1], name)},
+                spread={} if too_few(settings) else {last: _whiskers(points[0], points[-1], name)},
             ),
             Line(path[:1], -1, "none", tips[:1], {0: "base"}),
         ]
@@ -280,7 +279,11 @@ def _training_curves(log: list[dict[str, float]]) -> list[tuple[str, Markup]]:
     for title, points in _series(log):
         smooth = _smoothed(points)
         described = f"{title} over {counted(len(points), 'iteration')} of training, from {smooth[0][1]:.3f} to {smooth[-1][1]:.3f}"
-        lines = [Line(points, 0, "faint"), Line(smooth, 0, "bold")]
+        lines = (
+            [Line(points, 0, "faint"), Line(smooth, 0, "bold")]
+            if len(points) >= SMOOTHED
+            else [Line(points, 0, "bold")]
+        )
         curves.append((f"{title}, over training", plot(lines, "iteration", described, integer_x=True)))
     return curves
 
@@ -302,7 +305,11 @@ def _number(value: object) -> bool:
 
 
 def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A centred moving average over a tenth of the run, for prompts differ from iteration to iteration."""
+    """A centred moving average over a tenth of the run, for prompts differ from iteration to iteration; of fewer than
+    `SMOOTHED` iterations they are as they are.
+    """
+    if len(points) < SMOOTHED:
+        return points
     half = max(1, len(points) // 20)
     windows = [points[max(0, k - half) : k + half + 1] for k in range(len(points))]
     return [(point[0], sum(y for _, y in w) / len(w)) for point, w in zip(points, windows, strict=True)]
@@ -363,9 +370,10 @@ def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
             title,
             "iteration",
             [
-                Stroke(points, PICTURE_COLOURS[0], 0.9, 0.3),
+                *([Stroke(points, PICTURE_COLOURS[0], 0.9, 0.3)] if len(points) >= SMOOTHED else []),
                 Stroke(_smoothed(points), PICTURE_COLOURS[0]),
             ],
+            whole=True,
         )
         for title, points in series
     ]

@@ -57,6 +57,8 @@ def _axes(grid: Grid) -> Grid:
 
 
 def _different(seeds: list[int]) -> list[int]:
+    if not seeds:
+        raise ValueError("seeds: expected at least one; got []")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: expected each once; got {seeds}")
     return seeds
@@ -73,7 +75,7 @@ class PlanMethod(Section):
     """Changes, by dotted or nested keys; they win over the plan's own `set`."""
     grid: Grid | None = None
     """In place of the plan's."""
-    seeds: list[int] | None = Field(None, min_length=1)
+    seeds: list[int] | None = None
     """In place of the plan's."""
 
     _grid = field_validator("grid")(lambda grid: None if grid is None else _axes(grid))
@@ -113,11 +115,11 @@ class Plan(Section):
     """Names the folder below runs/."""
     base: str | None = None
     """The configuration file that methods without a file change, relative to the plan; null is DRIFT's defaults."""
-    methods: list[PlanMethod] = Field([PlanMethod()], min_length=1)
+    methods: list[PlanMethod] = Field([PlanMethod()])
     """The first one is what the others are compared with. A file's path alone will do for a method."""
     grid: Grid = Field({})
     """Settings to cross: each method runs with every combination."""
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[int] = Field([0])
     """Each method of the grid runs with each."""
     set: Settings = Field({})
     """Changes to all runs, by dotted or nested keys."""
@@ -135,6 +137,10 @@ class Plan(Section):
     def _files(cls, methods: Any) -> Any:
         if not isinstance(methods, list):
             return methods
+        if not methods:
+            raise ValueError(
+                "methods: expected at least one; got []; without methods: a plan has the base alone"
+            )
         return [{"file": method} if isinstance(method, str) else method for method in methods]
 
 
