@@ -312,6 +312,7 @@ def test_messages_name_the_option_that_was_typed(tmp_path, pipeline_folder):
         (("evaluate", "nope"), "driftrl: RUN_OR_MODEL: expected 'tiny-animals', a pipeline folder or a hub name"),
         (("sample", pipeline_folder, "--prompts", "nope.txt"), "driftrl: --prompts: expected a prompt set"),
         (("sample", pipeline_folder, "-p", "a", "--steps", 5000), "driftrl: --steps: expected at most 1000"),
+        (("sample", "nope", "-p", "a"), "driftrl: RUN_OR_MODEL: expected 'tiny-animals', a pipeline folder or a hub name"),
         (("doctor", "--model", "nope"), "driftrl: --model: expected 'tiny-animals'"),
     ):  # fmt: skip
         assert told in refused(*arguments, cwd=tmp_path), arguments

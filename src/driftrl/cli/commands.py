@@ -232,7 +232,13 @@ def register(app: typer.Typer) -> None:
         """
         from driftrl.cli.sample import sample as work
 
-        with as_typed({"sampling.steps": ("--steps", steps), "prompts": ("--prompts", prompts)}):
+        with as_typed(
+            {
+                "model.path": ("RUN_OR_MODEL", source),
+                "sampling.steps": ("--steps", steps),
+                "prompts": ("--prompts", prompts),
+            }
+        ):
             work(
                 source, prompt or [], prompts, count, seed, out, base, steps, guidance_scale, deterministic, dtype,
                 device, lora_scale, lora, iteration,
