@@ -186,6 +186,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(config, tmp_path):
         ({"adapter__kind": "full"}, "linear layers"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::driftrl.build.UnlikelySettingWarning")
 def test_where_it_cannot_be_the_reason_is_said_and_auto_replays(config, tmp_path, changes, reason):
     assert not build_loop(config(**{**WHOLE, **changes}), tmp_path).in_one_pass
     with pytest.raises(InputError, match=rf"optimizer\.one_pass: .*{reason}"):

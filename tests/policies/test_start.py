@@ -98,7 +98,7 @@ def test_it_is_resumed_and_measured_without_what_it_began_with(config, first, tm
     same = [load_file(run / "checkpoints" / "000002" / LORA) for run in (whole, parts)]
     assert all(torch.equal(same[1][name], tensor) for name, tensor in same[0].items())
     open_policy(parts)
-    with pytest.raises(InputError, match=r"adapter\.start: .*first cannot be loaded as a LoRA"):
+    with pytest.raises(InputError, match=r"adapter\.start: .*first: there is no such run"):
         Trainer(config(iterations=1, **settings), tmp_path / "third")
 
 
