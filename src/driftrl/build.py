@@ -744,10 +744,9 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE, start: bool =
 def unlikely_settings(config: TrainConfig) -> list[str]:
     """What was probably left at its default by oversight, and what to set in its place."""
     found = []
-    parts = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
-    embedded = ["reward"] * ("tiny-animals" in parts) + ["shaping.encoder"] * (
-        config.shaping.encoder == "tiny-animals"
-    )
+    rewards = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
+    used = {"reward": rewards, "shaping.encoder": [config.shaping.encoder]}
+    embedded = [key for key, names in used.items() if "tiny-animals" in names]
     if embedded and config.model.path != "tiny-animals":
         instead = {"reward": "reward=pickscore", "shaping.encoder": "shaping.encoder=dreamsim"}
         found.append(

@@ -15,7 +15,7 @@ from driftrl.build import build_policy, load_pipeline
 from driftrl.checks import InputError
 from driftrl.config import load_config
 from driftrl.evaluation.comparison import find, write_comparison
-from driftrl.evaluation.evaluate import SCALED, evaluate, load_evaluation
+from driftrl.evaluation.evaluate import SCALED, evaluate, in_words, load_evaluation
 from driftrl.evaluation.generate import EVALUATION, generate, open_policy
 from driftrl.evaluation.report import write_picture, write_report
 from driftrl.policies.lora import scale_lora
@@ -188,3 +188,12 @@ def test_a_lora_from_elsewhere_is_measured(run, pipeline_folder, encoder_folder,
     assert write_picture(folder).is_file()
     with pytest.raises(InputError, match="--lora: expected a model to put it on"):
         evaluate(run, lora="mine.safetensors", **alike)
+    with pytest.raises(InputError, match="is no run folder, so it has no checkpoint 2"):
+        evaluate(str(pipeline_folder), lora="mine.safetensors", checkpoints="2", **alike)
+    status, told = run_command(
+        "evaluate", pipeline_folder, "--lora", "mine.safetensors", "--lora-scale", "0.5", "--prompts", "two.txt",
+        "--images", 2, "--encoder", encoder_folder, "--reward", "incompressibility", "--steps", 2, "--out", "typed",
+    )  # fmt: skip
+    assert status == 0 and "evaluating the LoRA  16/16 images" in told
+    assert in_words("lorax0.5") == "the LoRA, scale 0.5"
+    assert "scale 1" in told and (tmp_path / "typed/report.html").is_file()

@@ -41,6 +41,8 @@ def sample(
     prompts = _prompts(prompts, prompt_set)
     grid_file = out if picture_file else out / GRID
     make_parent(grid_file)
+    if not picture_file:
+        _demand_no_others(out, prompts, count, base)
     with on_interrupt(console, "nothing was written"), console.status("loading the model", spinner="dots"):
         from transformers.utils import logging
 
@@ -53,8 +55,6 @@ def sample(
         policy, noise = open_policy(
             source, steps, guidance_scale, deterministic, dtype, device, lora_scale, lora
         )
-        if not picture_file:
-            _demand_no_others(out, prompts, count, base)
     progress = Progress(
         TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TextColumn("images, left"), TimeRemainingColumn(),
         console=console, disable=not console.is_terminal, transient=True,

@@ -59,6 +59,8 @@ REFERENCE = 2**30
 model's own figure says what a perfect copy would reach, and equal seeds do not pass for coverage."""
 WORDS = {"base": "base model", "reference": "base model, second draw (for recall)"}
 """What is drawn beside checkpoints, in words."""
+LORA = "lora"
+"""The label of a LoRA that is no checkpoint's."""
 LATENT_SIDE = 8
 """Places on a side that latents are averaged down to: layout and colours, and small enough to keep."""
 
@@ -199,8 +201,9 @@ def in_words(label: str) -> str:
     """What is being drawn, for those who wait for it: a label of `Point`, or the reference's."""
     if label in WORDS:
         return WORDS[label]
-    number, _, scale = label.partition("x")
-    return f"iteration {int(number)}" + (f", scale {scale}" if scale else "")
+    name, _, scale = label.partition("x")
+    what = "the LoRA" if name == LORA else f"iteration {int(name)}"
+    return what + (f", scale {scale}" if scale else "")
 
 
 def with_mixture(readings: Readings, reference: Readings, mixture: Sequence[RewardPart]) -> Readings:
@@ -297,11 +300,8 @@ def evaluate(
         raise InputError(
             f"images: expected at least 2 per prompt, for variety is between images; got {count}"
         )
-    wanted = (
-        _subjects(_checkpoints(source, found, checkpoints), lora_scales, config.adapter.kind)
-        if lora is None
-        else []
-    )
+    paths = _checkpoints(source, found, checkpoints)
+    wanted = _subjects(paths, lora_scales, config.adapter.kind) if lora is None else []
     clip_folder = clip or TINY_ANIMALS / "scorer"
     has_clip = (clip_folder / "config.json").is_file()
     if clip is not None and not has_clip:
@@ -404,6 +404,8 @@ class _Subject:
     scale: float = 1.0
     weights: Mapping[str, Tensor] | None = None
     """Of a LoRA that is no checkpoint's, by the parameters' names."""
+    checksum: str = ""
+    """Of these weights."""
 
     @property
     def is_base(self) -> bool:
@@ -415,7 +417,7 @@ class _Subject:
         """By which it is known in ``evaluation.json``."""
         if self.is_base:
             return "base"
-        name = self.path.name if self.path else "lora"
+        name = self.path.name if self.path else LORA
         return name if self.scale == 1.0 else f"{name}x{self.scale:g}"
 
     @property
@@ -426,10 +428,7 @@ class _Subject:
     @property
     def identity(self) -> str:
         """Checksum of the checkpoint's manifest, or of the LoRA's weights."""
-        if self.weights is not None:
-            content = b"".join(value.cpu().numpy().tobytes() for value in self.weights.values())
-            return hashlib.sha256(content).hexdigest()
-        return sha256(self.path / "manifest.json") if self.path else ""
+        return sha256(self.path / "manifest.json") if self.path else self.checksum
 
     @contextmanager
     def in_place(self, policy: PipelinePolicy) -> Iterator[None]:
@@ -459,15 +458,20 @@ def _subjects(paths: Sequence[Path], scales: Sequence[float], kind: str) -> list
         raise InputError(
             "--lora-scale: expected a LoRA; this run trained the whole network (adapter.kind: full)"
         )
-    chosen = sorted({*map(lora_scale, scales), 1.0} - {0.0})  # 0 is the base model
-    return [_Subject(), *(_Subject(path, scale) for path in paths for scale in chosen)]
+    return [_Subject(), *(_Subject(path, scale) for path in paths for scale in _with_whole(scales))]
 
 
 def _subjects_of_lora(policy: PipelinePolicy, scales: Sequence[float]) -> list[_Subject]:
     """The model alone, and the LoRA that ``policy`` has now as it is and at each of the scales."""
     weights = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
-    chosen = sorted({*map(lora_scale, scales), 1.0} - {0.0})
-    return [_Subject(), *(_Subject(scale=scale, weights=weights) for scale in chosen)]
+    content = b"".join(value.cpu().numpy().tobytes() for value in weights.values())
+    checksum = hashlib.sha256(content).hexdigest()
+    return [_Subject(), *(_Subject(None, scale, weights, checksum) for scale in _with_whole(scales))]
+
+
+def _with_whole(scales: Sequence[float]) -> list[float]:
+    """The scales and 1, in order; without 0, which is the base model."""
+    return sorted({*map(lora_scale, scales), 1.0} - {0.0})
 
 
 def _name_and_folder(

@@ -1,6 +1,6 @@
 """Diversity of a set of features: pure functions of tensors."""
 
-from driftrl.diversity.functional.manifold import Manifold, manifold, precision, recall
+from driftrl.diversity.functional.manifold import Manifold, manifold, recall
 from driftrl.diversity.functional.pairwise import mean_pairwise_distance, pairwise_distances
 from driftrl.diversity.functional.vendi import vendi_score
 
@@ -9,7 +9,6 @@ __all__ = [
     "manifold",
     "mean_pairwise_distance",
     "pairwise_distances",
-    "precision",
     "recall",
     "vendi_score",
 ]

@@ -199,17 +199,6 @@ def _blocks(n: int, start: int = 0) -> Iterator[slice]:
         yield slice(first, min(first + BLOCK, n))
 
 
-def precision(reference: Tensor, generated: Tensor, k: int = 5) -> Tensor:
-    """Share of the generated items within the reference manifold, as `manifold` has it: a float64 scalar.
-
-    Example:
-        >>> line = torch.arange(10.0)[:, None]
-        >>> precision(line, line[:5], k=1)
-        tensor(1., dtype=torch.float64)
-    """
-    return manifold(reference, generated, k).precision
-
-
 def recall(reference: Tensor, generated: Tensor, k: int = 5) -> Tensor:
     """Share of the reference items within the generated manifold, as `manifold` has it: a float64 scalar.
 
