@@ -37,7 +37,7 @@ from driftrl.policies.flow import (
 from driftrl.policies.lora import WEIGHTS as LORA
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
-from driftrl.policies.start import layer_kind, load_start
+from driftrl.policies.start import Start, layer_kind, load_start
 from driftrl.prompts import trained, warn_of_doubles
 from driftrl.rewards.calling import asks_for_metadata
 from driftrl.rewards.guarded import GuardedReward
@@ -299,8 +299,8 @@ def _demand_parts(folder: Path) -> None:
         )
 
 
-def adapter_of(pipeline: Any, lora: str) -> AdapterConfig:
-    """The settings of an adapter that holds the LoRA ``lora`` for ``pipeline``, and begins as it.
+def adapter_of(pipeline: Any, lora: str) -> tuple[AdapterConfig, Start]:
+    """The settings of an adapter that holds the LoRA ``lora`` for ``pipeline``, and what it begins as.
 
     Raises:
         InputError: if it cannot be read, or is not of the UNet or transformer alone.
@@ -308,12 +308,12 @@ def adapter_of(pipeline: Any, lora: str) -> AdapterConfig:
     component = PIPELINES[type(pipeline).__name__].component
     try:
         source = _newest_of(lora)
-        layers = load_start(pipeline, component, getattr(pipeline, component), source).layers
+        start = load_start(pipeline, component, getattr(pipeline, component), source)
     except InputError as error:
         raise InputError(str(error).replace("adapter.start:", "--lora:", 1)) from error
-    rank = max(len(a) for a, _ in layers.values())
-    targets = sorted({layer_kind(name) for name in layers})
-    return AdapterConfig(rank=rank, alpha=float(rank), targets=targets, start=source)
+    rank = max(len(a) for a, _ in start.layers.values())
+    targets = sorted({layer_kind(name) for name in start.layers})
+    return AdapterConfig(rank=rank, alpha=float(rank), targets=targets, start=source), start
 
 
 def build_policy(
@@ -321,11 +321,11 @@ def build_policy(
     adapter: bool = True,
     sharded: bool = False,
     pipeline: Any = None,
-    start: bool = False,
+    start: bool | Start = False,
 ) -> PipelinePolicy:
     """The policy of a configuration, with fresh trainable weights unless told otherwise; of full fine-tuning each
     process holds all of them, or, ``sharded``, a part. ``pipeline`` is what `load_pipeline` gave, if it was asked. To
-    ``start`` a run is to load ``adapter.start``, which its checkpoints have in them.
+    ``start`` a run is to load ``adapter.start``, which its checkpoints have in them, unless it was loaded already.
     """
     pipeline = pipeline or load_pipeline(config.model)
     device = device_of(config.model.device)
@@ -347,7 +347,9 @@ def build_policy(
         pipeline.vae.enable_slicing()
     if config.model.vae_tiling:
         pipeline.vae.enable_tiling()
-    begin = policy.start_of(_newest_of(config.adapter.start)) if start and config.adapter.start else None
+    begin = start if isinstance(start, Start) else None
+    if start is True and config.adapter.start:
+        begin = policy.start_of(_newest_of(config.adapter.start))
     if config.model.compile:
         if sharded:
             raise InputError("model.compile: cannot be had with adapter.shard; switch one of them off")

@@ -196,4 +196,5 @@ def test_a_lora_from_elsewhere_is_measured(run, pipeline_folder, encoder_folder,
     )  # fmt: skip
     assert status == 0 and "evaluating the LoRA  16/16 images" in told
     assert in_words("lorax0.5") == "the LoRA, scale 0.5"
+    assert [point.told for point in ours.points] == ["base", "scale 0.5", "scale 1"]
     assert "scale 1" in told and (tmp_path / "typed/report.html").is_file()

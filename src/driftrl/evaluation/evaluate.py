@@ -105,7 +105,8 @@ class Point(_Record):
         """What it is, in words."""
         if self.label == "base":
             return "base"
-        return f"iteration {self.iteration}" if self.lora_scale == 1.0 else f"scale {self.lora_scale:g}"
+        checkpoint_itself = self.lora_scale == 1.0 and self.label != LORA
+        return f"iteration {self.iteration}" if checkpoint_itself else f"scale {self.lora_scale:g}"
 
 
 class Settings(_Record):

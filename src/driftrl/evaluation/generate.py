@@ -24,6 +24,7 @@ from driftrl.checks import InputError, one_of
 from driftrl.config import ModelConfig, TrainConfig, load_config
 from driftrl.policies.lora import scale_lora
 from driftrl.policies.pipeline import PipelinePolicy
+from driftrl.policies.start import Start
 from driftrl.rollout import NO_NOISE, PromptNoise, rollout
 from driftrl.types import Policy
 
@@ -113,6 +114,7 @@ def open_policy(
     """
     found = run_of(source)
     pipeline, usual = None, dict[str, float]()
+    start: bool | Start = False
     place = {"dtype": dtype and one_of("--dtype", dtype, DTYPES), "device": device}
     place = {key: value for key, value in place.items() if value is not None}
     if found is not None and lora is not None:
@@ -124,7 +126,8 @@ def open_policy(
         config, noise, path = TrainConfig(model=ModelConfig(path=str(source), **place)), NO_NOISE, None  # type: ignore[arg-type]
         pipeline = load_pipeline(config.model)
         if lora is not None:
-            config = config.model_copy(update={"adapter": adapter_of(pipeline, lora)})
+            adapter, start = adapter_of(pipeline, lora)
+            config = config.model_copy(update={"adapter": adapter})
         if config.model.path != "tiny-animals":
             usual = dict(zip(("steps", "guidance_scale"), usual_sampling(pipeline), strict=True))
     else:
@@ -143,7 +146,7 @@ def open_policy(
     sampling = config.sampling.model_copy(update=changes)
     config = config.model_copy(update={"sampling": sampling})
     try:
-        policy = build_policy(config, pipeline=pipeline, start=lora is not None)
+        policy = build_policy(config, pipeline=pipeline, start=start)
     except InputError as error:  # the device of another machine, say
         told = str(error).replace("model.device:", "--device:", 1).replace("adapter.start:", "--lora:", 1)
         raise InputError(told) from error
