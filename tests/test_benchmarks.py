@@ -23,6 +23,7 @@ def test_estimates_can_be_compared(tmp_path):
     assert seconds > 0 and memory > 2**28
 
 
+@pytest.mark.slow
 def test_the_one_for_a_gpu_runs_small(tmp_path):
     """Sampled are 4 x 4 rows with guidance; learned from, forward and backward, 2 x 3 with guidance."""
     done = subprocess.run(

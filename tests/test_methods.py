@@ -1,5 +1,6 @@
 """Every method of experiments/methods: it trains, resumes exactly, and is GRPO once its own part is switched off."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -24,7 +25,7 @@ METHODS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 KEYS = [(0, 3, 0), (0, 3, 1)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def method(pipeline_folder, encoder_folder):
     """A method's configuration at the size of a second."""
 
@@ -39,6 +40,17 @@ def method(pipeline_folder, encoder_folder):
         return load_config(FOLDER / f"{name}.yaml", [*small, *overrides])
 
     return make
+
+
+@pytest.fixture(scope="module")
+def two_iterations(method, tmp_path_factory):
+    """The run folder of a method after two iterations: of a rival that is compared with several others, trained once."""
+
+    @functools.cache
+    def run(name, *overrides):
+        return Trainer(method(name, "iterations=2", *overrides), tmp_path_factory.mktemp("rivals") / "run").run()
+
+    return run
 
 
 def tensors(folder, name="training.safetensors"):
@@ -119,9 +131,8 @@ def test_one_iteration(method, tmp_path, name):
         ("drift-stepwise", ["shaping.potential=terminal"], "drift", []),
     ],
 )  # fmt: skip
-def test_switched_off_it_is_its_rival(method, tmp_path, name, off, rival, settings):
-    ours = Trainer(method(name, "iterations=2", *off), tmp_path / "ours").run()
-    theirs = Trainer(method(rival, "iterations=2", *settings), tmp_path / "theirs").run()
+def test_switched_off_it_is_its_rival(two_iterations, name, off, rival, settings):
+    ours, theirs = two_iterations(name, *off), two_iterations(rival, *settings)
     assert_same(tensors(ours / "checkpoints/000002"), tensors(theirs / "checkpoints/000002"))
     assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
 

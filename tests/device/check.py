@@ -184,6 +184,7 @@ def test_only_noise_goes_to_the_device_during_a_rollout(config, tmp_path, monkey
     assert len(drawn) == (4 + 2) * -(-18 // size)
 
 
+@MORE
 def test_the_optimiser_of_a_gpu(config, tmp_path, monkeypatch):
     """Fused, it counts its steps on the device."""
     monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, fused=True))

@@ -83,10 +83,14 @@ class FastUNet:
         self.middle = _Middle(network.mid_block, small)
         self.up = [_Block(block, small) for block in network.up_blocks]
         self.factor = 2 ** (len(self.down) - 1)
+        self.checkpointing = [m for m in network.modules() if hasattr(m, "gradient_checkpointing")]
 
     def fits(self, latents: Tensor) -> bool:
-        """Whether latents [n, C, H, W] can be halved and doubled as often as the network does."""
-        return latents.shape[2] % self.factor == 0 and latents.shape[3] % self.factor == 0
+        """Whether latents [n, C, H, W] can be halved and doubled as often as the network does, and every layer's activations
+        are kept for the backward pass.
+        """
+        sizes = latents.shape[2] % self.factor == 0 and latents.shape[3] % self.factor == 0
+        return sizes and not any(m.gradient_checkpointing for m in self.checkpointing)
 
     def __call__(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
         """The network's output [b n, C, H, W].

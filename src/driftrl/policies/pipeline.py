@@ -261,10 +261,7 @@ class PipelinePolicy:
 
     def _fast(self, latents: Tensor) -> fast_unet.FastUNet | None:
         """What computes the network's output for ``latents`` in its place."""
-        usable = (
-            self.fast is not None and self.fast.fits(latents) and not self.network.is_gradient_checkpointing
-        )
-        return self.fast if usable else None
+        return self.fast if self.fast is not None and self.fast.fits(latents) else None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
