@@ -55,7 +55,7 @@ def test_the_page_of_a_run_stands_alone(tmp_path):
     assert all(alt.strip() for alt in re.findall(r'<img [^>]*alt="([^"]*)"', page))
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
     assert (
-        "On 3 prompts, too few to tell much of any other: the reward rose" in page
+        "On 3 prompts, too few to tell much of any other: the reward went from" in page
         and 'aria-sort="ascending"' in page
     )
     assert "Groups whose rewards were all equal: 10, in 10 of 20 iterations" in page

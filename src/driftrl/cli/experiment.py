@@ -73,7 +73,7 @@ def experiment(
                 findings = find(done)
                 page = write_page(findings, out / "report.html")
             if not quiet:
-                show(console, findings)
+                show(Console(emoji=False), findings)
             console.print(f"open {page}", highlight=False, soft_wrap=True, markup=False)
     if failures:
         raise RunFailedError(_told(failures, len(runs)))

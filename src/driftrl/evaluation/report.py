@@ -147,10 +147,9 @@ def _verdict(evaluation: Evaluation, tuned: Point | None) -> str:
     reward = tuned.figures["reward"]
     assert reward.change is not None
     how = {1: "rose", -1: "fell", 0: "did not change measurably"}[_direction(reward)]
-    before = evaluation.base.figures["reward"].mean
-    text = f"The reward {how}, from {minus(before)} to {minus(reward.mean)}"
-    if few := too_few(evaluation.settings):
-        text = f"{few}: {text[0].lower()}{text[1:]}"
+    before, few = evaluation.base.figures["reward"].mean, too_few(evaluation.settings)
+    change = f"from {minus(before)} to {minus(reward.mean)}"
+    text = f"{few}: the reward went {change}" if few else f"The reward {how}, {change}"
     kept = []
     for name in ("diversity", "diversity/clip", "vendi"):
         if name in tuned.figures and evaluation.base.figures[name].mean > 0:
@@ -162,7 +161,7 @@ def _verdict(evaluation: Evaluation, tuned: Point | None) -> str:
 
 
 def _cards(evaluation: Evaluation, tuned: Point | None) -> list[dict[str, Any]]:
-    cards = []
+    cards, few = [], too_few(evaluation.settings)
     for name, metric in METRICS.items():
         if not metric.headline or name not in evaluation.base.figures:
             continue
@@ -176,7 +175,7 @@ def _cards(evaluation: Evaluation, tuned: Point | None) -> list[dict[str, Any]]:
                 "base": base,
                 "now": now,
                 "relative": None if relative is None else percent(relative),
-                "direction": 0 if now is None else _direction(now),
+                "direction": 0 if now is None or few else _direction(now),
                 "digits": metric.digits,
             }
         )
