@@ -291,6 +291,19 @@ def test_what_used_to_end_in_a_traceback(settings, tmp_path, pipeline_folder):
     assert "half of a surrogate pair" in refused("train", settings, "--set", f"prompts.set={half}")
     infinite = ("-p", "a cat", "--guidance-scale", "inf", "--out", tmp_path / "grid.png")
     assert "expected a finite number" in refused("sample", pipeline_folder, *infinite)
+    unread = (
+        "-p",
+        "a cat",
+        "--negative-prompt",
+        "blurry",
+        "--guidance-scale",
+        "1",
+        "--out",
+        tmp_path / "grid.png",
+    )
+    assert "--negative-prompt: got 'blurry'; expected guidance of two branches" in refused(
+        "sample", pipeline_folder, *unread
+    )
     odd = ("-p", "a\udcffcat", "--out", tmp_path / "grid.png")  # as Python reads a byte that is not UTF-8
     assert "expected text in UTF-8; got 'a\\udcffcat'" in refused("sample", pipeline_folder, *odd)
     told = refused("evaluate", pipeline_folder, "--images", 2, "--steps", 2, "--out", half)

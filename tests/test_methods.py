@@ -48,7 +48,9 @@ def two_iterations(method, tmp_path_factory):
 
     @functools.cache
     def run(name, *overrides):
-        return Trainer(method(name, "iterations=2", *overrides), tmp_path_factory.mktemp("rivals") / "run").run()
+        return Trainer(
+            method(name, "iterations=2", *overrides), tmp_path_factory.mktemp("rivals") / "run"
+        ).run()
 
     return run
 

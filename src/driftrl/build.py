@@ -340,6 +340,7 @@ def build_policy(
             sampling.noise_level,
             sampling.height,
             sampling.width,
+            sampling.negative_prompt,
         ),
         device,
     )
@@ -647,6 +648,24 @@ def build_encoder(name: str, device: torch.device, policy: Policy | None = None)
         ) from error
 
 
+def demand_second_branch(policy: PipelinePolicy, negative_prompt: str | None) -> None:
+    """Refuse a negative prompt that nothing would read.
+
+    Raises:
+        InputError: if there is one, and guidance has a single branch.
+    """
+    if negative_prompt and policy.branches == 1:
+        raise InputError(
+            f"sampling.negative_prompt: got {negative_prompt!r}; expected guidance of two branches, of which one "
+            "reads it, and "
+            + (
+                f"at a guidance scale of {policy.sampler.guidance_scale:g} there is no second one"
+                if policy.sampler.guidance_scale <= 1.0
+                else "this model has its guidance built in, and no second one"
+            )
+        )
+
+
 def _policy_encoder(name: str, policy: Policy | None) -> Encoder:
     from driftrl.diversity.encoders import LatentEncoder, MidBlockEncoder
 
@@ -697,6 +716,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE, start: bool =
             f"sampling.window: expected at most {most}, the denoising steps with noise; got {window}; "
             + ("raise sampling.steps or lower it" if most else "without noise leave it out")
         )
+    demand_second_branch(policy, config.sampling.negative_prompt)
     _, usual = usual_sampling(policy.pipeline)
     unguided = policy.branches == 1 and config.sampling.guidance_scale <= 1.0 < usual
     if config.model.path != "tiny-animals" and unguided:

@@ -136,6 +136,9 @@ class SamplingConfig(Section):
     """Denoising steps T."""
     guidance_scale: float = Field(1.0, ge=0)
     """Classifier-free guidance; up to 1 it is none, as in diffusers, and the unconditional pass is skipped."""
+    negative_prompt: str = ""
+    """What guidance leads away from, in training as in evaluation; empty is the model's own empty prompt. Without a second
+    branch, at a guidance scale up to 1 or in a model that is distilled for guidance (FLUX.1 dev), there is no place for it."""
     eta: float = Field(1.0, ge=0, le=1)
     """Noise of the DDIM sampler: 1 is ancestral sampling, 0 leaves nothing to score."""
     flow_sampler: Literal["sde", "cps"] = "sde"
@@ -797,6 +800,8 @@ _ELSEWHERE = {
     "num_inference_steps": "sampling.steps",
     "num_steps": "sampling.steps",
     "cfg": "sampling.guidance_scale",
+    "neg_prompt": "sampling.negative_prompt",
+    "negative_prompts": "sampling.negative_prompt",
     "resolution": "sampling.height",
     "lora_rank": "adapter.rank",
     "lora_alpha": "adapter.alpha",

@@ -112,6 +112,12 @@ def test_guidance_has_the_name_that_the_pipeline_gives_it(config, tmp_path):
     assert 'negative_prompt=" "' in text and "guidance_scale" not in text.split("```")[1]
 
 
+def test_a_card_has_the_negative_prompt(config, tmp_path):
+    run = trained(config, tmp_path / "run", sampling__negative_prompt='a "blurry" dog')
+    text = (export(run, tmp_path / "out") / "README.md").read_text()
+    assert r'negative_prompt="a \"blurry\" dog"' in text
+
+
 def test_what_cannot_be_exported_is_refused(config, tmp_path):
     run = trained(config, tmp_path / "run")
     for source, out, message in (

@@ -109,6 +109,16 @@ def test_a_long_evaluation_says_every_half_minute_how_long_it_takes_yet():
     ]  # fmt: skip
 
 
+def test_a_negative_prompt_is_part_of_what_figures_depend_on(run, prompts_file, clip_folder):
+    chosen = settings(prompts_file, clip_folder)
+    plain = load_evaluation(evaluate(run, **chosen))
+    asked = load_evaluation(evaluate(run, **chosen, negative_prompt="a blurry dog"))
+    assert (plain.settings.negative_prompt, asked.settings.negative_prompt) == ("", "a blurry dog")
+    assert plain.settings.fingerprint() != asked.settings.fingerprint()
+    assert plain.base.figures["diversity"].per_prompt != asked.base.figures["diversity"].per_prompt
+    assert load_evaluation(evaluate(run, **chosen)).settings == plain.settings
+
+
 def test_measures_base_and_every_checkpoint_once(run, prompts_file, clip_folder, monkeypatch):
     told = []
     chosen = settings(prompts_file, clip_folder, checkpoints="all", rewards=["compressibility"])

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import families
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from driftrl import Trainer, noise
-from driftrl.build import GuidanceWarning, build_encoder, build_policy
+from driftrl.build import GuidanceWarning, build_encoder, build_loop, build_policy
 from driftrl.checks import InputError
 from driftrl.cli.sample import sample
 from driftrl.diversity.encoders import encode_latents
@@ -241,12 +242,14 @@ def load_stock(folder, family):
     return diffusers.DiffusionPipeline.from_pretrained(folder, **lacks)
 
 
-def stock(pipeline, family, guidance, draw, extra=None):
+def stock(pipeline, family, guidance, draw, extra=None, negative=""):
     arguments = {"true_cfg_scale": guidance, "negative_prompt": [""] * 4} if family == "schnell" else {}
     if family == "sdxl":
         arguments["negative_prompt"] = None
     if family == "qwen":
-        return qwen_images(pipeline, guidance, draw, extra or {})
+        return qwen_images(pipeline, guidance, draw, extra or {}, negative or " ")
+    if negative:
+        arguments["negative_prompt"] = negative if family == "sana" else [negative] * 4
     if family == "sana":
         arguments["use_resolution_binning"] = False
     side = PIXELS.get(family, 16)
@@ -256,34 +259,51 @@ def stock(pipeline, family, guidance, draw, extra=None):
     ).images  # fmt: skip
 
 
-def qwen_images(pipeline, guidance, draw, extra):
+def qwen_images(pipeline, guidance, draw, extra, negative):
     """One prompt at a time, which is never padded; the pipeline would draw latents of its own order."""
     images = []
     for at, prompt in enumerate(p for p in PROMPTS for _ in range(2)):
         latents = torch.randn(1, 4, 8, 8, generator=draw[at])
         images.append(pipeline(
-            prompt, negative_prompt=" ", true_cfg_scale=guidance, num_inference_steps=4, height=16, width=16,
+            prompt, negative_prompt=negative, true_cfg_scale=guidance, num_inference_steps=4, height=16, width=16,
             latents=pipeline._pack_latents(latents, 1, 4, 8, 8), output_type="pt", **extra,
         ).images)  # fmt: skip
     return torch.cat(images)
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
-def test_without_noise_it_is_the_stock_pipeline(settings, family, guidance):
+@pytest.mark.parametrize(("guidance", "negative"), [(0.0, ""), (1.0, ""), (2.5, ""), (2.5, "a blurry dog")])
+def test_without_noise_it_is_the_stock_pipeline(settings, family, guidance, negative):
     """eta = 0, or noise level 0: the scheduler's own step, diffusers' own images; guidance up to 1 is none there."""
     changes = {
         "sampling__noise_level": 0.0,
         "sampling__flow_sampler": "cps",
         "sampling__guidance_scale": guidance,
+        "sampling__negative_prompt": negative,
     }
     policy = build_policy(settings(family, **changes).model_copy(), adapter=False)
     if family in DIFFUSION:  # their noise is eta, which a training configuration refuses to switch off
         policy = type(policy)(policy.pipeline, _without_noise(policy.sampler), policy.device)
     ours = rollout(policy, policy.encode(PROMPTS), KEYS, 2, 3).images.flatten(0, 1)
     draw = [noise.generator(*key, n, "latents") for key in KEYS for n in range(2)]
-    theirs = stock(policy.pipeline, family, guidance, draw)
+    theirs = stock(policy.pipeline, family, guidance, draw, negative=negative)
     assert not bool(policy.scored.any())
     torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=0)
+
+
+def test_a_negative_prompt_is_what_guidance_leads_away_from(settings, family):
+    """Where it has a place; FLUX.1 dev is distilled for its guidance, and refuses one."""
+    prompt = {"sampling__guidance_scale": 2.5, "sampling__negative_prompt": "a blurry dog"}
+    if family == "flux":
+        with pytest.raises(InputError, match=r"sampling\.negative_prompt: got 'a blurry dog'.*built in"):
+            build_loop(settings(family, **prompt), Path("nowhere"))
+        return
+    without, asked = (
+        build_policy(settings(family, **changes))
+        for changes in (prompt | {"sampling__negative_prompt": ""}, prompt)
+    )
+    a, b = (policy.encode(PROMPTS) for policy in (without, asked))
+    assert torch.equal(a.embeds, b.embeds) and not torch.equal(a.null_embeds, b.null_embeds)
+    assert (generate(without, PROMPTS, 1) - generate(asked, PROMPTS, 1)).abs().max() > 1e-4
 
 
 def _without_noise(sampler):

@@ -186,6 +186,10 @@ def register(app: typer.Typer) -> None:
         guidance_scale: Annotated[
             float | None, typer.Option(help="By default that of the run.", min=0)
         ] = None,
+        negative_prompt: Annotated[
+            str | None,
+            typer.Option(metavar="TEXT", help="What guidance leads away from; by default that of the run."),
+        ] = None,
         deterministic: Annotated[
             bool,
             _flag(
@@ -236,12 +240,13 @@ def register(app: typer.Typer) -> None:
             {
                 "model.path": ("RUN_OR_MODEL", source),
                 "sampling.steps": ("--steps", steps),
+                "sampling.negative_prompt": ("--negative-prompt", negative_prompt),
                 "prompts": ("--prompts", prompts),
             }
         ):
             work(
                 source, prompt or [], prompts, count, seed, out, base, steps, guidance_scale, deterministic, dtype,
-                device, lora_scale, lora, iteration,
+                device, lora_scale, lora, iteration, negative_prompt,
             )  # fmt: skip
 
     @app.command(cls=_Command)
@@ -294,6 +299,10 @@ def register(app: typer.Typer) -> None:
         guidance_scale: Annotated[
             float | None, typer.Option(help="By default that of the run.", min=0)
         ] = None,
+        negative_prompt: Annotated[
+            str | None,
+            typer.Option(metavar="TEXT", help="What guidance leads away from; by default that of the run."),
+        ] = None,
         lora_scale: Annotated[
             str | None,
             typer.Option(
@@ -345,6 +354,7 @@ def register(app: typer.Typer) -> None:
                 "reward": ("--reward", reward),
                 "shaping.encoder": ("--encoder", encoder),
                 "sampling.steps": ("--steps", steps),
+                "sampling.negative_prompt": ("--negative-prompt", negative_prompt),
             }
         ):
             work(
@@ -364,6 +374,7 @@ def register(app: typer.Typer) -> None:
                 out=out,
                 steps=steps,
                 guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
                 lora_scales=scales(lora_scale),
                 lora=lora,
             )

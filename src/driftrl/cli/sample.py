@@ -32,6 +32,7 @@ def sample(
     lora_scale: float = 1.0,
     lora: str | None = None,
     iteration: int | None = None,
+    negative_prompt: str | None = None,
 ) -> None:
     """Draw a grid, a row for each prompt, and write it as a PNG, or into a folder beside every image."""
     console = Console(stderr=True, emoji=False)
@@ -53,7 +54,7 @@ def sample(
         if iteration is not None:
             source = str(at_iteration(source, iteration))
         policy, noise = open_policy(
-            source, steps, guidance_scale, deterministic, dtype, device, lora_scale, lora
+            source, steps, guidance_scale, deterministic, dtype, device, lora_scale, lora, negative_prompt
         )
     progress = Progress(
         TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TextColumn("images, left"), TimeRemainingColumn(),
@@ -79,7 +80,7 @@ def sample(
     told = {
         "Software": f"driftrl {__version__}", "model": _called(source), "lora": _called(lora or ""), "lora_scale": lora_scale, "seed": seed,
         "steps": len(policy.timesteps), "guidance_scale": policy.sampler.guidance_scale,
-        "deterministic": deterministic,
+        "deterministic": deterministic, "negative_prompt": policy.sampler.negative_prompt,
     }  # fmt: skip
     try:
         if not picture_file:

@@ -267,7 +267,10 @@ def _drawn(run: Run, point: Point) -> list[bytes]:
             f"{run.folder}: the images of {point.label} are gone, and that checkpoint is not there as it was "
             f"measured; run: driftrl evaluate {run.folder}"
         )
-    policy, noise = open_policy(run.folder if base else path, settings.steps, settings.guidance_scale)
+    policy, noise = open_policy(
+        run.folder if base else path, settings.steps, settings.guidance_scale,
+        negative_prompt=settings.negative_prompt or None,
+    )  # fmt: skip
     with policy.reference() if base else nullcontext():
         drawn = generate(
             policy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -158,8 +159,11 @@ def _use(config: TrainConfig, network: str) -> str:
             f'pipe.{"transformer" if flow else "unet"} = {network}.from_pretrained("FOLDER_OR_REPOSITORY")'
         )
     arguments = [f"num_inference_steps={sampling.steps}"]
-    if _pipeline(config.model) == "QwenImagePipeline":
-        arguments += ['negative_prompt=" "', f"true_cfg_scale={sampling.guidance_scale}"]
+    qwen = _pipeline(config.model) == "QwenImagePipeline"
+    if sampling.negative_prompt or qwen:
+        arguments.append(f"negative_prompt={json.dumps(sampling.negative_prompt or ' ', ensure_ascii=False)}")
+    if qwen:
+        arguments.append(f"true_cfg_scale={sampling.guidance_scale}")
     else:
         # With 1.0 diffusers' DDIMScheduler may draw NaN where a schedule begins at pure noise (use-the-adapter.md).
         noise = [f"eta={min(sampling.eta, 0.999)}"] * (not flow)

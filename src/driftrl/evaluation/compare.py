@@ -31,6 +31,7 @@ ALIKE = (
     "seed",
     "steps",
     "guidance_scale",
+    "negative_prompt",
     "eta",
     "flow_sampler",
     "noise_level",

@@ -144,6 +144,7 @@ class Settings(_Record):
     """Of each prompt, what rewards may ask for beside it; empty where none has any."""
     scaled: bool = False
     """Whether this is one checkpoint at several LoRA scales, in place of several checkpoints."""
+    negative_prompt: str = ""
     lora: str = ""
     """The LoRA that was put on the model, where it is not a run's."""
 
@@ -158,7 +159,7 @@ class Settings(_Record):
     def fingerprint(self) -> str:
         """A short name for these settings."""
         data = self.model_dump(mode="json")
-        for key in ("mixture", "metadata", "dtype", "scaled", "lora"):
+        for key in ("mixture", "metadata", "dtype", "scaled", "negative_prompt", "lora"):
             if not data[key]:  # as it was before there were any
                 del data[key]
         text = json.dumps(data, sort_keys=True)
@@ -250,6 +251,7 @@ def evaluate(
     out: Path | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
     batch_size: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
@@ -280,6 +282,7 @@ def evaluate(
         out: folder to write to; by default the run folder, or ``runs/evaluate-<name>`` for a model or LoRA.
         steps: denoising steps; by default those of the run.
         guidance_scale: by default that of the run.
+        negative_prompt: likewise; of a model none.
         batch_size: images drawn at once; by default what suits the device.
         dtype: float32, bfloat16 or float16, of the model; by default that of the run.
         device: by default that of the run.
@@ -315,7 +318,9 @@ def evaluate(
     first = [] if found is None and rewards else [formula(config.reward)]
     named = list(dict.fromkeys([*first, *(name for name in rewards if name not in parts)]))
 
-    policy, noise = open_policy(source, steps, guidance_scale, dtype=dtype, device=device, lora=lora)
+    policy, noise = open_policy(
+        source, steps, guidance_scale, dtype=dtype, device=device, lora=lora, negative_prompt=negative_prompt
+    )
     if lora is not None:
         wanted = _subjects_of_lora(policy, lora_scales)
     sampler = policy.sampler
@@ -341,6 +346,7 @@ def evaluate(
         dtype=None if dtype == config.model.dtype else dtype,
         metadata=metadata_of(texts) if any(metadata_of(texts)) else [],
         scaled=bool(lora_scales) or lora is not None,
+        negative_prompt=sampler.negative_prompt if policy.branches == 2 else "",
         lora="" if lora is None else name,
     )
     team = join()

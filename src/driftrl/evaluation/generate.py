@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from driftrl.build import (
     adapter_of,
     build_policy,
     default_batch,
+    demand_second_branch,
     load_pipeline,
     prompt_noise_of,
     usual_sampling,
@@ -101,6 +102,7 @@ def open_policy(
     device: str | None = None,
     lora_scale: float = 1.0,
     lora: str | None = None,
+    negative_prompt: str | None = None,
 ) -> tuple[PipelinePolicy, PromptNoise]:
     """The policy of a run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'.
 
@@ -137,10 +139,10 @@ def open_policy(
         config = load_config(run / "config.yaml")
         config = config.model_copy(update={"model": config.model.model_copy(update=place)})
         noise = prompt_noise_of(config, "test")
-    asked = {"steps": steps, "guidance_scale": guidance_scale}
+    asked = {"steps": steps, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise InputError(f"--guidance-scale: expected a finite number; got {guidance_scale}")
-    changes = usual | {k: v for k, v in asked.items() if v is not None}
+    changes: dict[str, Any] = usual | {k: v for k, v in asked.items() if v is not None}
     if deterministic:
         changes |= {"eta": 0.0, "noise_level": 0.0}
     sampling = config.sampling.model_copy(update=changes)
@@ -150,6 +152,7 @@ def open_policy(
     except InputError as error:  # the device of another machine, say
         told = str(error).replace("model.device:", "--device:", 1).replace("adapter.start:", "--lora:", 1)
         raise InputError(told) from error
+    demand_second_branch(policy, negative_prompt)
     if path is not None:
         checkpoint.load(path, policy)
     if lora_scale != 1.0 and path is None and lora is None:

@@ -115,8 +115,9 @@ class StableDiffusion3Policy(FlowPolicy):
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, null, pooled, null_pooled = self.pipeline.encode_prompt(
-            list(prompts), None, None, device=self.device, do_classifier_free_guidance=True
-        )
+            list(prompts), None, None, device=self.device, do_classifier_free_guidance=True,
+            negative_prompt=self._negative(prompts),
+        )  # fmt: skip
         extra = {"pooled": pooled.float(), "null_pooled": null_pooled.float()}
         return Conditioning(embeds.float(), null[:1].float(), extra)
 
@@ -170,7 +171,8 @@ class FluxPolicy(PackedPolicy):
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.device)
-        null, null_pooled, _ = self.pipeline.encode_prompt([""], device=self.device)
+        negative = [self.sampler.negative_prompt]
+        null, null_pooled, _ = self.pipeline.encode_prompt(negative, device=self.device)
         extra = {"pooled": pooled.float(), "null_pooled": null_pooled.float().repeat(len(embeds), 1)}
         return Conditioning(embeds.float(), null.float(), extra)
 
@@ -204,7 +206,7 @@ class FluxPolicy(PackedPolicy):
 class SanaPolicy(FlowPolicy):
     """`diffusers.SanaPipeline`: SANA and SANA 1.5, whose latents are a thirty-second of the image's sides.
 
-    Prompts get the instruction that the pipeline puts before them, the empty one does not. Attention to the prompt is
+    Prompts get the instruction that the pipeline puts before them, the negative one does not. Attention to the prompt is
     masked, so noise on padding does nothing. It is published with a DPM-Solver, whose times are kept, and the whole
     numbers that its network is told of them; without noise a step is that solver's of first order.
     """
@@ -229,7 +231,7 @@ class SanaPolicy(FlowPolicy):
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         usual = inspect.signature(type(self.pipeline).__call__).parameters
         embeds, mask, null, null_mask = self.pipeline.encode_prompt(
-            list(prompts), device=self.device,
+            list(prompts), negative_prompt=self.sampler.negative_prompt, device=self.device,
             complex_human_instruction=usual["complex_human_instruction"].default,
         )  # fmt: skip
         extra = {"mask": mask.long(), "null_mask": null_mask.long()}
@@ -247,7 +249,7 @@ class QwenImagePolicy(PackedPolicy):
     """`diffusers.QwenImagePipeline`: Qwen-Image.
 
     Guidance keeps the length that each token has on the branch with the prompt, as the pipeline does. The other branch's
-    prompt is a space, as in the model's own examples. Prompts are padded, for their embeddings must be equally long, and
+    prompt is a space, as in the model's own examples, unless one is given. Prompts are padded, for their embeddings must be equally long, and
     attention to padding is masked, so noise on it does nothing.
     """
 
@@ -261,7 +263,7 @@ class QwenImagePolicy(PackedPolicy):
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, mask = self._padded(list(prompts))
-        null, null_mask = self._padded([self._null_prompt])
+        null, null_mask = self._padded([self.sampler.negative_prompt or self._null_prompt])
         return Conditioning(embeds, null, {"mask": mask, "null_mask": null_mask.repeat(len(embeds), 1)})
 
     def _padded(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -323,7 +325,7 @@ class ZImagePolicy(FlowPolicy):
         return _even(steps)
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
-        found, null = self._read(list(prompts)), self._read([""])
+        found, null = self._read(list(prompts)), self._read([self.sampler.negative_prompt])
         lengths = [torch.tensor([len(own) for own in one], device=self.device) for one in (found, null)]
         extra = {"length": lengths[0], "null_length": lengths[1].repeat(len(found))}
         return Conditioning(self._padded(found), self._padded(null), extra)

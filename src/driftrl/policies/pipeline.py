@@ -40,6 +40,8 @@ class Sampler:
     height: int | None = None
     """Pixels; None is what the model was made for."""
     width: int | None = None
+    negative_prompt: str = ""
+    """What guidance leads away from; empty is the model's own empty prompt."""
 
 
 class PipelinePolicy:
@@ -185,6 +187,11 @@ class PipelinePolicy:
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         raise NotImplementedError
 
+    def _negative(self, prompts: Sequence[str]) -> list[str] | None:
+        """The negative prompt as often as there are prompts; None is what the pipeline itself makes of none."""
+        negative = self.sampler.negative_prompt
+        return [negative] * len(prompts) if negative else None
+
     def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Transition:
         """The policy at latents [n, C, H, W], step numbers [n] and n rows of conditioning."""
         raise NotImplementedError
@@ -195,14 +202,15 @@ class PipelinePolicy:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], at_once: int | None = None) -> Conditioning:
-        """Embed prompts, and the empty one; the text encoders are on the device only meanwhile.
+        """Embed prompts, and the negative or empty one; the text encoders are on the device only meanwhile.
 
         Args:
             prompts: one or more.
             at_once: how many the text encoders read together; by default what suits them.
         """
+        read = [*prompts, self.sampler.negative_prompt] if self.branches == 2 else prompts
         if not self._said_long and (
-            message := long_prompts.told(self.pipeline, self.text_encoders, prompts, self.longest)
+            message := long_prompts.told(self.pipeline, self.text_encoders, read, self.longest)
         ):
             self._said_long = True
             warnings.warn(message, long_prompts.LongPromptWarning, stacklevel=2)

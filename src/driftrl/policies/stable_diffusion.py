@@ -71,7 +71,9 @@ class StableDiffusionPolicy(PipelinePolicy):
         return self.tables.scored & (self.tables.std >= SHARPEST)
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
-        embeds, null = self.pipeline.encode_prompt(list(prompts), self.device, 1, True)
+        embeds, null = self.pipeline.encode_prompt(
+            list(prompts), self.device, 1, True, negative_prompt=self._negative(prompts)
+        )
         return Conditioning(embeds.float(), null[:1].float(), {})
 
     def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
@@ -107,8 +109,9 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, null, pooled, null_pooled = self.pipeline.encode_prompt(
-            list(prompts), device=self.device, do_classifier_free_guidance=True
-        )
+            list(prompts), device=self.device, do_classifier_free_guidance=True,
+            negative_prompt=self._negative(prompts),
+        )  # fmt: skip
         pixels = self.pipeline.vae_scale_factor
         _, height, width = self.latent_shape
         size = (height * pixels, width * pixels)
