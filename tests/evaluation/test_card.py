@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import families
@@ -90,7 +91,7 @@ def test_a_whole_network_is_loaded_by_its_class(config, tmp_path, epsilon_folder
         "README.md", "config.json", "diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
     small = ("guidance_scale", "height=16, width=16, guidance_scale")
-    half = ("torch_dtype=torch.float16", "torch_dtype=torch.float32")
+    half = (f"torch_dtype=torch.{'float16' if family == 'sd' else 'bfloat16'}", "torch_dtype=torch.float32")
     pipe, text = run_card(out, [(f'"{folder.name}"', f'"{folder}"'), half, small])
     assert ("eta=" in text) == (family == "sd")
     network = pipe.unet if family == "sd" else pipe.transformer
@@ -101,15 +102,17 @@ def test_a_whole_network_is_loaded_by_its_class(config, tmp_path, epsilon_folder
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_guidance_has_the_name_that_the_pipeline_gives_it(config, tmp_path):
-    """Qwen-Image's own ``guidance_scale`` would be ignored."""
-    folder = families.make_qwen(tmp_path / "qwen")
+@pytest.mark.parametrize(("family", "empty"), [("qwen", " "), ("schnell", "")])
+def test_guidance_has_the_name_that_the_pipeline_gives_it(config, tmp_path, family, empty):
+    """Qwen-Image's and FLUX.1-schnell's own ``guidance_scale`` would be ignored."""
+    makers = {"qwen": families.make_qwen, "schnell": functools.partial(families.make_flux, guidance=False)}
+    folder = makers[family](tmp_path / family)
     size = dict.fromkeys(("sampling__height", "sampling__width"), 16)
     out = export(trained(config, tmp_path / "run", model__path=str(folder), **size), tmp_path / "out")
     small = ("true_cfg_scale=2.0", "height=16, width=16, true_cfg_scale=2.0")
-    half = ("torch_dtype=torch.float16", "torch_dtype=torch.float32")
+    half = ("torch_dtype=torch.bfloat16", "torch_dtype=torch.float32")
     _, text = run_card(out, [(f'"{folder.name}"', f'"{folder}"'), half, small])
-    assert 'negative_prompt=" "' in text and "guidance_scale" not in text.split("```")[1]
+    assert f'negative_prompt="{empty}"' in text and "guidance_scale" not in text.split("```")[1]
 
 
 def test_a_card_has_the_negative_prompt(config, tmp_path):

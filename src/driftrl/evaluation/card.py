@@ -129,12 +129,22 @@ def _network(path: Path) -> str:
         return next(iter(file.keys())).partition(".")[0]
 
 
-def _pipeline(model: ModelConfig) -> str | None:
-    """The class of a model's pipeline, if the model is on this machine."""
-    index = "model_index.json"
-    folder = Path(model.path) / index
-    file = folder if folder.is_file() else hub.cached(model.path, index, model.revision)
-    return None if file is None else str(read_json(file).get("_class_name"))
+def _told(model: ModelConfig, file: str) -> dict[str, Any]:
+    """What a JSON file of a model says, if the model is on this machine."""
+    folder = Path(model.path) / file
+    found = folder if folder.is_file() else hub.cached(model.path, file, model.revision)
+    return {} if found is None else read_json(found)
+
+
+def _empty_prompt(model: ModelConfig) -> str | None:
+    """What must stand for no negative prompt where the pipeline calls guidance of two branches ``true_cfg_scale``, and has it only
+    beside one: Qwen-Image's, and FLUX.1's where the network is not distilled for a guidance scale. Elsewhere None.
+    """
+    pipeline = _told(model, "model_index.json").get("_class_name")
+    if pipeline == "QwenImagePipeline":
+        return " "
+    distilled = _told(model, "transformer/config.json").get("guidance_embeds", True)
+    return "" if pipeline == "FluxPipeline" and not distilled else None
 
 
 def _use(config: TrainConfig, network: str) -> str:
@@ -146,7 +156,8 @@ def _use(config: TrainConfig, network: str) -> str:
         "from diffusers import DiffusionPipeline" + (f", {network}" if not lora else ""),
         "",
     ]
-    load = f'DiffusionPipeline.from_pretrained("{_bare(base)}", torch_dtype=torch.float16)'
+    half = config.model.dtype if config.model.dtype != "float32" else "bfloat16" if flow else "float16"
+    load = f'DiffusionPipeline.from_pretrained("{_bare(base)}", torch_dtype=torch.{half})'
     if base == "tiny-animals":
         lines = ["from driftrl import TrainConfig", "from driftrl.build import load_pipeline", ""]
         lines += [f"from diffusers import {network}"] * (not lora)
@@ -159,10 +170,11 @@ def _use(config: TrainConfig, network: str) -> str:
             f'pipe.{"transformer" if flow else "unet"} = {network}.from_pretrained("FOLDER_OR_REPOSITORY")'
         )
     arguments = [f"num_inference_steps={sampling.steps}"]
-    qwen = _pipeline(config.model) == "QwenImagePipeline"
-    if sampling.negative_prompt or qwen:
-        arguments.append(f"negative_prompt={json.dumps(sampling.negative_prompt or ' ', ensure_ascii=False)}")
-    if qwen:
+    empty = _empty_prompt(config.model) if sampling.guidance_scale > 1 else None
+    if sampling.negative_prompt or empty is not None:
+        negative = json.dumps(sampling.negative_prompt or empty, ensure_ascii=False)
+        arguments.append(f"negative_prompt={negative}")
+    if empty is not None:
         arguments.append(f"true_cfg_scale={sampling.guidance_scale}")
     else:
         # With 1.0 diffusers' DDIMScheduler may draw NaN where a schedule begins at pure noise (use-the-adapter.md).
