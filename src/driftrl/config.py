@@ -429,6 +429,9 @@ class EvaluationConfig(Section):
     Vendi score beside the base model's go into metrics.jsonl and the trackers, pictures into images/. Null: never."""
     images_meanwhile: int = Field(4, ge=2)
     """Images per prompt then."""
+    clip: str | None = None
+    """The CLIP model that CLIP diversity and prompt-image similarity are measured with: a folder or a hub name, such as
+    openai/clip-vit-base-patch32. Null is the embedded one for the embedded model; for other models both are left out."""
 
 
 class TrainConfig(Section):

@@ -20,6 +20,7 @@ from driftrl.cli.evaluate import Lines, _progress
 from driftrl.config import dump_config, load_config
 from driftrl.evaluation.evaluate import FILE, evaluate, in_words, load_evaluation
 from driftrl.evaluation.generate import generate, open_policy
+from driftrl.evaluation.measures import unsuited
 from driftrl.evaluation.studio import Instruments, Readings, _asked, measure
 
 
@@ -107,6 +108,25 @@ def test_a_long_evaluation_says_every_half_minute_how_long_it_takes_yet():
         "evaluating base model  4/24 images", "", "evaluating base model  12/24 images  46.5 s left", "",
         "evaluating base model  20/24 images  15.5 s left", "evaluating base model  24/24 images",
     ]  # fmt: skip
+
+
+def test_the_embedded_clip_model_is_for_the_embedded_model(run, prompts_file, clip_folder):
+    """Of others it is asked where somebody names it, and that is said."""
+    chosen = settings(prompts_file, None)
+    told = driftrl("evaluate", run, "--prompts", prompts_file, "--images", 4).stderr
+    assert "CLIP diversity and prompt-image similarity are left out" in told
+    plain = load_evaluation(run)
+    assert plain.settings.clip is None and not {"diversity/clip", "similarity"} & set(plain.base.figures)
+    own = load_config(run / "config.yaml")
+    own = own.model_copy(update={"evaluation": own.evaluation.model_copy(update={"clip": str(clip_folder)})})
+    (run / "config.yaml").write_text(dump_config(own))
+    asked = load_evaluation(evaluate(run, **chosen))
+    assert asked.settings.clip == str(clip_folder) and {"diversity/clip", "similarity"} <= set(
+        asked.base.figures
+    )
+    toy = load_evaluation(evaluate(run, **(chosen | {"clip": "tiny-animals"})))
+    assert "CLIP diversity is by the embedded model's own" in " ".join(unsuited(toy.settings))
+    assert unsuited(toy.settings.model_copy(update={"model": "tiny-animals"})) == []
 
 
 def test_a_negative_prompt_is_part_of_what_figures_depend_on(run, prompts_file, clip_folder):
@@ -321,7 +341,7 @@ def test_refuses_what_cannot_be_measured(run, prompts_file, clip_folder, tmp_pat
             evaluate(run, **chosen, checkpoints=asked)
     with pytest.raises(InputError, match="none of iteration 7; there are 0, 1, 2"):
         evaluate(run, **chosen, checkpoints="1,7")
-    with pytest.raises(InputError, match="no CLIP model"):
+    with pytest.raises(InputError, match="expected the folder of a CLIP model"):
         evaluate(run, **(chosen | {"clip": tmp_path}))
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(InputError, match="has no checkpoint"):

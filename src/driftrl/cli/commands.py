@@ -284,9 +284,11 @@ def register(app: typer.Typer) -> None:
             typer.Option(metavar="NAME", help="Image encoder for variety; by default that of the run."),
         ] = None,
         clip: Annotated[
-            Path | None,
+            str | None,
             typer.Option(
-                metavar="DIR", help="Folder of a CLIP model for CLIP diversity; by default the embedded one."
+                metavar="MODEL",
+                help="A CLIP model for CLIP diversity and prompt-image similarity, a folder or a hub name; by default that of "
+                "the run, and for the embedded model its own.",
             ),
         ] = None,
         keep_images: Annotated[bool, _flag("--keep-images", help="Write every image as a PNG too.")] = False,
@@ -353,6 +355,7 @@ def register(app: typer.Typer) -> None:
                 "images": ("--images", images),
                 "reward": ("--reward", reward),
                 "shaping.encoder": ("--encoder", encoder),
+                "evaluation.clip": ("--clip", clip),
                 "sampling.steps": ("--steps", steps),
                 "sampling.negative_prompt": ("--negative-prompt", negative_prompt),
             }

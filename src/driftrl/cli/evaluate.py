@@ -80,10 +80,12 @@ def evaluate(source: str | Path, *, quiet: bool = False, as_json: bool = False, 
     if quiet:
         console.print(folder / "report.html", highlight=False, soft_wrap=True, markup=False)
         return folder
-    if not as_json:
-        from driftrl.evaluation.measures import too_few
+    from driftrl.evaluation.measures import too_few, unsuited
 
-        evaluation = load_evaluation(folder)
+    evaluation = load_evaluation(folder)
+    for message in unsuited(evaluation.settings):
+        console.print(f"[yellow]note:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    if not as_json:
         last = _shown(evaluation, source, str(settings.get("checkpoints", "last")))
         each = f"{counted(len(evaluation.settings.prompts), 'prompt')} x {evaluation.settings.images} images"
         results.print(  # not as the table's title, which breaks where the table is narrow

@@ -27,6 +27,7 @@ from driftrl.build import (
     build_encoder,
     build_reward,
     default_batch,
+    of_hub,
     parts_of,
     tower_of,
 )
@@ -247,7 +248,7 @@ def evaluate(
     seed: int = 0,
     keep_images: bool = False,
     encoder: str | None = None,
-    clip: Path | None = None,
+    clip: Path | str | None = None,
     out: Path | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
@@ -277,8 +278,8 @@ def evaluate(
         seed: of the images; base and tuned share their noise.
         keep_images: write every image as a PNG too.
         encoder: whose features measure variety; by default the run's ``shaping.encoder``.
-        clip: folder of the CLIP model for CLIP diversity and prompt-image similarity; by default the embedded
-            scorer. Both are left out where there is none.
+        clip: the CLIP model for CLIP diversity and prompt-image similarity, a folder or a hub name; by default the run's
+            ``evaluation.clip``, and for the embedded model its own. Both figures are left out where there is none.
         out: folder to write to; by default the run folder, or ``runs/evaluate-<name>`` for a model or LoRA.
         steps: denoising steps; by default those of the run.
         guidance_scale: by default that of the run.
@@ -306,10 +307,8 @@ def evaluate(
         )
     paths = _checkpoints(source, found, checkpoints)
     wanted = _subjects(paths, lora_scales, config.adapter.kind) if lora is None else []
-    clip_folder = clip or TINY_ANIMALS / "scorer"
-    has_clip = (clip_folder / "config.json").is_file()
-    if clip is not None and not has_clip:
-        raise InputError(f"{clip}: no CLIP model folder, for it has no config.json")
+    model = config.model.path if found else str(source)
+    clip_model = _clip_of(clip or config.evaluation.clip, model)
     asked = prompts or config.evaluation.prompts
     prompt_set, texts = evaluated(asked, config.prompts.set, found[0] if found else None)
     mixture = [] if isinstance(config.reward, str) else config.reward
@@ -325,7 +324,7 @@ def evaluate(
         wanted = _subjects_of_lora(policy, lora_scales)
     sampler = policy.sampler
     settings = Settings(
-        model=config.model.path if found else str(source),
+        model=model,
         prompt_set=prompt_set,
         prompts=list(texts),
         images=count,
@@ -335,7 +334,7 @@ def evaluate(
         eta=sampler.eta,
         rewards=named,
         encoder=encoder or config.shaping.encoder,
-        clip=("tiny-animals" if clip is None else str(clip)) if has_clip else None,
+        clip=clip_model,
         neighbours=min(NEIGHBOURS, count - 1),
         prompt_noise=noise.eta,
         noise_schedule=noise.schedule,
@@ -362,7 +361,7 @@ def evaluate(
         if lora_scales and team.leads and found:
             write_text(folder / "config.yaml", dump_config(config.model_copy(update={"name": name})))
 
-    bench = _instruments(settings, clip_folder if has_clip else None, policy)
+    bench = _instruments(settings, policy)
     studio = Studio(
         policy,
         bench,
@@ -575,7 +574,25 @@ def first_problem(error: ValidationError) -> str:
     return f"{'.'.join(str(part) for part in first['loc'])}: {what}"
 
 
-def _instruments(settings: Settings, clip_folder: Path | None, policy: PipelinePolicy) -> Instruments:
+def _clip_of(asked: Path | str | None, model: str) -> str | None:
+    """The CLIP model to measure with. One of 64 x 64 drawings says nothing of photographs, so the embedded one is asked only
+    of the embedded model, or where it is named.
+
+    Raises:
+        InputError: if it is no folder of a model, and no hub name.
+    """
+    if asked is None:
+        return "tiny-animals" if model == "tiny-animals" else None
+    if str(asked) != "tiny-animals" and not (
+        (Path(asked) / "config.json").is_file() or of_hub(Path(asked).as_posix())
+    ):
+        raise InputError(
+            f"evaluation.clip: expected the folder of a CLIP model, with its config.json, or a hub name; got {asked}"
+        )
+    return str(asked)
+
+
+def _instruments(settings: Settings, policy: PipelinePolicy) -> Instruments:
     from driftrl.diversity.encoders import LatentEncoder
 
     device = policy.device
@@ -585,15 +602,16 @@ def _instruments(settings: Settings, clip_folder: Path | None, policy: PipelineP
     rewards = {} if parts else {"reward": build_reward(first, device, towers=towers)}
     rewards |= {f"reward/{name}": build_reward(name, device, towers=towers) for name in (*parts, *others)}
     encoder, clip = build_encoder(settings.encoder, policy.device, policy), None
-    if clip_folder is not None:
+    if settings.clip is not None:
         from driftrl.rewards.clip import CLIPReward
 
         try:
-            tower = tower_of(clip_folder, device, "float32", towers)
+            folder = TINY_ANIMALS / "scorer" if settings.clip == "tiny-animals" else settings.clip
+            tower = tower_of(folder, device, "float32", towers)
             model = CLIPReward(tower)
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"{clip_folder}: expected a CLIP model: {reason}") from error
+            raise InputError(f"{settings.clip}: expected a CLIP model: {reason}") from error
         clip = tower.embed_images
         if "tiny-animals" not in (*parts, *settings.rewards):
             rewards["similarity"] = model

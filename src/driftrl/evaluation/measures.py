@@ -85,6 +85,29 @@ def too_few(settings: Settings) -> str:
     return f"On {counted(prompts, 'prompt')}, too few to tell much of any other" if prompts < FEW else ""
 
 
+def unsuited(settings: Settings) -> list[str]:
+    """What was measured with tools that were made for the embedded model's drawings, or not at all, of another model."""
+    if settings.model == "tiny-animals":
+        return []
+    found = []
+    if "tiny-animals" in (*settings.rewards, *(part.name for part in settings.mixture)):
+        found.append(("the reward is", "--reward pickscore"))
+    if settings.encoder == "tiny-animals":
+        found.append(("diversity is by", "--encoder dreamsim"))
+    if settings.clip == "tiny-animals":
+        found.append(("CLIP diversity is by", "--clip openai/clip-vit-base-patch32"))
+    told = [
+        f"{what} the embedded model's own, made for drawings of 64 x 64 pixels; name another: {how}"
+        for what, how in found
+    ]
+    if settings.clip is None:
+        told.append(
+            "CLIP diversity and prompt-image similarity are left out; to have them name a CLIP model: "
+            "--clip openai/clip-vit-base-patch32"
+        )
+    return told
+
+
 def trained(settings: Settings) -> list[str]:
     """The figures of the rewards that training raised together, if they were several."""
     return [f"reward/{part.name}" for part in settings.mixture if part.weight]
