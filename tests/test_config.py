@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from driftrl.checks import InputError
@@ -221,3 +222,24 @@ def test_a_mistake_is_where_it_was_made(tmp_path):
     assert others[0].startswith(f"  {path}: ")
     assert all("--set" not in line for line in others)
     assert any("selection.keep: expected" in line for line in others)
+
+
+def test_paths_and_numpys_whole_numbers_are_taken_in_python(tmp_path):
+    config = TrainConfig(seed=np.int64(3), model={"path": tmp_path}, sampling={"steps": np.int32(4)})
+    assert (config.seed, config.model.path, config.sampling.steps) == (3, str(tmp_path), 4)
+    assert (
+        type(config.seed) is int
+        and load_config(str(write(tmp_path, mine=dump_config(config)) / "mine.yaml")) == config
+    )
+    for wrong in (True, 1.0, np.bool_(True)):
+        with pytest.raises(InputError, match="seed: expected a valid integer"):
+            TrainConfig(seed=wrong)
+
+
+def test_validating_in_python_gives_our_messages():
+    data = {"sampling": {"num_steps": 4}}
+    for check in (TrainConfig.model_validate, parse_config, lambda data: TrainConfig(**data)):
+        with pytest.raises(
+            InputError, match=r"sampling\.num_steps: no such key; did you mean 'sampling\.steps'\?"
+        ):
+            check(data)

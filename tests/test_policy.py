@@ -6,6 +6,7 @@ import torch
 from driftrl import noise
 from driftrl.build import build_policy
 from driftrl.checks import InputError
+from driftrl.evaluation.generate import generate
 from driftrl.rollout import PromptNoise, rollout, score_step
 from driftrl.transitions import gaussian
 
@@ -115,3 +116,25 @@ def test_reference_is_the_base_model(config):
 def test_refuses_more_steps_than_the_model_was_trained_on(config):
     with pytest.raises(InputError, match=r"sampling.steps: expected at most 1000, .*; got 1001"):
         build_policy(config(sampling__steps=1001))
+
+
+def test_a_global_precision_of_others_changes_nothing(config):
+    def drawn():
+        policy = build_policy(config())
+        return generate(policy, "a cat", 2)
+
+    expected = drawn()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = drawn()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and found.shape == (1, 2, *expected.shape[2:])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_what_cannot_be_drawn_is_refused(config):
+    policy = build_policy(config())
+    for prompts, images in (([], 2), (["a cat"], 0)):
+        with pytest.raises(InputError, match="generate: expected at least one prompt, and one image of each"):
+            generate(policy, prompts, images)

@@ -1,7 +1,9 @@
 """The whole loop on random weights: deterministic, resumable, invariant to batches, and it learns."""
 
 import json
+import os
 import re
+import signal
 import warnings
 import weakref
 from itertools import pairwise
@@ -489,3 +491,48 @@ def test_where_batches_round_differently_samples_are_scored_again(config):
     assert found == [False, True]
     with torch.backends.cudnn.flags(allow_tf32=False):
         assert not objective_of(config(), cuda).rescore
+
+
+def test_a_trainer_that_is_stopped_goes_on_when_it_is_run_again(config, tmp_path):
+    """From Python by `stop`, or by Ctrl-C in a notebook; what comes out is the run that nobody stopped."""
+    trainer = Trainer(config(iterations=3), tmp_path / "parts")
+    trainer.run(lambda iteration: trainer.stop())
+    assert trainer.loop.position.iteration == 1 and trainer.stopped_by is None
+    trainer.run(lambda iteration: os.kill(os.getpid(), signal.SIGINT))
+    assert trainer.loop.position.iteration == 2 and trainer.stopped_by == signal.SIGINT
+    trainer.run()
+    whole = Trainer(config(iterations=3), tmp_path / "whole").run()
+    for file in ("checkpoints/000003/training.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "parts" / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_what_the_watching_function_raises_loses_no_iteration(config, tmp_path):
+    def watch(iteration):
+        if iteration.number == 3:
+            raise LookupError("enough")
+
+    trainer = Trainer(config(iterations=5, logging__checkpoint_every=100), tmp_path / "run")
+    with pytest.raises(LookupError, match="enough"):
+        trainer.run(watch)
+    assert checkpoint.newest(tmp_path / "run/checkpoints").name == "000003"
+    assert Trainer(resume=tmp_path / "run").loop.position.iteration == 3
+
+
+def test_two_trainers_made_before_either_runs_do_not_share_a_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = (Trainer(config(iterations=1, seed=3)) for _ in range(2))
+    assert [str(each.folder) for each in (one, two)] == ["runs/drift-seed3", "runs/drift-seed3-2"]
+    again = [Trainer(config(iterations=1), tmp_path / "same") for _ in range(2)]
+    again[0].run()
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "same").rglob("*"))
+    with pytest.raises(InputError, match="exists and is not empty"):
+        again[1].run()
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "same").rglob("*")) == before
+
+
+def test_a_run_is_resumed_by_its_configuration_alone(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Trainer(config(iterations=1)).run()
+    assert Trainer(config(iterations=2), resume=True).run() == folder
+    with pytest.raises(InputError, match="config: expected a TrainConfig, as load_config reads it"):
+        Trainer({"iterations": 1})

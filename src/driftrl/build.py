@@ -39,7 +39,7 @@ from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from driftrl.policies.start import Start, layer_kind, load_start
 from driftrl.prompts import trained, warn_of_doubles
-from driftrl.rewards.calling import asks_for_metadata
+from driftrl.rewards.calling import with_metadata
 from driftrl.rewards.guarded import GuardedReward
 from driftrl.rewards.several import SeveralRewards
 from driftrl.rewards.tower import CLIPTower
@@ -501,7 +501,8 @@ def _usable(reward: Any, name: str) -> Reward:
             f"holds: reward = {reward.__name__}()"
         )
     try:
-        inspect.signature(reward).bind(None, None, **({"metadata": []} if asks_for_metadata(reward) else {}))
+        placed, named = with_metadata(reward, [])
+        inspect.signature(reward).bind(None, None, *placed, **named)
     except TypeError as error:
         raise InputError(
             f"reward: {name}: expected (images, prompts) -> Tensor[N], or with metadata as a third argument; {error}"

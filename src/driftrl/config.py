@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
 import yaml
 from pydantic import (
@@ -47,6 +49,13 @@ def _name_of(reward: Any) -> Any:
     return f"{module}:{name}"
 
 
+def _as_text(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, int)
+    return int(value) if whole else value
+
+
 RewardName = Annotated[Place, BeforeValidator(_name_of)]
 """A reward's name; in Python a function will do."""
 SectionKind = TypeVar("SectionKind", bound="Section")
@@ -73,6 +82,28 @@ class Section(BaseModel):
     # Else pydantic would make the sections within one by calling this, and lose where in it a mistake is.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
+    @classmethod
+    def model_validate(cls, *arguments: Any, **settings: Any) -> Self:
+        """Check a nested dictionary.
+
+        Raises:
+            InputError: as from `parse`.
+        """
+        try:
+            return super().model_validate(*arguments, **settings)
+        except ValidationError as error:
+            raise InputError(_told(_lines(error, cls), cls.__name__)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, settings: Any) -> Any:
+        """Paths as text and NumPy's whole numbers as Python's: a configuration is text in the end."""
+        return (
+            {key: _as_text(value) for key, value in settings.items()}
+            if isinstance(settings, dict)
+            else settings
+        )
+
 
 class ModelConfig(Section):
     """Which model is fine-tuned."""
@@ -95,7 +126,7 @@ class ModelConfig(Section):
     """Compile the transformer blocks by torch.compile: a minute or more at first, faster steps afterwards on a GPU. On a
     CPU, where float32 layers of our own take the place of it, it does not pay. Compiled blocks round differently with and
     without gradients: samples are scored again before the update, as in half precision."""
-    memory_budget: float | None = Field(None, gt=0)
+    memory_budget: float | None = Field(default=None, gt=0)
     """GiB that a process may use, which batch sizes are fitted into before training where they are left open. Null:
     what a GPU has free, less a reserve; on a CPU nothing is fitted."""
 
@@ -108,9 +139,9 @@ class AdapterConfig(Section):
     optimizer.learning_rate should be about 1e-5."""
     rank: Positive = 16
     """Of the LoRA: more can learn more, and takes more memory."""
-    alpha: float = Field(16.0, gt=0)
+    alpha: float = Field(default=16.0, gt=0)
     """The adapter's scale is alpha / rank."""
-    targets: list[str] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
+    targets: list[str] = Field(default=["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
     """Module names that get an adapter: by default the attention projections."""
     start: Place | None = None
     """A LoRA to go on from, in place of a fresh one: a run, a checkpoint, a safetensors file that diffusers reads, a folder or hub
@@ -134,16 +165,16 @@ class SamplingConfig(Section):
 
     steps: Positive = 10
     """Denoising steps T."""
-    guidance_scale: float = Field(1.0, ge=0)
+    guidance_scale: float = Field(default=1.0, ge=0)
     """Classifier-free guidance; up to 1 it is none, as in diffusers, and the unconditional pass is skipped."""
     negative_prompt: str = ""
     """What guidance leads away from, in training as in evaluation; empty is the model's own empty prompt. Without a second
     branch, at a guidance scale up to 1 or in a model that is distilled for guidance (FLUX.1 dev), there is no place for it."""
-    eta: float = Field(1.0, ge=0, le=1)
+    eta: float = Field(default=1.0, ge=0, le=1)
     """Noise of the DDIM sampler: 1 is ancestral sampling, 0 leaves nothing to score."""
     flow_sampler: Literal["sde", "cps"] = "sde"
     """How flow models (SD3, FLUX, SANA, Qwen-Image, Z-Image) are made stochastic: Flow-GRPO's SDE, or coefficients-preserving sampling."""
-    noise_level: float = Field(0.7, ge=0)
+    noise_level: float = Field(default=0.7, ge=0)
     """How much noise the flow sampler adds; diffusion models have eta instead."""
     window: Positive | None = None
     """Add noise in so many denoising steps in training, one after the other; the others are those of the deterministic sampler
@@ -186,7 +217,7 @@ class RewardPart(Section):
     numbers below; or not at all."""
     mean: float = 0.0
     """Of `fixed`: what is subtracted."""
-    std: float = Field(1.0, gt=0)
+    std: float = Field(default=1.0, gt=0)
     """Of `fixed`: what divides."""
 
     @model_validator(mode="after")
@@ -247,7 +278,7 @@ class SelectionConfig(Section):
 class PromptNoiseConfig(Section):
     """Noise-conditioned prompting."""
 
-    eta: float = Field(0.05, ge=0)
+    eta: float = Field(default=0.05, ge=0)
     """Strength of the noise on the prompt embedding, in units of its root mean square."""
     schedule: Literal["linear", "constant", "cosine", "cads"] = "linear"
     """How it fades as denoising goes on: to 0 in a straight line, not at all, along a cosine, or as CADS has it
@@ -266,12 +297,12 @@ class AdvantageConfig(Section):
     scale: Literal["selected", "candidates", "global", "none"] = "selected"
     """What divides: the standard deviation of the kept group, of all candidates of the prompt, of the whole
     batch, or nothing."""
-    clip: float = Field(5.0, gt=0)
+    clip: float = Field(default=5.0, gt=0)
     """Bound on the magnitude of an advantage, as DDPO has it; with objective.loss `nft` what is wholly good."""
     baseline: Literal["group", "running"] = "group"
     """What an image is compared with: the others of its group, or (`running`, DDPO) mean and standard deviation of
     the prompt's last rewards, this iteration's candidates included."""
-    history: Positive = Field(64, le=1_000_000)
+    history: Positive = Field(default=64, le=1_000_000)
     """Of `running`: how many of a prompt's last rewards count."""
     min_history: Positive = 16
     """Of `running`: a prompt with fewer rewards than this is compared with the whole batch."""
@@ -280,9 +311,9 @@ class AdvantageConfig(Section):
 class ShapingConfig(Section):
     """Potential-based diversity shaping."""
 
-    ratio: float = Field(0.5, ge=0)
+    ratio: float = Field(default=0.5, ge=0)
     """Lambda: weight of the intrinsic advantage. 0 switches shaping off."""
-    clip: float = Field(1.0, ge=0)
+    clip: float = Field(default=1.0, ge=0)
     """Sigma: bound on the intrinsic advantage; at level `reward` on the bonus."""
     level: Literal["advantage", "reward", "multiply"] = "advantage"
     """Where the bonus enters: standardised and added to advantages; added to rewards as it is; or (`multiply`,
@@ -298,7 +329,7 @@ class ShapingConfig(Section):
     """`terminal`: the image alone counts. `stepwise`: the group's variety among predicted clean latents at every
     step is a potential, so each step has an advantage of its own; distances are between latents, averaged down to 8
     x 8, for all steps and the image, and `encoder` is for the logs only."""
-    gamma: float = Field(1.0, ge=0, le=1)
+    gamma: float = Field(default=1.0, ge=0, le=1)
     """Of `stepwise`: the discount."""
     encoder: Place = "tiny-animals"
     """Image encoder whose cosine distances measure diversity: tiny-animals, dreamsim (or dreamsim:dino_vitb16 and
@@ -311,18 +342,18 @@ class ObjectiveConfig(Section):
     loss: Literal["clipped_surrogate", "nft"] = "clipped_surrogate"
     """The clipped surrogate of the steps that were drawn; or (`nft`, DiffusionNFT) a contrast of good and bad images, noised
     anew, which asks for no density, so that any sampler may draw them."""
-    nft_beta: float = Field(1.0, gt=0)
+    nft_beta: float = Field(default=1.0, gt=0)
     """Of `nft`: how far its two implicit policies stand from the one that drew. 1 makes the positive one the policy itself;
     less makes larger steps."""
-    nft_decay: float = Field(1.0, ge=0, le=1)
+    nft_decay: float = Field(default=1.0, ge=0, le=1)
     """Of `nft`: the policy that draws in training keeps min(nft_decay x iteration, nft_decay_max) of itself after each update,
     iterations counted from 0, and follows the trained one, which checkpoints hold, with the rest. 0 draws with the trained one; the
     paper has 0.001 and 0.5."""
-    nft_decay_max: float = Field(0.9, ge=0, lt=1)
+    nft_decay_max: float = Field(default=0.9, ge=0, lt=1)
     """See `nft_decay`. The more it keeps, the steadier, and slower, training is."""
-    clip_range: float = Field(1e-4, gt=0)
+    clip_range: float = Field(default=1e-4, gt=0)
     """Of the clipped surrogate's ratio, for log-probabilities that are means over latent dimensions."""
-    kl_weight: float = Field(0.0, ge=0)
+    kl_weight: float = Field(default=0.0, ge=0)
     """Beta: weight of the divergence from the reference: the base model, unless it moves."""
     divergence: Literal["kl", "wasserstein"] = "kl"
     """Its kind, in closed form: KL, or the squared 2-Wasserstein distance, which is the KL times twice the step's
@@ -330,16 +361,16 @@ class ObjectiveConfig(Section):
     kl_schedule: Literal["uniform", "early"] = "uniform"
     """What it weighs along the denoising steps: the same, or falling linearly from the first scored step to the
     last; the mean over scored steps is 1."""
-    kl_share: float = Field(1.0, gt=0, le=1)
+    kl_share: float = Field(default=1.0, gt=0, le=1)
     """Share of the kept samples that it applies to: those that the trained reward ranks above what `kl_judges` do."""
-    kl_judges: list[Place] = Field(["mirrored"], min_length=1)
+    kl_judges: list[Place] = Field(default=["mirrored"], min_length=1)
     """Rewards to compare the trained one with: names as for `reward`, or `mirrored`, the trained reward of the
     mirrored picture. Asked only if `kl_share` is below 1."""
-    reference_kl: float | None = Field(None, gt=0)
+    reference_kl: float | None = Field(default=None, gt=0)
     """The reference moves to the current policy after an iteration whose mean divergence is above this."""
     reference_every: Positive | None = None
     """The reference moves to the current policy after so many iterations."""
-    timesteps: float = Field(0.34, gt=0, le=1)
+    timesteps: float = Field(default=0.34, gt=0, le=1)
     """Share of the scored denoising steps that each sample is trained on; of all steps with `loss` `nft`, unless `kl_weight` wants
     those with a density."""
     timestep_choice: Literal["noisiest", "random"] = "noisiest"
@@ -355,9 +386,9 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """AdamW."""
 
-    learning_rate: float = Field(1e-3, gt=0, le=1)
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
     """What `warmup` rises to, and `schedule` begins with; 1e-3 is for a LoRA, all weights want about 1e-5."""
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(default=0, ge=0)
     """Iterations in which the rate rises to its value in a straight line: 1/N of it in the first of N."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the rate goes on from there: as it is, or falling towards 0 at the end of `iterations`, in a straight line or along
@@ -366,11 +397,11 @@ class OptimizerConfig(Section):
     """What an exponential moving average of the trained weights keeps of itself after each iteration, such as 0.95; less in
     the first ones, as in diffusers. Checkpoints then hand out the average: it is what `driftrl sample`, `evaluate` and `export`
     and diffusers draw with, while training goes on from the weights themselves. Null: no average."""
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), strict=False)
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), strict=False)
     """Decay of the two running means, each below 1."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Pulls the adapter's weights to 0, and so to the base model; with adapter.kind `full` the model's own."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """A longer gradient is scaled down to this."""
     updates: Positive = 2
     """Optimiser steps per iteration; the pairs are shared out among them."""
@@ -408,7 +439,7 @@ class GuardsConfig(Section):
     """Iterations in a row with a latent, reward, loss or gradient that is not finite, before the run ends."""
     reward_attempts: Positive = 3
     """How often a reward that raises or takes too long is tried."""
-    reward_timeout: float | None = Field(None, gt=0)
+    reward_timeout: float | None = Field(default=None, gt=0)
     """Seconds that a reward may take for one call: an iteration's images, or, with sampling.overlap_reward, a batch of
     them; null waits for ever."""
 
@@ -419,7 +450,7 @@ class EvaluationConfig(Section):
     prompts: Place | None = None
     """As prompts.set. Null: eval40 after training on a prompt set of the package; else the prompts of the run, 40 of them
     at most, evenly spread."""
-    images: int = Field(16, ge=2)
+    images: int = Field(default=16, ge=2)
     """Images per prompt; the paper has 40."""
     at_end: bool = True
     """Evaluate base model and last checkpoint after `driftrl train`, and write report.html; of a run made in Python
@@ -427,7 +458,7 @@ class EvaluationConfig(Section):
     every: Positive | None = None
     """Iterations after which these prompts are drawn while training goes on, from the same noise each time: reward, diversity and
     Vendi score beside the base model's go into metrics.jsonl and the trackers, pictures into images/. Null: never."""
-    images_meanwhile: int = Field(4, ge=2)
+    images_meanwhile: int = Field(default=4, ge=2)
     """Images per prompt then."""
     clip: str | None = None
     """The CLIP model that CLIP diversity and prompt-image similarity are measured with: a folder or a hub name, such as
@@ -439,9 +470,9 @@ class TrainConfig(Section):
 
     name: str = "drift"
     """Names the method; `driftrl compare` groups runs of the same name."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of every random draw: the same seed, settings and machine give the same run."""
-    iterations: int = Field(60, ge=0)
+    iterations: int = Field(default=60, ge=0)
     """Rounds of drawing, scoring and updating."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
@@ -591,7 +622,7 @@ class TrainConfig(Section):
             raise ValueError("adapter.shard: does not go with shaping.encoder 'policy:mid-block'")
 
 
-def load_config(path: Path | None = None, overrides: list[str] | None = None) -> TrainConfig:
+def load_config(path: Path | str | None = None, overrides: Sequence[str] | None = None) -> TrainConfig:
     """Read a YAML file and apply ``key=value`` overrides (dotted keys, YAML values).
 
     A file may be a difference from another: its top-level key ``base`` names that file, relative to its own
@@ -602,7 +633,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
         InputError: naming each bad key, what was given, what is allowed and the nearest valid name; for a base
             that cannot be read, or files that are each other's base.
     """
-    pairs = []
+    path, pairs = None if path is None else Path(path), []
     for override in (
         overrides or []
     ):  # before any file is read: what was meant for --set may have become its name
@@ -654,7 +685,7 @@ def parse(
         InputError: naming each bad key, what was given, what is allowed and the nearest valid name.
     """
     try:
-        return kind.model_validate(data)
+        return cast(SectionKind, kind.__pydantic_validator__.validate_python(data))
     except ValidationError as error:
         raise InputError(_told(_lines(error, kind), source, typed)) from None
 

@@ -42,7 +42,7 @@ def generator(seed: int, iteration: int, prompt: int, candidate: int, purpose: s
 
 def normal(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
     """Standard normal float32 [len(generators), *shape], a row from each generator."""
-    return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+    return torch.stack([torch.randn(tuple(shape), generator=g, dtype=torch.float32) for g in generators])
 
 
 def placed(draws: Tensor, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 from uuid import uuid4
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ RESUMABLE = {"iterations", "logging", "guards", "evaluation"}
 """What may differ when a run is resumed; everything else would change its meaning."""
 ROUNDING = {"sampling.batch_size", "optimizer.batch_size", "model.memory_budget", "model.device"}
 """What may differ too, at the price of the same bits: a run may have to go on in less memory."""
+_PROMISED: WeakValueDictionary[str, Trainer] = WeakValueDictionary()
+"""The folders of trainers that may not have begun to write."""
 PAGE = 2048
 """Pixels of the longer side of a picture that goes to a tracker."""
 
@@ -69,6 +72,10 @@ class Trainer:
         Raises:
             InputError: if the folder holds another run, or something in the configuration cannot be used.
         """
+        if not isinstance(config, TrainConfig | None):
+            raise InputError(
+                f"config: expected a TrainConfig, as load_config reads it from a file; got {config!r}"
+            )
         if not isinstance(resume, bool):
             out, resume = _resumed(resume, out), True
         if config is None and resume and out is not None and (Path(out) / "config.yaml").is_file():
@@ -78,11 +85,14 @@ class Trainer:
         if len(set(self.team.texts(dump_config(self.config)))) > 1:
             raise InputError("the processes were given different configurations; start them all alike")
         usual = Path("runs") / f"{self.config.name}-seed{self.config.seed}"
-        self.folder = Path(self.team.first(str(_free(usual) if out is None else out)))
+        free = usual if resume else _free(usual)
+        self.folder = Path(self.team.first(str(free if out is None else out)))
+        _PROMISED[str(self.folder.absolute())] = self
         self.resumed_from: Path | None = None
         self.stopped_by: int | None = None
         """The signal that ended the run, in whichever process it came."""
-        self._asked = 0
+        self._asked, self._ended = 0, False
+        self._owns_folder = bool(resume)
         self._rounded_otherwise = False
         self.on_stop: Callable[[], Any] | None = None
         """Called once when a signal asks the run to end."""
@@ -91,11 +101,8 @@ class Trainer:
         self._meanwhile: Meanwhile | None = None
         if resume:
             self._check_resume()
-        elif self._in_the_way():
-            run = (self.folder / "config.yaml").is_file()
-            onward = f", or go on with it by --resume {self.folder}" if run else ""
-            what = "exists and is not empty" if self.folder.is_dir() else "is a file"
-            raise InputError(f"{self.folder} {what}; choose another --out{onward}")
+        else:
+            self._refuse_what_is_there()
         _demand_writable(self.folder)
         begun = resume and self._began()
         with self.team.together():
@@ -138,7 +145,21 @@ class Trainer:
         self.loop.restored_sizes([[int(x) for x in self.loop.sizes().amin(0)]] * self.team.size)
 
     def run(self, watch: Callable[[Iteration], Any] | None = None) -> Path:
-        """Train to the end, or until Ctrl-C or SIGTERM (then `stopped_by` is the signal); return the folder."""
+        """Train to the end, or until Ctrl-C, SIGTERM (then `stopped_by` is the signal) or `stop`; return the folder. Called again,
+        it goes on.
+
+        Args:
+            watch: called after each iteration.
+
+        Raises:
+            InputError: if another run was begun in the folder since this one was made.
+            RunFailedError: if the reward cannot be had, a checkpoint cannot be written, or too many iterations in a row were
+                not finite.
+        """
+        if not self._owns_folder and self.team.first((self.folder / "config.yaml").is_file()):
+            self._refuse_what_is_there()
+        self._owns_folder = True
+        self._asked, self._ended = 0, False
         with ExitStack() as stack:
             stack.enter_context(signals(self._stop))
             log = None
@@ -167,6 +188,10 @@ class Trainer:
                 raise RunFailedError(f"{what}{error}; {kept}") from error
         return self.folder
 
+    def stop(self) -> None:
+        """End `run` after this iteration, with a checkpoint: from the function that watches it, or another thread."""
+        self._ended = True
+
     def _describe(self) -> None:
         """Write what the run is: its configuration and its prompts."""
         try:
@@ -179,8 +204,9 @@ class Trainer:
 
     def _stopped(self) -> bool:
         """Whether any process was asked to end: then all do, after the same iteration."""
-        self.stopped_by = int(self.team.largest(torch.tensor(self._asked))) or None
-        return self.stopped_by is not None
+        found = int(self.team.largest(torch.tensor(2 * self._asked + self._ended)))
+        self.stopped_by = found // 2 or None
+        return found > 0
 
     def _pictured(self, iteration: Iteration) -> Tensor | None:
         """The candidates of all processes for a grid, uint8 [P, N, 3, height, width], if it is time for one."""
@@ -252,6 +278,13 @@ class Trainer:
         """Whether the folder has more than a configuration: checkpoints, or the figures of iterations."""
         logged = (self.folder / "metrics.jsonl").is_file()
         return bool(self.team.first(logged or bool(checkpoint.listing(self.folder / "checkpoints"))))
+
+    def _refuse_what_is_there(self) -> None:
+        if self._in_the_way():
+            run = (self.folder / "config.yaml").is_file()
+            onward = f", or go on with it by --resume {self.folder}" if run else ""
+            what = "exists and is not empty" if self.folder.is_dir() else "is a file"
+            raise InputError(f"{self.folder} {what}; choose another --out{onward}")
 
     def _in_the_way(self) -> bool:
         """Whether the folder holds something; the first process looks, before any of them writes there."""
@@ -453,8 +486,9 @@ def _resumed(folder: object, out: str | Path | None) -> Path:
 
 
 def _free(path: Path) -> Path:
+    """The path, or a numbered one that neither exists nor is that of a run yet to begin."""
     number, free = 1, path
-    while free.exists():
+    while free.exists() or str(free.absolute()) in _PROMISED:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free

@@ -211,7 +211,7 @@ class TrainingLoop:
             self.save()
         try:
             while self.position.iteration < iterations and not stop():
-                watch(self.attempt())
+                self._show(self.attempt(), watch)
                 if self.position.failures >= self.max_failures:
                     raise RunFailedError(
                         f"{self.position.failures} iterations in a row were not finite, up to iteration "
@@ -223,6 +223,17 @@ class TrainingLoop:
             self.save_if_new()
             raise
         self.save_if_new()
+
+    def _show(self, iteration: Iteration, watch: Callable[[Iteration], Any]) -> None:
+        """What ``watch`` raises is no reason to lose the iteration; of several processes the others are at work, so nothing is
+        written.
+        """
+        try:
+            watch(iteration)
+        except Exception:
+            if self.team.size == 1:
+                self.save_if_new()
+            raise
 
     def attempt(self) -> Iteration:
         """One iteration, or, where something in it is not finite, a skipped one: a warning and no update."""

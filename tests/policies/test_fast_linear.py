@@ -88,3 +88,18 @@ def test_the_layers_of_a_policy_are_in_use_and_follow_its_weights(config):
             again = policy.transition(x, step, conditioning).mean
     assert (after - before).abs().max() > 1e-4
     torch.testing.assert_close(again, before, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("what", ["merged", "another", "both"])
+def test_an_adapter_that_is_fused_or_not_alone_is_as_in_peft(what):
+    """As users of a trained pipeline in memory may have it."""
+    x, outputs = torch.randn(3, 7, generator=torch.Generator().manual_seed(1)), []
+    for model in two():
+        torch.manual_seed(2)
+        if what == "merged":
+            model.merge_adapter()
+        else:
+            model.add_adapter("more", LoraConfig(target_modules=["target"], init_lora_weights=False))
+            model.base_model.set_adapter("more" if what == "another" else ["default", "more"])
+        outputs.append(model(x))
+    torch.testing.assert_close(outputs[1], outputs[0])

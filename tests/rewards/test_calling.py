@@ -145,3 +145,19 @@ def test_metadata_comes_from_the_file_of_prompts_to_training_and_evaluation(conf
 def test_rewards_of_the_package_do_not_ask():
     assert not asks_for_metadata(build_reward("tiny-animals", CPU))
     assert not asks_for_metadata(build_reward("compressibility", CPU))
+
+
+def test_metadata_in_the_third_place_as_trl_and_ddpo_pytorch_have_it():
+    """Whatever it is called; an argument with another meaning and a default of its own is left alone."""
+    images, prompts = torch.zeros(1, 3, 2, 2), [Prompt("a cat", {"count": 2})]
+    asked = (
+        lambda images, prompts, prompt_metadata: [prompt_metadata[0]["count"]],
+        lambda images, prompts, meta=None: [meta[0]["count"]],
+        lambda images, prompts, m, /: [m[0]["count"]],
+    )
+    for reward in asked:
+        assert asks_for_metadata(reward)
+        assert ask(reward, images, prompts) == [2]
+    for reward in (lambda images, prompts, scale=3: [scale], lambda images, prompts, *, scale=3: [scale]):
+        assert not asks_for_metadata(reward)
+        assert ask(reward, images, prompts) == [3]

@@ -30,7 +30,7 @@ OWN = {"name", "seed", "logging", "guards", "evaluation"}
 """Settings that say nothing of the method."""
 
 
-def export(source: Path, out: Path, comfyui: bool = False) -> Path:
+def export(source: Path | str, out: Path | str, comfyui: bool = False) -> Path:
     """Write the adapter and a card into ``out``, and return it.
 
     Args:
@@ -42,6 +42,7 @@ def export(source: Path, out: Path, comfyui: bool = False) -> Path:
         InputError: if ``source`` is no run with a whole checkpoint, ``out`` holds something, or a full network should be
             written for ComfyUI.
     """
+    source, out = Path(source), Path(out)
     run, path = run_of(source) or (source, None)
     if path is None:
         raise InputError(f"{source}: expected a run folder with a checkpoint, or a checkpoint")

@@ -131,7 +131,7 @@ class Comparison:
     """Why there is nothing to compare, where it is not that the fronts reach different levels."""
 
 
-def load_methods(paths: Sequence[Path]) -> list[Method]:
+def load_methods(paths: Sequence[Path | str]) -> list[Method]:
     """Read evaluated runs and group them by name, in the order of the names' first runs.
 
     Args:

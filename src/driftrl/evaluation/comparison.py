@@ -58,7 +58,7 @@ class Findings:
         return _summary(self.methods, self.metrics)
 
 
-def find(folders: Sequence[Path], against: str | None = None) -> Findings:
+def find(folders: Sequence[Path | str], against: str | None = None) -> Findings:
     """Compare evaluated runs.
 
     Args:
@@ -75,9 +75,9 @@ def find(folders: Sequence[Path], against: str | None = None) -> Findings:
     )
 
 
-def write_comparison(folders: Sequence[Path], out: Path, against: str | None = None) -> Path:
+def write_comparison(folders: Sequence[Path | str], out: Path | str, against: str | None = None) -> Path:
     """Write one page that compares evaluated runs, as `find` does, and return its path."""
-    return write_page(find(folders, against), out)
+    return write_page(find(folders, against), Path(out))
 
 
 def write_page(findings: Findings, out: Path) -> Path:

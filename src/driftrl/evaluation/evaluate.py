@@ -241,15 +241,15 @@ def formula(reward: str | Sequence[RewardPart]) -> str:
 def evaluate(
     source: str | Path,
     *,
-    prompts: str | None = None,
+    prompts: str | Path | None = None,
     images: int | None = None,
-    checkpoints: str = "last",
-    rewards: Sequence[str] = (),
+    checkpoints: str | int = "last",
+    rewards: Sequence[str] | str = (),
     seed: int = 0,
     keep_images: bool = False,
     encoder: str | None = None,
     clip: Path | str | None = None,
-    out: Path | None = None,
+    out: Path | str | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
@@ -273,7 +273,7 @@ def evaluate(
         source: a run folder, one of its checkpoints, a pipeline folder, a hub name or 'tiny-animals'.
         prompts: a prompt set of the package or a file; by default as the run's ``evaluation.prompts`` says.
         images: per prompt, at least 2; by default the run's ``evaluation.images``.
-        checkpoints: 'last', 'all', or iterations with commas between them.
+        checkpoints: 'last', 'all', an iteration, or several with commas between them.
         rewards: more rewards by name, scored beside the one that was trained on; for a model in place of the embedded one.
         seed: of the images; base and tuned share their noise.
         keep_images: write every image as a PNG too.
@@ -297,6 +297,8 @@ def evaluate(
     Raises:
         InputError: if anything cannot be used, or ``evaluation.json`` is damaged.
     """
+    prompts, out = None if prompts is None else str(prompts), None if out is None else Path(out)
+    checkpoints, rewards = str(checkpoints), [rewards] if isinstance(rewards, str) else rewards
     found = run_of(source)
     config = load_config(found[0] / "config.yaml") if found else parse_config({})
     name, folder = _name_and_folder(source, found, config.name, lora, out, bool(lora_scales))
@@ -520,12 +522,13 @@ def _without_images(folder: Path, settings: Settings, labels: list[str]) -> list
     return [label for label in labels if not any((_pictures(folder, settings) / label).glob("*/*.png"))]
 
 
-def load_evaluation(path: Path) -> Evaluation:
+def load_evaluation(path: Path | str) -> Evaluation:
     """Read ``evaluation.json``, given the file or the folder that it is in.
 
     Raises:
         InputError: if it is missing, damaged, or of another format.
     """
+    path = Path(path)
     file = path / FILE if path.is_dir() else path
     if not path.exists():
         raise InputError(f"{path}: there is no such run or file")

@@ -93,6 +93,13 @@ def _demand_source(source: str) -> None:
     )
 
 
+def _demand_sampling(steps: int | None, guidance_scale: float | None) -> None:
+    if steps is not None and steps < 1:
+        raise InputError(f"--steps: expected at least 1; got {steps}")
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise InputError(f"--guidance-scale: expected a finite number; got {guidance_scale}")
+
+
 def open_policy(
     source: str | Path,
     steps: int | None = None,
@@ -140,8 +147,7 @@ def open_policy(
         config = config.model_copy(update={"model": config.model.model_copy(update=place)})
         noise = prompt_noise_of(config, "test")
     asked = {"steps": steps, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-    if guidance_scale is not None and not math.isfinite(guidance_scale):
-        raise InputError(f"--guidance-scale: expected a finite number; got {guidance_scale}")
+    _demand_sampling(steps, guidance_scale)
     changes: dict[str, Any] = usual | {k: v for k, v in asked.items() if v is not None}
     if deterministic:
         changes |= {"eta": 0.0, "noise_level": 0.0}
@@ -164,7 +170,7 @@ def open_policy(
 
 def generate(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | str,
     images: int,
     seed: int = 0,
     batch_size: int | None = None,
@@ -173,10 +179,18 @@ def generate(
 ) -> Tensor:
     """Draw ``images`` images for each prompt: float32 [P, images, 3, height, width] in 0..1.
 
-    Image k of a prompt depends on (seed, prompt's place, k) alone.
+    Image k of a prompt depends on (seed, prompt's place, k) alone. A single prompt is one of them.
+
+    Raises:
+        InputError: if there is no prompt, or no image to draw.
     """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts or images < 1:
+        raise InputError(
+            f"generate: expected at least one prompt, and one image of each; got {len(prompts)} and {images}"
+        )
     keys = [(seed, EVALUATION, place) for place in range(len(prompts))]
     batch = batch_size or default_batch(policy.device)
     with torch.no_grad():
-        conditioning = policy.encode(list(prompts))
+        conditioning = policy.encode(prompts)
     return rollout(policy, conditioning, keys, images, batch, prompt_noise, progress, keep_path=False).images

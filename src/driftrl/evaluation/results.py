@@ -107,12 +107,12 @@ def load_result(path: Path) -> Result:
     return Result(parse_config(data["config"], str(path)), evaluation, training)
 
 
-def sources(paths: Sequence[Path]) -> list[Path]:
+def sources(paths: Sequence[Path | str]) -> list[Path]:
     """Run folders and files of results as they are, and in place of another folder what it holds: the files that
     ``driftrl experiment`` collected, or else the runs.
     """
     found: list[Path] = []
-    for path in paths:
+    for path in map(Path, paths):
         results = path / "results" if (path / "results").is_dir() else path
         files = sorted(results.glob("*.json"))
         runs = sorted({run.parent for name in (FILE, "config.yaml") for run in path.glob(f"*/{name}")})

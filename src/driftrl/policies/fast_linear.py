@@ -177,17 +177,22 @@ class _LinearForward:
 
 
 class _LoRAForward:
-    """What a LoRA layer computes: with its adapter, or without where that is switched off."""
+    """What a LoRA layer computes: with its adapter, or without where that is switched off. With the adapter fused into the
+    weight, or others beside it, as PEFT does.
+    """
 
     def __init__(self, layer: Any) -> None:
-        self.layer, self.name = layer, next(iter(layer.lora_A))
+        self.layer, self.names = layer, list(layer.lora_A)
+        self.name = self.names[0]
         self.sink: Sink | None = None
 
     def __call__(self, x: Tensor, *_: Any, rows: int | None = None, **__: Any) -> Tensor:
         """For x [rows, ..., in], or, if it is told how many rows they are, x [rows * S, in]."""
         layer, base = self.layer, self.layer.base_layer
         result: Tensor
-        if layer.disable_adapters:
+        if layer.merged or list(layer.active_adapters) != self.names:
+            result = type(layer).forward(layer, x)
+        elif layer.disable_adapters:
             result = Frozen.apply(x, base.weight, base.bias)
         else:
             low, high = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight

@@ -12,13 +12,29 @@ from driftrl.checks import InputError
 from driftrl.types import Prompt, Reward
 
 
-def asks_for_metadata(reward: Callable[..., object]) -> bool:
-    """Whether ``reward`` has an argument called ``metadata``, as rewards of other trainers do."""
+def with_metadata(
+    reward: Callable[..., object], metadata: object
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """What ``reward`` is given beside images and prompts: ``metadata`` by its name, or in the third place, where ddpo-pytorch and
+    TRL have it whatever it is called; nothing where there is no such argument.
+    """
     called = reward.forward if isinstance(reward, torch.nn.Module) else reward
     try:
-        return "metadata" in inspect.signature(called).parameters
+        arguments = inspect.signature(called).parameters
     except (TypeError, ValueError):  # compiled functions do not say what they take
-        return False
+        return (), {}
+    if "metadata" in arguments:
+        return (), {"metadata": metadata}
+    placed = [a for a in arguments.values() if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)]
+    third = next(iter(placed[2:3]), None)
+    if third is not None and (third.default is third.empty or "meta" in third.name):
+        return (metadata,), {}
+    return (), {}
+
+
+def asks_for_metadata(reward: Callable[..., object]) -> bool:
+    """Whether ``reward`` has an argument for metadata, as rewards of other trainers do."""
+    return any(with_metadata(reward, None))
 
 
 def metadata_of(prompts: Sequence[str]) -> list[dict[str, object]]:
@@ -32,10 +48,9 @@ def ask(reward: Reward, images: Tensor, prompts: Sequence[str]) -> object:
 
     Without gradients: a user's function around a network would else keep all that a backward pass needs.
     """
-    if asks_for_metadata(reward):
-        given: Callable[..., object] = reward
-        return given(images, prompts, metadata=metadata_of(prompts))
-    return reward(images, prompts)
+    given: Callable[..., object] = reward
+    placed, named = with_metadata(given, metadata_of(prompts))
+    return given(images, prompts, *placed, **named)
 
 
 def scores_of(answer: object, count: int, title: str) -> Tensor:

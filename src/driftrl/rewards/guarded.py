@@ -50,7 +50,7 @@ class GuardedReward:
             RunFailedError: if every attempt raised or took too long, or the reward raised this itself: it has
                 tried again on its own.
         """
-        problem = ""
+        problem, last = "", None
         for attempt in range(self.attempts):
             if attempt:
                 time.sleep(self.pause * 2 ** (attempt - 1))
@@ -61,13 +61,15 @@ class GuardedReward:
                     raise
                 raise type(error)(f"{self.title}: {error}") from error
             except (Exception, SystemExit) as error:  # sys.exit in a reward is not the end of the program
-                problem = f"{type(error).__name__}: {error}{where_raised(error)}"
+                problem, last = f"{type(error).__name__}: {error}{where_raised(error)}", error
         asked = list(dict.fromkeys(prompts))
         named = ", ".join(repr(p) for p in asked[:3]) + (
             f" and {len(asked) - 3} more" if len(asked) > 3 else ""
         )
         often = "once" if self.attempts == 1 else f"{self.attempts} times"
-        raise RunFailedError(f"the {self.title} failed {often} for {named}; the last time: {problem}")
+        raise RunFailedError(
+            f"the {self.title} failed {often} for {named}; the last time: {problem}"
+        ) from last
 
     def _scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Of all, fewer at once where memory does not suffice, and from then on."""
