@@ -102,6 +102,13 @@ def test_your_own_reward(here):
     assert (here / "runs/red-quick/checkpoints/000001/pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.filterwarnings("ignore")  # of a reward on so few images
+def test_from_python(here, capsys):
+    names = run_python("from-python.md")
+    assert names["images"].shape == (2, 2, 3, 64, 64) and not torch.equal(names["images"], names["before"])
+    assert [point.label for point in names["evaluation"].points] == ["base", "000003"]
+
+
 def test_your_own_prompts(here, capsys):
     run_python("your-own-prompts.md")
     assert "min.txt" in capsys.readouterr().out
@@ -185,6 +192,10 @@ def test_other_projects_names_are_answered_with_ours():
             or any(len(re.findall("`", cell)) > 2 for cell in theirs)
         ):
             continue  # a product of several, or part of a name
+        for section, name in re.findall(r"`(train|sample|pretrained)\.([a-z_]+)`", " ".join(theirs)):
+            with pytest.raises(InputError) as error:
+                parse_config({section: {name: 1}})
+            assert any(f"{section}.{name} is '{one}'" in str(error.value) for one in own)
         for key in keys - {"model", "revision"}:
             with pytest.raises(InputError) as error:
                 parse_config({key: 1})

@@ -862,7 +862,18 @@ _ELSEWHERE = {
     "timestep_fraction": "objective.timesteps",
     "train_adv_clip_max": "advantage.clip",
     "adv_clip_max": "advantage.clip",
+    "train_beta": "objective.kl_weight",
     "per_prompt_stat_tracking": "advantage.baseline",
+    "buffer_size": "advantage.history",
+    "per_prompt_stat_tracking_buffer_size": "advantage.history",
+    "min_count": "advantage.min_history",
+    "per_prompt_stat_tracking_min_count": "advantage.min_history",
+    "num_batches_per_epoch": "prompts.per_iteration",
+    "sample_num_batches_per_epoch": "prompts.per_iteration",
+    "gradient_accumulation_steps": "optimizer.updates",
+    "train_gradient_accumulation_steps": "optimizer.updates",
+    "bestofn": "selection.keep",
+    "pretrained_model": "model.path",
     "global_std": "advantage.scale",
     "sde_type": "sampling.flow_sampler",
     "sde_window_size": "sampling.window",
@@ -894,6 +905,16 @@ def setting_like(option: str) -> str:
     return next(keys, _ELSEWHERE.get(name, ""))
 
 
+def _meant(name: str, section: str = "") -> str:
+    """Our dotted key for another project's ``name``, in its ``section`` or on its own; "" if there is none."""
+    own = _by_leaf(TrainConfig).get(name, [])
+    return (
+        _ELSEWHERE.get(f"{section}_{name}")
+        or _ELSEWHERE.get(name)
+        or (own[0] if section and len(own) == 1 else "")
+    )
+
+
 def _by_leaf(section: Any, prefix: str = "") -> dict[str, list[str]]:
     """The dotted keys of a section and those in it, by the last part of each."""
     found: dict[str, list[str]] = {}
@@ -922,8 +943,13 @@ def _explain(problem: Any, root: type[Section]) -> str:
             # A number is a place in a list.
             section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
         names, known = list(section.model_fields), _by_leaf(root)
-        meant = known.get(leaf) or ([_ELSEWHERE[leaf]] if root is TrainConfig and leaf in _ELSEWHERE else [])
-        elsewhere = " or ".join(f"'{dotted}'" for dotted in meant)
+        inner = list(given) if isinstance(given, dict) else []
+        if root is TrainConfig and any(meant := {name: _meant(str(name), leaf) for name in inner}.values()):
+            told = [f"{leaf}.{name} is '{own}'" for name, own in zip(inner, meant, strict=True) if own]
+            return f"{key}: no such key; here {', '.join(told)}"
+        own = _meant(leaf) if root is TrainConfig else ""
+        ours = known.get(leaf) or ([own] if own else [])
+        elsewhere = " or ".join(f"'{dotted}'" for dotted in ours)
         hint = f"; did you mean {elsewhere}?" if elsewhere else nearest(leaf, names)
         if not hint:
             hint = nearest(leaf, known)
