@@ -506,6 +506,13 @@ def test_a_trainer_that_is_stopped_goes_on_when_it_is_run_again(config, tmp_path
         assert (tmp_path / "parts" / file).read_bytes() == (whole / file).read_bytes()
 
 
+def test_without_a_function_that_watches_a_bar_does(config, tmp_path, capsys):
+    Trainer(config(iterations=2), tmp_path / "bar").run()
+    assert re.search(r"training: 100%.* 2/2 .*diversity=[0-9.]+, reward=-?[0-9.]+", capsys.readouterr().err)
+    Trainer(config(iterations=2), tmp_path / "own").run(lambda iteration: None)
+    assert "training" not in capsys.readouterr().err
+
+
 def test_what_the_watching_function_raises_loses_no_iteration(config, tmp_path):
     def watch(iteration):
         if iteration.number == 3:

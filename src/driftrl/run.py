@@ -149,7 +149,7 @@ class Trainer:
         it goes on.
 
         Args:
-            watch: called after each iteration.
+            watch: called after each iteration; by default a bar of tqdm shows how far it is.
 
         Raises:
             InputError: if another run was begun in the folder since this one was made.
@@ -162,7 +162,7 @@ class Trainer:
         self._asked, self._ended = 0, False
         with ExitStack() as stack:
             stack.enter_context(signals(self._stop))
-            log = None
+            watch, log = watch or stack.enter_context(self._bar()), None
             with self.team.together():
                 if self.team.leads:
                     _make(self.folder)
@@ -175,8 +175,7 @@ class Trainer:
                 images = self._pictured(iteration)
                 if log is not None:
                     log.write(iteration, images, self._picture_meanwhile(iteration))
-                if watch is not None:
-                    watch(iteration)
+                watch(iteration)
 
             try:
                 self.loop.run(self.config.iterations, seen, self._stopped)
@@ -187,6 +186,26 @@ class Trainer:
                 kept = f"{last} is whole" if last else "there is no checkpoint yet"
                 raise RunFailedError(f"{what}{error}; {kept}") from error
         return self.folder
+
+    @contextmanager
+    def _bar(self) -> Iterator[Callable[[Iteration], Any]]:
+        from tqdm.auto import tqdm
+
+        done = self.loop.position.iteration
+        with tqdm(
+            total=self.config.iterations, initial=done, desc="training", unit="iteration", disable=not self.team.leads
+        ) as bar:  # fmt: skip
+
+            def tell(iteration: Iteration) -> None:
+                m = iteration.metrics
+                bar.set_postfix(
+                    reward=f"{m['reward/mean']:.3f}",
+                    diversity=f"{m['diversity/kept_mean']:.3f}",
+                    refresh=False,
+                )
+                bar.update(iteration.number - bar.n)
+
+            yield tell
 
     def stop(self) -> None:
         """End `run` after this iteration, with a checkpoint: from the function that watches it, or another thread."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -236,6 +236,28 @@ def formula(reward: str | Sequence[RewardPart]) -> str:
             f"{weight}{part.name}" + ("" if part.normalize == "none" else f" ({part.normalize}{numbers})")
         )
     return " + ".join(terms)
+
+
+class Asked(TypedDict, total=False):
+    """What `evaluate` can be asked for beside its source."""
+
+    prompts: str | Path | None
+    images: int | None
+    checkpoints: str | int
+    rewards: Sequence[str] | str
+    seed: int
+    keep_images: bool
+    encoder: str | None
+    clip: Path | str | None
+    out: Path | str | None
+    steps: int | None
+    guidance_scale: float | None
+    negative_prompt: str | None
+    batch_size: int | None
+    dtype: str | None
+    device: str | None
+    lora_scales: Sequence[float]
+    lora: str | None
 
 
 def evaluate(

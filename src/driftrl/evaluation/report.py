@@ -11,13 +11,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from markupsafe import Markup
 
 from driftrl.checks import counted
 from driftrl.distributed import join
-from driftrl.evaluation.evaluate import Evaluation, Figure, Point, Settings, in_words, load_evaluation
+from driftrl.evaluation.evaluate import Asked, Evaluation, Figure, Point, Settings, in_words, load_evaluation
 from driftrl.evaluation.evaluate import evaluate as measured
 from driftrl.evaluation.gallery import FIRST, evenly, pictures, prompt_rows, side, spread
 from driftrl.evaluation.measures import METRICS, VARIETY, Metric, asked, describe, too_few, trained
@@ -56,7 +56,7 @@ FIRED = {
 }
 
 
-def evaluate(source: str | Path, *, progress: Progress | None = None, **settings: Any) -> Path:
+def evaluate(source: str | Path, *, progress: Progress | None = None, **settings: Unpack[Asked]) -> Path:
     """Measure a run or model beside its base model and write ``report.html`` and ``report.png``; return the folder.
 
     Args:
