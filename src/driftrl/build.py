@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from driftrl import checkpoint, hub, one_pass
+from driftrl import checkpoint, hub, objects, one_pass
 from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import AdapterConfig, ModelConfig, RewardPart, TrainConfig
@@ -461,7 +462,9 @@ def demand_reward(name: str) -> None:
 
 
 def _imported(name: str) -> Reward:
-    """The reward that ``module:function`` names."""
+    """The reward that ``module:function`` names, or ``python:NAME`` of `driftrl.objects`."""
+    if name.startswith(objects.PREFIX):
+        return _usable(objects.found(name, "reward"), name)
     module, _, function = name.partition(":")
     if "/" in module or module.endswith(".py"):
         raise InputError(
@@ -620,13 +623,16 @@ def build_encoder(name: str, device: torch.device, policy: Policy | None = None)
     """An image encoder by name.
 
     'tiny-animals'; 'dreamsim' or one of its branches, such as 'dreamsim:dino_vitb16'; 'policy:latents' or
-    'policy:mid-block', which need ``policy``; else the folder or hub name of a model that transformers loads.
+    'policy:mid-block', which need ``policy``; 'python:NAME' of `driftrl.objects`; else the folder or hub name of a model
+    that transformers loads.
 
     Raises:
         InputError: if it cannot be loaded.
     """
     from driftrl.diversity.encoders import DREAMSIM, DreamSimEncoder, TransformersEncoder
 
+    if name.startswith(objects.PREFIX):
+        return partial(_features, name, objects.found(name, "shaping.encoder"))
     if name in DREAMSIM:
         return DreamSimEncoder(DREAMSIM[name], device)
     if name.partition(":")[0] in ("dreamsim", "policy"):
@@ -666,6 +672,18 @@ def demand_second_branch(policy: PipelinePolicy, negative_prompt: str | None) ->
                 else "this model has its guidance built in, and no second one"
             )
         )
+
+
+@torch.no_grad()
+def _features(name: str, encoder: Encoder, images: Tensor) -> Tensor:
+    """What a user's encoder makes of ``images``, if it is features."""
+    features = encoder(images)
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+        got = f"shape {list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+        raise InputError(
+            f"shaping.encoder: {name}: expected a tensor of features [{len(images)}, D], a row for each image; got {got}"
+        )
+    return features
 
 
 def _policy_encoder(name: str, policy: Policy | None) -> Encoder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numbers
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
@@ -25,6 +24,7 @@ from pydantic import (
 )
 
 from driftrl.checks import InputError, nearest
+from driftrl.objects import named
 
 Positive = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -36,17 +36,15 @@ Place = Annotated[
 """A name, folder or file, or NAME@FOLDER; ~/ is the home directory, which a shell leaves alone after `--set key=`."""
 
 
-def _name_of(reward: Any) -> Any:
-    """A function given in Python as module:function, for a configuration is text; anything else as it is."""
-    if not callable(reward):
-        return reward
-    module, name = getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "")
-    if not name or getattr(sys.modules.get(module), name, None) is not reward:
-        raise ValueError(
-            f"reward: expected a function that stands in a module under its own name, so that the run can be resumed; got "
-            f"{reward!r}; give it a name there, or name it yourself as module:function"
-        )
-    return f"{module}:{name}"
+def _reward_name(reward: Any) -> Any:
+    """An object given in Python by what a configuration calls it; anything else as it is."""
+    return named(reward) if callable(reward) and not isinstance(reward, type) else reward
+
+
+def _encoder_name(encoder: Any) -> Any:
+    return (
+        named(encoder, importable=False) if callable(encoder) and not isinstance(encoder, type) else encoder
+    )
 
 
 def _as_text(value: Any) -> Any:
@@ -56,8 +54,10 @@ def _as_text(value: Any) -> Any:
     return int(value) if whole else value
 
 
-RewardName = Annotated[Place, BeforeValidator(_name_of)]
+RewardName = Annotated[Place, BeforeValidator(_reward_name)]
 """A reward's name; in Python a function will do."""
+EncoderName = Annotated[Place, BeforeValidator(_encoder_name)]
+"""Likewise."""
 SectionKind = TypeVar("SectionKind", bound="Section")
 
 
@@ -331,7 +331,7 @@ class ShapingConfig(Section):
     x 8, for all steps and the image, and `encoder` is for the logs only."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Of `stepwise`: the discount."""
-    encoder: Place = "tiny-animals"
+    encoder: EncoderName = "tiny-animals"
     """Image encoder whose cosine distances measure diversity: tiny-animals, dreamsim (or dreamsim:dino_vitb16 and
     other branches), policy:latents, policy:mid-block, or a model of transformers by folder or hub name."""
 

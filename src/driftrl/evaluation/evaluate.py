@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from driftrl import checkpoint
+from driftrl import checkpoint, objects
 from driftrl.build import (
     TINY_ANIMALS,
     Towers,
@@ -45,7 +45,7 @@ from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.prompts import evaluated
 from driftrl.rewards.calling import metadata_of
 from driftrl.rollout import NO_NOISE
-from driftrl.types import Prompt
+from driftrl.types import Encoder, Prompt, Reward
 
 FORMAT = 1
 FILE = "evaluation.json"
@@ -244,10 +244,10 @@ class Asked(TypedDict, total=False):
     prompts: str | Path | None
     images: int | None
     checkpoints: str | int
-    rewards: Sequence[str] | str
+    rewards: Sequence[str | Reward] | str | Reward
     seed: int
     keep_images: bool
-    encoder: str | None
+    encoder: str | Encoder | None
     clip: Path | str | None
     out: Path | str | None
     steps: int | None
@@ -266,10 +266,10 @@ def evaluate(
     prompts: str | Path | None = None,
     images: int | None = None,
     checkpoints: str | int = "last",
-    rewards: Sequence[str] | str = (),
+    rewards: Sequence[str | Reward] | str | Reward = (),
     seed: int = 0,
     keep_images: bool = False,
-    encoder: str | None = None,
+    encoder: str | Encoder | None = None,
     clip: Path | str | None = None,
     out: Path | str | None = None,
     steps: int | None = None,
@@ -296,10 +296,10 @@ def evaluate(
         prompts: a prompt set of the package or a file; by default as the run's ``evaluation.prompts`` says.
         images: per prompt, at least 2; by default the run's ``evaluation.images``.
         checkpoints: 'last', 'all', an iteration, or several with commas between them.
-        rewards: more rewards by name, scored beside the one that was trained on; for a model in place of the embedded one.
+        rewards: more rewards by name, or functions, scored beside the one that was trained on; for a model in place of the embedded one.
         seed: of the images; base and tuned share their noise.
         keep_images: write every image as a PNG too.
-        encoder: whose features measure variety; by default the run's ``shaping.encoder``.
+        encoder: whose features measure variety, a name or a function from images to features [N, D]; by default the run's ``shaping.encoder``.
         clip: the CLIP model for CLIP diversity and prompt-image similarity, a folder or a hub name; by default the run's
             ``evaluation.clip``, and for the embedded model its own. Both figures are left out where there is none.
         out: folder to write to; by default the run folder, or ``runs/evaluate-<name>`` for a model or LoRA.
@@ -320,7 +320,7 @@ def evaluate(
         InputError: if anything cannot be used, or ``evaluation.json`` is damaged.
     """
     prompts, out = None if prompts is None else str(prompts), None if out is None else Path(out)
-    checkpoints, rewards = str(checkpoints), [rewards] if isinstance(rewards, str) else rewards
+    rewards, encoder = _by_name(rewards, encoder)
     found = run_of(source)
     config = load_config(found[0] / "config.yaml") if found else parse_config({})
     name, folder = _name_and_folder(source, found, config.name, lora, out, bool(lora_scales))
@@ -329,7 +329,7 @@ def evaluate(
         raise InputError(
             f"images: expected at least 2 per prompt, for variety is between images; got {count}"
         )
-    paths = _checkpoints(source, found, checkpoints)
+    paths = _checkpoints(source, found, str(checkpoints))
     wanted = _subjects(paths, lora_scales, config.adapter.kind) if lora is None else []
     model = config.model.path if found else str(source)
     clip_model = _clip_of(clip or config.evaluation.clip, model)
@@ -597,6 +597,15 @@ def first_problem(error: ValidationError) -> str:
     if what is None:
         what = f"expected {first['msg'].removeprefix('Input should be ')}; got {first['input']!r}"
     return f"{'.'.join(str(part) for part in first['loc'])}: {what}"
+
+
+def _by_name(
+    rewards: Sequence[str | Reward] | str | Reward, encoder: str | Encoder | None
+) -> tuple[list[str], str | None]:
+    """What settings call the functions among them."""
+    asked = [rewards] if isinstance(rewards, str) or callable(rewards) else rewards
+    names = [reward if isinstance(reward, str) else objects.named(reward) for reward in asked]
+    return names, objects.named(encoder, importable=False) if callable(encoder) else encoder
 
 
 def _clip_of(asked: Path | str | None, model: str) -> str | None:
