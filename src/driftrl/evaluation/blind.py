@@ -269,7 +269,7 @@ def _drawn(run: Run, point: Point) -> list[bytes]:
         )
     policy, noise = open_policy(
         run.folder if base else path, settings.steps, settings.guidance_scale,
-        negative_prompt=settings.negative_prompt or None,
+        negative_prompt=settings.negative_prompt,
     )  # fmt: skip
     with policy.reference() if base else nullcontext():
         drawn = generate(
