@@ -208,7 +208,8 @@ class PipelinePolicy:
             prompts: one or more.
             at_once: how many the text encoders read together; by default what suits them.
         """
-        read = [*prompts, self.sampler.negative_prompt] if self.branches == 2 else prompts
+        negative = self.sampler.negative_prompt
+        read = [*prompts, negative] if negative and self.branches == 2 else prompts
         if not self._said_long and (
             message := long_prompts.told(self.pipeline, self.text_encoders, read, self.longest)
         ):
