@@ -915,6 +915,13 @@ def _meant(name: str, section: str = "") -> str:
     )
 
 
+def _theirs(section: str, names: list[Any]) -> list[str]:
+    """What the settings in a section of ddpo-pytorch or Flow-GRPO are here."""
+    if section not in ("train", "sample", "pretrained"):
+        return []
+    return [f"{section}.{name} is '{own}'" for name in names if (own := _meant(str(name), section))]
+
+
 def _by_leaf(section: Any, prefix: str = "") -> dict[str, list[str]]:
     """The dotted keys of a section and those in it, by the last part of each."""
     found: dict[str, list[str]] = {}
@@ -943,9 +950,7 @@ def _explain(problem: Any, root: type[Section]) -> str:
             # A number is a place in a list.
             section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
         names, known = list(section.model_fields), _by_leaf(root)
-        inner = list(given) if isinstance(given, dict) else []
-        if root is TrainConfig and any(meant := {name: _meant(str(name), leaf) for name in inner}.values()):
-            told = [f"{leaf}.{name} is '{own}'" for name, own in zip(inner, meant, strict=True) if own]
+        if root is TrainConfig and isinstance(given, dict) and (told := _theirs(leaf, list(given))):
             return f"{key}: no such key; here {', '.join(told)}"
         own = _meant(leaf) if root is TrainConfig else ""
         ours = known.get(leaf) or ([own] if own else [])
