@@ -100,6 +100,7 @@ def main() -> None:
         "shaping.encoder=tiny-animals",
         "model.vae_slicing=false",
         "logging.trackers=[]",
+        "evaluation.at_end=false",
     ]
     settings += SMALL if args.small else random_models(args.cache)
     if args.memory:

@@ -229,7 +229,8 @@ def _demand_reachable(config: TrainConfig) -> None:
         if kind in NETWORKS:
             asked.append((f"reward={kind}@", weights or WEIGHTS.get(kind, ""), "config.json", None))
     asked.append(("shaping.encoder", config.shaping.encoder, "config.json", None))
-    asked.append(("evaluation.clip", config.evaluation.clip or "", "config.json", None))
+    if config.evaluation.at_end:
+        asked.append(("evaluation.clip", config.evaluation.clip or "", "config.json", None))
     asked = [one for one in asked if of_hub(one[1])]
     if not asked or hub.answers():
         return
