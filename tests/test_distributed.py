@@ -96,7 +96,7 @@ def test_two_processes_train_as_one(train, tmp_path, method):
         assert len(meanwhile) == (8 if a["iteration"] % 3 == 0 else 0)
         assert {name: b[name] for name in meanwhile} == pytest.approx(meanwhile, rel=1e-3)
     start, last = weights(tmp_path / "one", 0), weights(tmp_path / "one", 6)
-    assert (last - start).abs().max() > 3e-3
+    assert (last - start).abs().max() > 5e-3
     torch.testing.assert_close(weights(tmp_path / "two", 6), last, atol=1e-5, rtol=0)
 
 

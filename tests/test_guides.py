@@ -103,7 +103,7 @@ def test_your_own_reward(here):
 
 
 @pytest.mark.filterwarnings("ignore")  # of a reward on so few images
-def test_from_python(here, capsys):
+def test_from_python(here):
     names = run_python("from-python.md")
     assert names["images"].shape == (2, 2, 3, 64, 64) and not torch.equal(names["images"], names["before"])
     assert [point.label for point in names["evaluation"].points] == ["base", "000003"]

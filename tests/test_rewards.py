@@ -171,8 +171,8 @@ def test_a_function_given_in_python_is_kept_by_its_name(config, tmp_path):
     ]
     run = Trainer(config(iterations=1, reward=brightness), tmp_path / "run").run()
     assert load_config(run / "config.yaml").reward == f"{__name__}:brightness"
-    with pytest.raises(ValueError, match="reward"):
-        TrainConfig(reward=torch.nn.Identity)
+    with pytest.raises(InputError, match=r"is a class; expected .* reward = Identity\(\)"):
+        build_reward(str(TrainConfig(reward=torch.nn.Identity).reward), torch.device("cpu"))
     with pytest.raises(InputError, match="script or notebook that trained: put it into a module"):
         build_reward("__main__:no_such_function", torch.device("cpu"))
 

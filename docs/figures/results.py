@@ -44,6 +44,8 @@ LEVELS, AT = (13.5, 13.85, 14.0), ("diversity", "recall", "coverage")
 """Rewards and measures of the table of adapters turned down."""
 RIVALS = {"sampling": "contrast"}
 """What a folder's methods are compared with, where that is not GRPO."""
+PICTURED = {"flat": 2}
+"""Seeds that a method must have to be in a folder's figure, where all would be too many lines."""
 ALSO = {"rates": sorted((DOCS / "results/methods").glob("grpo-seed*.json"))}
 """Runs of other folders that a table has too."""
 
@@ -249,7 +251,8 @@ def result_blocks(check: bool) -> dict[str, str]:
         if any(method.scaled for method in methods):
             blocks[f"{folder.name}-levels"] = scale_table(folder)
         if not check:
-            figure(methods, DOCS / "images" / f"results-{folder.name}.png")
+            pictured = [method for method in methods if len(method.runs) >= PICTURED.get(folder.name, 1)]
+            figure(pictured, DOCS / "images" / f"results-{folder.name}.png")
     return blocks
 
 

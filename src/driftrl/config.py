@@ -6,6 +6,7 @@ import numbers
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
@@ -36,17 +37,6 @@ Place = Annotated[
 """A name, folder or file, or NAME@FOLDER; ~/ is the home directory, which a shell leaves alone after `--set key=`."""
 
 
-def _reward_name(reward: Any) -> Any:
-    """An object given in Python by what a configuration calls it; anything else as it is."""
-    return named(reward) if callable(reward) and not isinstance(reward, type) else reward
-
-
-def _encoder_name(encoder: Any) -> Any:
-    return (
-        named(encoder, importable=False) if callable(encoder) and not isinstance(encoder, type) else encoder
-    )
-
-
 def _as_text(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -54,9 +44,9 @@ def _as_text(value: Any) -> Any:
     return int(value) if whole else value
 
 
-RewardName = Annotated[Place, BeforeValidator(_reward_name)]
+RewardName = Annotated[Place, BeforeValidator(named)]
 """A reward's name; in Python a function will do."""
-EncoderName = Annotated[Place, BeforeValidator(_encoder_name)]
+EncoderName = Annotated[Place, BeforeValidator(partial(named, importable=False))]
 """Likewise."""
 SectionKind = TypeVar("SectionKind", bound="Section")
 

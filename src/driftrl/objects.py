@@ -38,10 +38,12 @@ def register(name: str, thing: Callable[..., Any]) -> str:
     return f"{PREFIX}{name}"
 
 
-def named(thing: Callable[..., Any], importable: bool = True) -> str:
+def named(thing: Any, importable: bool = True) -> Any:
     """What a configuration calls ``thing``: ``module:function`` where it can be imported by that, if that is of use, else
-    ``python:NAME``.
+    ``python:NAME``; what cannot be called, such as a name, stays as it is.
     """
+    if not callable(thing):
+        return thing
     module, name = getattr(thing, "__module__", ""), getattr(thing, "__qualname__", "")
     if importable and name and getattr(sys.modules.get(module), name, None) is thing:
         return f"{module}:{name}"

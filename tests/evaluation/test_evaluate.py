@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import re
@@ -18,7 +19,7 @@ from driftrl.build import load_pipeline
 from driftrl.checks import InputError, RunFailedError
 from driftrl.cli.evaluate import Lines, _progress
 from driftrl.config import dump_config, load_config
-from driftrl.evaluation.evaluate import FILE, evaluate, in_words, load_evaluation
+from driftrl.evaluation.evaluate import FILE, Asked, evaluate, in_words, load_evaluation
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.evaluation.measures import unsuited
 from driftrl.evaluation.studio import Instruments, Readings, _asked, measure
@@ -127,6 +128,13 @@ def test_the_embedded_clip_model_is_for_the_embedded_model(run, prompts_file, cl
     toy = load_evaluation(evaluate(run, **(chosen | {"clip": "tiny-animals"})))
     assert "CLIP diversity is by the embedded model's own" in " ".join(unsuited(toy.settings))
     assert unsuited(toy.settings.model_copy(update={"model": "tiny-animals"})) == []
+
+
+def test_what_type_checkers_are_told_is_what_can_be_asked():
+    assert Asked.__annotations__.keys() == inspect.signature(evaluate).parameters.keys() - {
+        "source",
+        "progress",
+    }
 
 
 def test_a_negative_prompt_is_part_of_what_figures_depend_on(run, prompts_file, clip_folder):

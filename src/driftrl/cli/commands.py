@@ -30,6 +30,10 @@ Dtype = Annotated[
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:1; by default that of the run, or auto.")
 ]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="What guidance leads away from; by default that of the run."),
+]
 
 
 def _flag(*names: str, help: str) -> Any:
@@ -186,10 +190,7 @@ def register(app: typer.Typer) -> None:
         guidance_scale: Annotated[
             float | None, typer.Option(help="By default that of the run.", min=0)
         ] = None,
-        negative_prompt: Annotated[
-            str | None,
-            typer.Option(metavar="TEXT", help="What guidance leads away from; by default that of the run."),
-        ] = None,
+        negative_prompt: NegativePrompt = None,
         deterministic: Annotated[
             bool,
             _flag(
@@ -301,10 +302,7 @@ def register(app: typer.Typer) -> None:
         guidance_scale: Annotated[
             float | None, typer.Option(help="By default that of the run.", min=0)
         ] = None,
-        negative_prompt: Annotated[
-            str | None,
-            typer.Option(metavar="TEXT", help="What guidance leads away from; by default that of the run."),
-        ] = None,
+        negative_prompt: NegativePrompt = None,
         lora_scale: Annotated[
             str | None,
             typer.Option(

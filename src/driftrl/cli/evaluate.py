@@ -74,15 +74,14 @@ def evaluate(source: str | Path, *, quiet: bool = False, as_json: bool = False, 
             folder = work(source, progress=watch, **settings)
     if not leads():
         return folder
-    results = Console(emoji=False)
+    results, evaluation = Console(emoji=False), load_evaluation(folder)
     if as_json:
-        results.print(_json(load_evaluation(folder), folder), highlight=False, soft_wrap=True, markup=False)
+        results.print(_json(evaluation, folder), highlight=False, soft_wrap=True, markup=False)
     if quiet:
         console.print(folder / "report.html", highlight=False, soft_wrap=True, markup=False)
         return folder
     from driftrl.evaluation.measures import too_few, unsuited
 
-    evaluation = load_evaluation(folder)
     for message in unsuited(evaluation.settings):
         console.print(f"[yellow]note:[/] {escape(message)}", highlight=False, soft_wrap=True)
     if not as_json:

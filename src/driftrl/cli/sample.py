@@ -80,7 +80,7 @@ def sample(
     told = {
         "Software": f"driftrl {__version__}", "model": _called(source), "lora": _called(lora or ""), "lora_scale": lora_scale, "seed": seed,
         "steps": len(policy.timesteps), "guidance_scale": policy.sampler.guidance_scale,
-        "deterministic": deterministic, "negative_prompt": policy.sampler.negative_prompt,
+        "deterministic": deterministic, "negative_prompt": policy.negative_prompt,
     }  # fmt: skip
     try:
         if not picture_file:

@@ -130,7 +130,7 @@ def _network(path: Path) -> str:
         return next(iter(file.keys())).partition(".")[0]
 
 
-def _told(model: ModelConfig, file: str) -> dict[str, Any]:
+def _json_of(model: ModelConfig, file: str) -> dict[str, Any]:
     """What a JSON file of a model says, if the model is on this machine."""
     folder = Path(model.path) / file
     found = folder if folder.is_file() else hub.cached(model.path, file, model.revision)
@@ -141,10 +141,10 @@ def _empty_prompt(model: ModelConfig) -> str | None:
     """What must stand for no negative prompt where the pipeline calls guidance of two branches ``true_cfg_scale``, and has it only
     beside one: Qwen-Image's, and FLUX.1's where the network is not distilled for a guidance scale. Elsewhere None.
     """
-    pipeline = _told(model, "model_index.json").get("_class_name")
+    pipeline = _json_of(model, "model_index.json").get("_class_name")
     if pipeline == "QwenImagePipeline":
         return " "
-    distilled = _told(model, "transformer/config.json").get("guidance_embeds", True)
+    distilled = _json_of(model, "transformer/config.json").get("guidance_embeds", True)
     return "" if pipeline == "FluxPipeline" and not distilled else None
 
 

@@ -369,7 +369,7 @@ def evaluate(
         dtype=None if dtype == config.model.dtype else dtype,
         metadata=metadata_of(texts) if any(metadata_of(texts)) else [],
         scaled=bool(lora_scales) or lora is not None,
-        negative_prompt=sampler.negative_prompt if policy.branches == 2 else "",
+        negative_prompt=policy.negative_prompt,
         lora="" if lora is None else name,
     )
     team = join()
@@ -604,8 +604,7 @@ def _by_name(
 ) -> tuple[list[str], str | None]:
     """What settings call the functions among them."""
     asked = [rewards] if isinstance(rewards, str) or callable(rewards) else rewards
-    names = [reward if isinstance(reward, str) else objects.named(reward) for reward in asked]
-    return names, objects.named(encoder, importable=False) if callable(encoder) else encoder
+    return [objects.named(reward) for reward in asked], objects.named(encoder, importable=False)
 
 
 def _clip_of(asked: Path | str | None, model: str) -> str | None:

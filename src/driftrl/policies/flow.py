@@ -171,7 +171,7 @@ class FluxPolicy(PackedPolicy):
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.device)
-        negative = [self.sampler.negative_prompt]
+        negative = [self.negative_prompt]
         null, null_pooled, _ = self.pipeline.encode_prompt(negative, device=self.device)
         extra = {"pooled": pooled.float(), "null_pooled": null_pooled.float().repeat(len(embeds), 1)}
         return Conditioning(embeds.float(), null.float(), extra)
@@ -231,7 +231,7 @@ class SanaPolicy(FlowPolicy):
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         usual = inspect.signature(type(self.pipeline).__call__).parameters
         embeds, mask, null, null_mask = self.pipeline.encode_prompt(
-            list(prompts), negative_prompt=self.sampler.negative_prompt, device=self.device,
+            list(prompts), negative_prompt=self.negative_prompt, device=self.device,
             complex_human_instruction=usual["complex_human_instruction"].default,
         )  # fmt: skip
         extra = {"mask": mask.long(), "null_mask": null_mask.long()}
@@ -263,7 +263,7 @@ class QwenImagePolicy(PackedPolicy):
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, mask = self._padded(list(prompts))
-        null, null_mask = self._padded([self.sampler.negative_prompt or self._null_prompt])
+        null, null_mask = self._padded([self.negative_prompt or self._null_prompt])
         return Conditioning(embeds, null, {"mask": mask, "null_mask": null_mask.repeat(len(embeds), 1)})
 
     def _padded(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -325,7 +325,7 @@ class ZImagePolicy(FlowPolicy):
         return _even(steps)
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
-        found, null = self._read(list(prompts)), self._read([self.sampler.negative_prompt])
+        found, null = self._read(list(prompts)), self._read([self.negative_prompt])
         lengths = [torch.tensor([len(own) for own in one], device=self.device) for one in (found, null)]
         extra = {"length": lengths[0], "null_length": lengths[1].repeat(len(found))}
         return Conditioning(self._padded(found), self._padded(null), extra)

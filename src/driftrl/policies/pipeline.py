@@ -153,6 +153,11 @@ class PipelinePolicy:
         return 1 if self._scale() == 1.0 else 2
 
     @property
+    def negative_prompt(self) -> str:
+        """What guidance leads away from; empty too where there is no second branch to read it."""
+        return self.sampler.negative_prompt if self.branches == 2 else ""
+
+    @property
     def timesteps(self) -> Tensor:
         """[T]: the training timestep of each denoising step."""
         raise NotImplementedError
@@ -189,8 +194,7 @@ class PipelinePolicy:
 
     def _negative(self, prompts: Sequence[str]) -> list[str] | None:
         """The negative prompt as often as there are prompts; None is what the pipeline itself makes of none."""
-        negative = self.sampler.negative_prompt
-        return [negative] * len(prompts) if negative else None
+        return [self.negative_prompt] * len(prompts) if self.negative_prompt else None
 
     def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Transition:
         """The policy at latents [n, C, H, W], step numbers [n] and n rows of conditioning."""
@@ -208,8 +212,7 @@ class PipelinePolicy:
             prompts: one or more.
             at_once: how many the text encoders read together; by default what suits them.
         """
-        negative = self.sampler.negative_prompt
-        read = [*prompts, negative] if negative and self.branches == 2 else prompts
+        read = [*prompts, self.negative_prompt] if self.negative_prompt else prompts
         if not self._said_long and (
             message := long_prompts.told(self.pipeline, self.text_encoders, read, self.longest)
         ):
