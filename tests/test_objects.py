@@ -46,7 +46,7 @@ def test_a_run_with_objects_is_trained_resumed_and_measured(config, tmp_path):
     figures = here.base.figures
     assert figures["reward"].mean == pytest.approx(5 * figures["reward/python:partial"].mean)
     own = load_evaluation(evaluate(run, **two, encoder=colours, out=tmp_path / "own")).settings.encoder
-    assert own == "python:colours"
+    assert own == f"{__name__}:colours"
     objects._KNOWN.clear()  # another process
     with pytest.raises(
         InputError, match=r"reward: 'python:Brightness' was an object .*register\('Brightness', "
@@ -57,6 +57,21 @@ def test_a_run_with_objects_is_trained_resumed_and_measured(config, tmp_path):
         Trainer(resume=run)
     objects.register("lambda", closure)
     assert Trainer(load_config(run / "config.yaml", ["iterations=2"]), resume=run).run() == run
+
+
+def test_an_encoder_of_a_module_is_called_by_that(config, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def dark(images):\n    return images.mean((2, 3)) + 0.1\n\nsize = 3\n")
+    monkeypatch.chdir(tmp_path)
+    encoder = build_encoder("mine:dark", CPU)
+    assert torch.equal(encoder(torch.zeros(2, 3, 4, 4)), torch.full((2, 3), 0.1))
+    for name, message in (
+        ("mine:size", r"expected a function of images .*got 3"),
+        ("mine:light", r"'mine:light' cannot be imported: .*no attribute 'light'"),
+        ("yours:dark", r"expected yours\.py in this folder"),
+        ("./mine.py:dark", r"got the path '\./mine\.py:dark'"),
+    ):
+        with pytest.raises(InputError, match=rf"^shaping\.encoder: .*{message}"):
+            build_encoder(name, CPU)
 
 
 def test_each_object_has_a_name_of_its_own():

@@ -9,6 +9,7 @@ import pytest
 
 from driftrl.build import build_loop
 from driftrl.checks import InputError
+from driftrl.config import TrainConfig, dump_config, load_config
 from driftrl.files import write_json
 from driftrl.prompts import (
     PromptWarning,
@@ -41,6 +42,41 @@ def test_files(tmp_path):
     lines = tmp_path / "mine.jsonl"
     lines.write_text('"a cat"\n{"prompt": "a dog", "weight": 2}\n')
     assert load_prompts(str(lines)) == ("a cat", "a dog")
+
+
+def test_prompts_themselves(tmp_path):
+    """In YAML, by --set and in Python a list will do."""
+    words = (" a cat on 3 legs", "猫")
+    config = load_config(None, ["prompts.set=[' a cat on 3 legs', 猫]", "prompts.per_iteration=2"])
+    assert config.prompts.set == ["a cat on 3 legs", "猫"]
+    assert config == TrainConfig(prompts={"set": words, "per_iteration": 2})
+    (tmp_path / "config.yaml").write_text(dump_config(config), "utf-8")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert build_loop(config, tmp_path).prompt_set == load_prompts(words) == trained(words, tmp_path)
+    assert (
+        evaluated(None, words) == evaluated(words, "animals") == ("a list of 2 prompts", load_prompts(words))
+    )
+
+
+@pytest.mark.parametrize("given", ["[]", "[a cat, '']", "[3]", "3", "{a: b}"])
+def test_a_list_that_has_no_prompts_is_refused(given):
+    with pytest.raises(
+        InputError, match=r"--set prompts\.set: expected a prompt set, .*or a list of prompts"
+    ):
+        load_config(None, [f"prompts.set={given}"])
+
+
+def test_a_list_has_no_metadata():
+    """It would be lost, and a reward that asks for it would see none."""
+    with pytest.raises(InputError, match=r"prompts\.set: expected the name of the JSONL file"):
+        TrainConfig(prompts={"set": [Prompt("a cat", {"count": 2})]})
+
+
+def test_a_prompt_in_place_of_a_list_is_told_how():
+    with pytest.raises(InputError, match=r"a prompt itself is given in a list, \[a red cat\]"):
+        load_prompts("a red cat")
+    with pytest.raises(InputError, match="expected text in UTF-8; got 3"):
+        load_prompts(["a cat", 3])
 
 
 def test_files_of_other_systems_and_scripts(tmp_path):

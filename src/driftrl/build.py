@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -39,7 +37,7 @@ from driftrl.policies.lora import WEIGHTS as LORA
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from driftrl.policies.start import Start, layer_kind, load_start
-from driftrl.prompts import trained, warn_of_doubles
+from driftrl.prompts import called, trained, warn_of_doubles
 from driftrl.rewards.calling import with_metadata
 from driftrl.rewards.guarded import GuardedReward
 from driftrl.rewards.several import SeveralRewards
@@ -433,7 +431,7 @@ def build_reward(
         found: Reward = getattr(compressibility, name)
         return found
     if ":" in name:
-        return _imported(name)
+        return _own(name)
     plugins = {point.name: point for point in entry_points(group="driftrl.rewards")}
     if name in plugins:
         try:
@@ -462,37 +460,15 @@ def demand_reward(name: str) -> None:
         build_reward(name, torch.device("cpu"))
 
 
-def _imported(name: str) -> Reward:
+def _own(name: str) -> Reward:
     """The reward that ``module:function`` names, or ``python:NAME`` of `driftrl.objects`."""
-    if name.startswith(objects.PREFIX):
-        return _usable(objects.found(name, "reward"), name)
-    module, _, function = name.partition(":")
-    if "/" in module or module.endswith(".py"):
-        raise InputError(
-            f"reward: expected module:function, as Python imports it; got the path {name!r}; for rewards.py in this folder: "
-            "driftrl train --set reward=rewards:function"
-        )
+    function = name.partition(":")[2]
     if function.isdecimal():
         raise InputError(
             f"reward: expected module:function, or http://host:port of a reward server; got {name!r}; did you mean "
             f"'http://{name}'?"
         )
-    here = str(Path.cwd())
-    if here not in sys.path:  # at the end: what is installed is found first
-        sys.path.append(here)
-    try:
-        reward = getattr(importlib.import_module(module), function)
-    except (Exception, SystemExit) as error:  # whatever a user's module does at its import
-        hint = ""
-        if module == "__main__":
-            hint = "; it is of the script or notebook that trained: put it into a module, and name that in config.yaml"
-        elif isinstance(error, ModuleNotFoundError) and error.name == module:
-            hint = f"; expected {module}.py in this folder, or a module that is installed"
-        what = (
-            error if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
-        )
-        raise InputError(f"reward: {name!r} cannot be imported: {what}{hint}") from error
-    return _usable(reward, name)
+    return _usable(objects.found(name, "reward"), name)
 
 
 def _usable(reward: Any, name: str) -> Reward:
@@ -624,26 +600,26 @@ def build_encoder(name: str, device: torch.device, policy: Policy | None = None)
     """An image encoder by name.
 
     'tiny-animals'; 'dreamsim' or one of its branches, such as 'dreamsim:dino_vitb16'; 'policy:latents' or
-    'policy:mid-block', which need ``policy``; 'python:NAME' of `driftrl.objects`; else the folder or hub name of a model
-    that transformers loads.
+    'policy:mid-block', which need ``policy``; 'module:function', or 'python:NAME' of `driftrl.objects`; else the folder or
+    hub name of a model that transformers loads.
 
     Raises:
         InputError: if it cannot be loaded.
     """
     from driftrl.diversity.encoders import DREAMSIM, DreamSimEncoder, TransformersEncoder
 
-    if name.startswith(objects.PREFIX):
-        return partial(_features, name, objects.found(name, "shaping.encoder"))
     if name in DREAMSIM:
         return DreamSimEncoder(DREAMSIM[name], device)
     if name.partition(":")[0] in ("dreamsim", "policy"):
         one_of("shaping.encoder", name, (*POLICY_ENCODERS, *DREAMSIM))
         return _policy_encoder(name, policy)
+    if ":" in name and not Path(name).exists():
+        return _own_encoder(name)
     path = str(TINY_ANIMALS / "encoder") if name == "tiny-animals" else name
     if "/" not in path and not Path(path).exists():  # not worth asking the hub, whose names have an owner
         known = ("tiny-animals", *POLICY_ENCODERS, *DREAMSIM)
         raise InputError(
-            f"shaping.encoder: expected one of {', '.join(known)}, a folder or a hub name as owner/model; got "
+            f"shaping.encoder: expected one of {', '.join(known)}, module:function, a folder or a hub name as owner/model; got "
             f"{name!r}{nearest(name, known)}"
         )
     if of_hub(path):
@@ -673,6 +649,15 @@ def demand_second_branch(policy: PipelinePolicy, negative_prompt: str | None) ->
                 else "this model has its guidance built in, and no second one"
             )
         )
+
+
+def _own_encoder(name: str) -> Encoder:
+    encoder = objects.found(name, "shaping.encoder")
+    if not callable(encoder) or isinstance(encoder, type):
+        raise InputError(
+            f"shaping.encoder: {name}: expected a function of images [N, 3, H, W] to features [N, D]; got {encoder!r}"
+        )
+    return partial(_features, name, encoder)
 
 
 @torch.no_grad()
@@ -705,10 +690,10 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE, start: bool =
     """Everything that a run needs, ready to go; without ``start`` for going on from a checkpoint."""
     prompt_set = trained(config.prompts.set, run)
     if start:  # once: not again of a run that goes on
-        warn_of_doubles(prompt_set, config.prompts.set)
+        warn_of_doubles(prompt_set, called(config.prompts.set))
     if config.prompts.per_iteration > len(prompt_set):
         raise InputError(
-            f"prompts.per_iteration: expected at most the {len(prompt_set)} prompts of {config.prompts.set}; "
+            f"prompts.per_iteration: expected at most {len(prompt_set)}, the prompts of {called(config.prompts.set)}; "
             f"got {config.prompts.per_iteration}"
         )
     if config.prompts.per_iteration < team.size:

@@ -6,7 +6,6 @@ import numbers
 import os
 import re
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
@@ -23,6 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from driftrl.checks import InputError, nearest
 from driftrl.objects import named
@@ -44,10 +44,29 @@ def _as_text(value: Any) -> Any:
     return int(value) if whole else value
 
 
-RewardName = Annotated[Place, BeforeValidator(named)]
-"""A reward's name; in Python a function will do."""
-EncoderName = Annotated[Place, BeforeValidator(partial(named, importable=False))]
-"""Likewise."""
+Callee = Annotated[Place, BeforeValidator(named)]
+"""A reward's or an encoder's name; in Python a function will do."""
+
+
+def _as_prompts(value: Any) -> Any:
+    """A prompt set's name or file as it is, prompts themselves as a list without spaces around them."""
+    if value is None or isinstance(value, str):
+        return value
+    several = value if isinstance(value, list | tuple) else []
+    if not several or not all(isinstance(each, str) and each.strip() for each in several):
+        raise PydanticCustomError(
+            "prompts",
+            "Input should be a prompt set, a TXT or JSONL file, or a list of prompts, each some text",
+        )
+    if any(getattr(each, "metadata", None) for each in several):
+        raise PydanticCustomError(
+            "prompts", "Input should be the name of the JSONL file, for a list has no metadata"
+        )
+    return [each.strip() for each in value]
+
+
+PromptSet = Annotated[Place | list[str], BeforeValidator(_as_prompts)]
+"""A prompt set of the package, a file, or the prompts themselves."""
 SectionKind = TypeVar("SectionKind", bound="Section")
 
 
@@ -143,9 +162,9 @@ class AdapterConfig(Section):
 class PromptConfig(Section):
     """What is asked for."""
 
-    set: Place = "animals"
-    """A prompt set of the package (animals, animals5, animals8, animals10, eval40, attributes, compositions) or a TXT
-    or JSONL file."""
+    set: PromptSet = "animals"
+    """A prompt set of the package (animals, animals5, animals8, animals10, eval40, attributes, compositions), a TXT or JSONL
+    file, or the prompts themselves: [a cat, a dog]."""
     per_iteration: Positive = 8
     """Prompts drawn in each iteration, without repetition until all were drawn."""
 
@@ -198,7 +217,7 @@ class SamplingConfig(Section):
 class RewardPart(Section):
     """One of several rewards that are trained on together."""
 
-    name: RewardName
+    name: Callee
     """As for a single reward."""
     weight: float = 1.0
     """What it is multiplied by once it is normalised. Below 0 training lowers it, at 0 it is only logged."""
@@ -242,7 +261,7 @@ def _kind_of_reward(value: Any) -> str | None:
 
 
 RewardSetting = Annotated[
-    Annotated[RewardName, Tag(_TAGS[0])] | Annotated[list[RewardPart], Tag(_TAGS[1])],
+    Annotated[Callee, Tag(_TAGS[0])] | Annotated[list[RewardPart], Tag(_TAGS[1])],
     Discriminator(
         _kind_of_reward,
         custom_error_type="reward_kind",
@@ -321,9 +340,10 @@ class ShapingConfig(Section):
     x 8, for all steps and the image, and `encoder` is for the logs only."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Of `stepwise`: the discount."""
-    encoder: EncoderName = "tiny-animals"
+    encoder: Callee = "tiny-animals"
     """Image encoder whose cosine distances measure diversity: tiny-animals, dreamsim (or dreamsim:dino_vitb16 and
-    other branches), policy:latents, policy:mid-block, or a model of transformers by folder or hub name."""
+    other branches), policy:latents, policy:mid-block, a function of yours as module:function, or a model of transformers by folder or hub
+    name."""
 
 
 class ObjectiveConfig(Section):
@@ -437,7 +457,7 @@ class GuardsConfig(Section):
 class EvaluationConfig(Section):
     """What is measured, when training has ended and before."""
 
-    prompts: Place | None = None
+    prompts: PromptSet | None = None
     """As prompts.set. Null: eval40 after training on a prompt set of the package; else the prompts of the run, 40 of them
     at most, evenly spread."""
     images: int = Field(default=16, ge=2)

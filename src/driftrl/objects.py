@@ -1,10 +1,14 @@
-"""Python's objects by name. A configuration is text: a reward or an encoder that stands in no module is called ``python:NAME``."""
+"""Python's objects by name. A configuration is text: a user's reward or encoder is ``module:function`` in it, and ``python:NAME``
+where no module has it.
+"""
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from driftrl.checks import InputError
@@ -38,14 +42,14 @@ def register(name: str, thing: Callable[..., Any]) -> str:
     return f"{PREFIX}{name}"
 
 
-def named(thing: Any, importable: bool = True) -> Any:
-    """What a configuration calls ``thing``: ``module:function`` where it can be imported by that, if that is of use, else
-    ``python:NAME``; what cannot be called, such as a name, stays as it is.
+def named(thing: Any) -> Any:
+    """What a configuration calls ``thing``: ``module:function`` where it can be imported by that, else ``python:NAME``; what
+    cannot be called, such as a name, stays as it is.
     """
     if not callable(thing):
         return thing
     module, name = getattr(thing, "__module__", ""), getattr(thing, "__qualname__", "")
-    if importable and name and getattr(sys.modules.get(module), name, None) is thing:
+    if name and getattr(sys.modules.get(module), name, None) is thing:
         return f"{module}:{name}"
     for known, other in _KNOWN.items():
         if other is thing:
@@ -59,11 +63,13 @@ def named(thing: Any, importable: bool = True) -> Any:
 
 
 def found(name: str, key: str) -> Any:
-    """The object that ``python:NAME`` stands for.
+    """The object that ``module:function`` or ``python:NAME`` stands for.
 
     Raises:
-        InputError: naming ``key``, if nothing in this process has that name.
+        InputError: naming ``key``, if there is none, or its module cannot be imported.
     """
+    if not name.startswith(PREFIX):
+        return _imported(name, key)
     own = name.removeprefix(PREFIX)
     if own not in _KNOWN:
         raise InputError(
@@ -71,3 +77,27 @@ def found(name: str, key: str) -> Any:
             f"driftrl.objects.register({own!r}, ...) first, or put it into a module and call it module:function"
         )
     return _KNOWN[own]
+
+
+def _imported(name: str, key: str) -> Any:
+    module, _, function = name.partition(":")
+    if "/" in module or module.endswith(".py"):
+        raise InputError(
+            f"{key}: expected module:function, as Python imports it; got the path {name!r}; for mine.py in this folder: "
+            f"driftrl train --set {key}=mine:function"
+        )
+    here = str(Path.cwd())
+    if here not in sys.path:  # at the end: what is installed is found first
+        sys.path.append(here)
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (Exception, SystemExit) as error:  # whatever a user's module does at its import
+        hint = ""
+        if module == "__main__":
+            hint = "; it is of the script or notebook that trained: put it into a module, and name that in config.yaml"
+        elif isinstance(error, ModuleNotFoundError) and error.name == module:
+            hint = f"; expected {module}.py in this folder, or a module that is installed"
+        what = (
+            error if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        )
+        raise InputError(f"{key}: {name!r} cannot be imported: {what}{hint}") from error

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from driftrl import noise
-from driftrl.checks import InputError, nearest
+from driftrl.checks import InputError, counted, nearest
 from driftrl.files import read_json
 from driftrl.types import Prompt
 
@@ -35,20 +35,32 @@ def prompt_sets() -> tuple[str, ...]:
     return tuple(sorted(f.name.removesuffix(".txt") for f in _FOLDER.iterdir() if f.name.endswith(".txt")))
 
 
-def load_prompts(name: str) -> tuple[str, ...]:
+def called(prompts: str | Sequence[str]) -> str:
+    """A prompt set in messages and records: its name or file, or how many prompts a list has."""
+    return prompts if isinstance(prompts, str) else f"a list of {counted(len(prompts), 'prompt')}"
+
+
+def load_prompts(name: str | Sequence[str]) -> tuple[str, ...]:
     """Read a prompt set: a name of the package, a TXT file (one prompt a line, # for comments) or a JSONL
     file (strings, or objects with a "prompt"; those that have more are a `Prompt` with the object as its metadata, for rewards).
+    A list of prompts is one already.
 
     Raises:
         InputError: if there is no such set or file, or it holds no prompts.
     """
-    if name in prompt_sets():
+    if not isinstance(name, str):
+        for prompt in name:
+            if not isinstance(prompt, str) or not prompt.strip() or is_broken(prompt):
+                raise InputError(f"prompts: expected text in UTF-8; got {prompt!r}")
+        prompts = [prompt if isinstance(prompt, Prompt) else prompt.strip() for prompt in name]
+    elif name in prompt_sets():
         prompts = _lines((_FOLDER / f"{name}.txt").read_text("utf-8"))
     else:
         path = Path(name)
         if not path.is_file():
             what = f"expected a prompt set ({', '.join(prompt_sets())}) or a TXT or JSONL file; got {name!r}"
             where = f"; there is no {path.absolute()}" if path.suffix or len(path.parts) > 1 else ""
+            where = f"; a prompt itself is given in a list, [{name}]" if " " in name and not where else where
             where = ", which is a folder" if path.is_dir() else where
             raise InputError(f"prompts: {what}{where}{nearest(name, prompt_sets())}")
         try:
@@ -59,11 +71,11 @@ def load_prompts(name: str) -> tuple[str, ...]:
             raise InputError(f"prompts: expected a TXT file, one prompt a line, or JSONL; got {path}")
         prompts = _objects(path, text) if path.suffix in {".jsonl", ".ndjson"} else _lines(text)
     if not prompts:
-        raise InputError(f"prompts: {name} holds no prompts; expected one a line")
+        raise InputError(f"prompts: {called(name)} holds no prompts; expected one a line")
     return tuple(prompts)
 
 
-def trained(name: str, run: Path) -> tuple[str, ...]:
+def trained(name: str | Sequence[str], run: Path) -> tuple[str, ...]:
     """What a run draws from: its prompt set, or its folder's copy where a resumed run's file is not there any more, or not
     by this name in this folder.
 
@@ -72,15 +84,17 @@ def trained(name: str, run: Path) -> tuple[str, ...]:
     """
     copy = run / FILE
     begun = (run / "config.yaml").is_file() and copy.is_file()
-    gone = name not in prompt_sets() and not Path(name).exists()
+    gone = isinstance(name, str) and name not in prompt_sets() and not Path(name).exists()
     return _copied(copy) if begun and gone else load_prompts(name)
 
 
-def evaluated(asked: str | None, trained: str, run: Path | None = None) -> tuple[str, tuple[str, ...]]:
-    """What a run is measured on: its prompt set's name, and the prompts.
+def evaluated(
+    asked: str | Sequence[str] | None, trained: str | Sequence[str], run: Path | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """What a run is measured on: what its prompt set is `called`, and the prompts.
 
     Args:
-        asked: a prompt set; None for eval40 after training on one of the package's, and for the
+        asked: a prompt set, or prompts; None for eval40 after training on one of the package's, and for the
             user's own after training on those: 40 of them at most, evenly spread, so that a large set is no surprise.
         trained: the prompt set that was trained on.
         run: a run folder; its copy of the prompts will do where the user's file is not there any more.
@@ -89,13 +103,13 @@ def evaluated(asked: str | None, trained: str, run: Path | None = None) -> tuple
         InputError: as `load_prompts`.
     """
     if asked is not None:
-        return asked, load_prompts(asked)
-    if trained in prompt_sets():
+        return called(asked), load_prompts(asked)
+    if isinstance(trained, str) and trained in prompt_sets():
         return USUAL, load_prompts(USUAL)
     copy = None if run is None else run / FILE
     own = _copied(copy) if copy is not None and copy.is_file() else load_prompts(trained)
     count = min(EVALUATED, len(own))
-    return trained, tuple(own[k * len(own) // count] for k in range(count))
+    return called(trained), tuple(own[k * len(own) // count] for k in range(count))
 
 
 def warn_of_doubles(prompts: Sequence[str], name: str) -> None:

@@ -336,7 +336,7 @@ class Trainer:
             raise InputError(f"{path}: expected a file, which a run writes there; got a folder: move it away")
         if path.is_file() and read_json(path) != prompts.as_json(self.loop.prompt_set):
             raise InputError(
-                f"--resume {self.folder}: the prompts of {self.config.prompts.set} are others than it began with, which are in "
+                f"--resume {self.folder}: the prompts of {prompts.called(self.config.prompts.set)} are others than it began with, which are in "
                 f"{path}; put them back, or start a new run"
             )
 

@@ -128,9 +128,8 @@ def _collect(out: Path, name: str) -> None:
 def _commands(plan: Plan, run: PlannedRun, folder: Path, trained: bool) -> list[list[str]]:
     """What is left of a run, as command lines; resuming a run that has not begun begins it."""
     driftrl, wanted = [sys.executable, "-m", "driftrl.cli.main"], plan.evaluation
-    asked = run.config.evaluation.prompts
     evaluate = [
-        *driftrl, "evaluate", str(folder), *([] if asked is None else ["--prompts", asked]), "--images", str(wanted.images),
+        *driftrl, "evaluate", str(folder), "--images", str(wanted.images),
         "--seed", str(wanted.seed), "--encoder", wanted.encoder, "--checkpoint", ",".join(map(str, run.checkpoints)),
         *(part for name in wanted.rewards for part in ("--reward", name)), "--quiet",
     ]  # fmt: skip

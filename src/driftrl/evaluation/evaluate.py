@@ -32,7 +32,7 @@ from driftrl.build import (
     tower_of,
 )
 from driftrl.checkpoint import CheckpointWarning
-from driftrl.checks import InputError
+from driftrl.checks import InputError, at_least
 from driftrl.config import RewardPart, dump_config, load_config, parse_config
 from driftrl.distributed import join
 from driftrl.evaluation.generate import open_policy, run_of
@@ -241,7 +241,7 @@ def formula(reward: str | Sequence[RewardPart]) -> str:
 class Asked(TypedDict, total=False):
     """What `evaluate` can be asked for beside its source."""
 
-    prompts: str | Path | None
+    prompts: str | Path | Sequence[str] | None
     images: int | None
     checkpoints: str | int
     rewards: Sequence[str | Reward] | str | Reward
@@ -263,7 +263,7 @@ class Asked(TypedDict, total=False):
 def evaluate(
     source: str | Path,
     *,
-    prompts: str | Path | None = None,
+    prompts: str | Path | Sequence[str] | None = None,
     images: int | None = None,
     checkpoints: str | int = "last",
     rewards: Sequence[str | Reward] | str | Reward = (),
@@ -293,7 +293,7 @@ def evaluate(
 
     Args:
         source: a run folder, one of its checkpoints, a pipeline folder, a hub name or 'tiny-animals'.
-        prompts: a prompt set of the package or a file; by default as the run's ``evaluation.prompts`` says.
+        prompts: a prompt set of the package, a file, or a list of prompts; by default as the run's ``evaluation.prompts`` says.
         images: per prompt, at least 2; by default the run's ``evaluation.images``.
         checkpoints: 'last', 'all', an iteration, or several with commas between them.
         rewards: more rewards by name, or functions, scored beside the one that was trained on; for a model in place of the embedded one.
@@ -319,21 +319,18 @@ def evaluate(
     Raises:
         InputError: if anything cannot be used, or ``evaluation.json`` is damaged.
     """
-    prompts, out = None if prompts is None else str(prompts), None if out is None else Path(out)
+    prompts, out = str(prompts) if isinstance(prompts, Path) else prompts, None if out is None else Path(out)
     rewards, encoder = _by_name(rewards, encoder)
     found = run_of(source)
     config = load_config(found[0] / "config.yaml") if found else parse_config({})
     name, folder = _name_and_folder(source, found, config.name, lora, out, bool(lora_scales))
     count = config.evaluation.images if images is None else images
-    if count < 2:
-        raise InputError(
-            f"images: expected at least 2 per prompt, for variety is between images; got {count}"
-        )
+    _demand_enough(count, batch_size)
     paths = _checkpoints(source, found, str(checkpoints))
     wanted = _subjects(paths, lora_scales, config.adapter.kind) if lora is None else []
     model = config.model.path if found else str(source)
     clip_model = _clip_of(clip or config.evaluation.clip, model)
-    asked = prompts or config.evaluation.prompts
+    asked = config.evaluation.prompts if prompts is None else prompts
     prompt_set, texts = evaluated(asked, config.prompts.set, found[0] if found else None)
     mixture = [] if isinstance(config.reward, str) else config.reward
     parts = {part.name for part in mixture}
@@ -599,12 +596,20 @@ def first_problem(error: ValidationError) -> str:
     return f"{'.'.join(str(part) for part in first['loc'])}: {what}"
 
 
+def _demand_enough(images: int, batch_size: int | None) -> None:
+    if images < 2:
+        raise InputError(
+            f"images: expected at least 2 per prompt, for variety is between images; got {images}"
+        )
+    at_least("batch_size", 1 if batch_size is None else batch_size, 1)
+
+
 def _by_name(
     rewards: Sequence[str | Reward] | str | Reward, encoder: str | Encoder | None
 ) -> tuple[list[str], str | None]:
     """What settings call the functions among them."""
     asked = [rewards] if isinstance(rewards, str) or callable(rewards) else rewards
-    return [objects.named(reward) for reward in asked], objects.named(encoder, importable=False)
+    return [objects.named(reward) for reward in asked], objects.named(encoder)
 
 
 def _clip_of(asked: Path | str | None, model: str) -> str | None:

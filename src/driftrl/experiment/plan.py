@@ -17,6 +17,7 @@ from driftrl.config import (
     REWARD,
     Place,
     Positive,
+    PromptSet,
     Section,
     TrainConfig,
     flat,
@@ -26,7 +27,7 @@ from driftrl.config import (
     read_config,
     read_yaml,
 )
-from driftrl.prompts import USUAL, evaluated, load_prompts, prompt_sets
+from driftrl.prompts import USUAL, called, evaluated, load_prompts, prompt_sets
 
 NAMES = {"name", "seed"}
 """Settings that every run's name says already."""
@@ -85,8 +86,8 @@ class PlanMethod(Section):
 class PlanEvaluation(Section):
     """How every run is measured; the same for all, or nothing could be compared."""
 
-    prompts: Place | None = None
-    """A prompt set of the package, or a TXT or JSONL file; null: as evaluation.prompts of a run, which follows prompts.set."""
+    prompts: PromptSet | None = None
+    """As prompts.set of a run; null: as evaluation.prompts of a run, which follows prompts.set."""
     images: int = Field(40, ge=2)
     """Images per prompt."""
     checkpoints: int | str = 8
@@ -278,7 +279,7 @@ def _planned(plan: Plan, folder: Path, data: dict[str, Any], source: str) -> Pla
     prompts = len(load_prompts(config.prompts.set))
     if config.prompts.per_iteration > prompts:
         raise InputError(
-            f"{source}: prompts.per_iteration: expected at most the {prompts} prompts of {config.prompts.set}; got "
+            f"{source}: prompts.per_iteration: expected at most {prompts}, the prompts of {called(config.prompts.set)}; got "
             f"{config.prompts.per_iteration}"
         )
     return PlannedRun(config, tuple(there) if isinstance(count, str) else _spread(there, count))
