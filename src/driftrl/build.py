@@ -52,19 +52,23 @@ from driftrl.update import Objective
 TINY_ANIMALS = Path(str(resources.files("driftrl") / "assets" / "tiny-animals"))
 POLICY_ENCODERS = ("policy:latents", "policy:mid-block")
 REWARDS = (
-    "tiny-animals", "pickscore", "hpsv2", "imagereward", "clipscore", "aesthetic", "compressibility",
+    "tiny-animals", "pickscore", "hpsv2", "imagereward", "clipscore", "vqascore", "aesthetic", "compressibility",
     "incompressibility",
 )  # fmt: skip
-NETWORKS = ("pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward")
+NETWORKS = ("pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward", "vqascore")
 """Rewards whose weights are asked for as NAME@FOLDER, or come from the hub."""
 FULL_RATE = 1e-4
 """The largest learning rate that all weights of a network are usually trained with."""
 ON_THE_HOST = ("compressibility", "incompressibility")
 """Rewards that a CPU computes wherever the model is."""
-READ_THE_PROMPT = ("tiny-animals", "pickscore", "hpsv2", "clipscore", "imagereward")
+READ_THE_PROMPT = ("tiny-animals", "pickscore", "hpsv2", "clipscore", "imagereward", "vqascore")
 """Rewards that say how well an image matches its prompt."""
 REWARD_DTYPES = ("auto", "float32", "bfloat16")
-WEIGHTS = {"pickscore": "yuvalkirstain/PickScore_v1", "clipscore": "openai/clip-vit-base-patch32"}
+WEIGHTS = {
+    "pickscore": "yuvalkirstain/PickScore_v1",
+    "clipscore": "openai/clip-vit-base-patch32",
+    "vqascore": "Qwen/Qwen3-VL-2B-Instruct",
+}
 """Where a reward's weights come from, unless it is asked for as NAME@FOLDER; the others are always asked so."""
 Towers = dict[tuple[str, str, str, bool], CLIPTower]
 """CLIP models by folder, device, dtype and whether they pad, for rewards to share."""
@@ -497,6 +501,7 @@ def _model_reward(kind: str, weights: str, device: torch.device, dtype: str, tow
     from driftrl.rewards.aesthetic import AestheticReward, demand_head
     from driftrl.rewards.clip import CLIPReward
     from driftrl.rewards.imagereward import ImageReward
+    from driftrl.rewards.vqascore import VQAScore
 
     if not weights:
         raise InputError(
@@ -513,6 +518,8 @@ def _model_reward(kind: str, weights: str, device: torch.device, dtype: str, tow
     try:
         if kind == "imagereward":
             return ImageReward(weights, device, dtype=dtype)
+        if kind == "vqascore":
+            return VQAScore(weights, device, dtype=dtype)
         if kind == "aesthetic":
             demand_head(weights)
             return AestheticReward(tower_of(weights, device, dtype, towers))

@@ -297,7 +297,7 @@ class PromptNoiseConfig(Section):
     similarity: Place = "auto"
     """What scores prompt-image similarity, to warn of noise in training that is too strong: the name of a reward;
     `none`, not to check; or `auto`: the trained reward if it is a model that reads the prompt (pickscore, hpsv2,
-    clipscore, imagereward), else, for the embedded model, the embedded one."""
+    clipscore, imagereward, vqascore), else, for the embedded model, the embedded one."""
 
 
 class AdvantageConfig(Section):

@@ -10,13 +10,16 @@ import torch
 from driftrl.checks import InputError
 
 
-def load_whole(kind: Any, name: Path | str, parts: tuple[str, ...] = ("",)) -> Any:
-    """A model in float32, from safetensors only.
+def load_whole(
+    kind: Any, name: Path | str, parts: tuple[str, ...] = ("",), dtype: torch.dtype = torch.float32
+) -> Any:
+    """A model, from safetensors only.
 
     Args:
         kind: a class of transformers, such as ``CLIPModel``.
         name: folder or hub name.
         parts: of what begins so nothing may be missing; other weights may be, and are then random.
+        dtype: of its weights.
 
     Raises:
         InputError: if weights are missing, which transformers would draw at random.
@@ -26,7 +29,7 @@ def load_whole(kind: Any, name: Path | str, parts: tuple[str, ...] = ("",)) -> A
 
     try:
         model, report = kind.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except SafetensorError as error:
         raise InputError(f"{name}: its weights are no safetensors file, or a part of one: {error}") from error

@@ -246,11 +246,16 @@ def test_what_cannot_be_loaded_is_one_message(folder, tmp_path):
         InputError, match=r"pickscore cannot be loaded from yuvalkirstain/PickScore_v1.*pickscore@"
     ):
         build_reward("pickscore", CPU)
+    with pytest.raises(
+        InputError, match=r"vqascore cannot be loaded from Qwen/Qwen3-VL-2B-Instruct.*vqascore@FOLDER"
+    ):
+        build_reward("vqascore", CPU)
     for name in (
         "pickscore@nowhere",
         "clipscore@./weights/nowhere",
         "aesthetic@nowhere",
         "imagereward@nowhere",
+        "vqascore@nowhere",
     ):
         folder_named = name.partition("@")[2]
         with pytest.raises(
