@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import resources
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from driftrl.mixture import Part
 from driftrl.objectives.gate import Anchor
 from driftrl.objectives.negative_aware import NegativeAware
 from driftrl.policies.flow import (
+    Flux2Policy,
     FluxPolicy,
     QwenImagePolicy,
     SanaPolicy,
@@ -77,6 +79,8 @@ PIPELINES: dict[str, type[PipelinePolicy]] = {
     "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
     "StableDiffusion3Pipeline": StableDiffusion3Policy,
     "FluxPipeline": FluxPolicy,
+    "Flux2Pipeline": Flux2Policy,
+    "Flux2KleinPipeline": Flux2Policy,
     "SanaPipeline": SanaPolicy,
     "QwenImagePipeline": QwenImagePolicy,
     "ZImagePipeline": ZImagePolicy,
@@ -90,13 +94,15 @@ USUAL_SAMPLING = {
     "StableDiffusionXLPipeline": (50, 5.0),
     "StableDiffusion3Pipeline": (28, 4.5),
     "FluxPipeline": (28, 3.5),
+    "Flux2Pipeline": (50, 4.0),
+    "Flux2KleinPipeline": (50, 4.0),
     "SanaPipeline": (20, 4.5),
     "QwenImagePipeline": (50, 4.0),
     "ZImagePipeline": (50, 4.0),
 }
 """Steps and guidance scale of a model that no run has settings for."""
 SCHNELL = (4, 1.0)
-"""The same of a FLUX that takes no guidance."""
+"""The same of a FLUX.1 or FLUX.2 that takes no guidance."""
 TURBO = (9, 0.0)
 """And of a Z-Image that takes none, which only its name says."""
 
@@ -113,6 +119,8 @@ def usual_sampling(pipeline: Any) -> tuple[int, float]:
     """Steps and guidance scale that people draw with."""
     kind = type(pipeline).__name__
     if kind == "FluxPipeline" and not pipeline.transformer.config.guidance_embeds:
+        return SCHNELL
+    if kind == "Flux2KleinPipeline" and pipeline.config.is_distilled:
         return SCHNELL
     if kind == "ZImagePipeline" and "turbo" in str(pipeline.config.get("_name_or_path")).lower():
         return TURBO
@@ -198,6 +206,8 @@ def load_pipeline(model: ModelConfig) -> Any:
 
 def _reason(error: Exception) -> str:
     """An error's first line, without the asides of the hub's library."""
+    if "processing_pixtral" in str(error) and find_spec("torchvision") is None:
+        return "its tokenizer is a PixtralProcessor, which reads images too and needs torchvision: pip install torchvision"
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return re.sub(r" \((?:[^()]|\([^()]*\))*\)| Please check out the root cause.*", "", line).rstrip(" .")
 
@@ -258,7 +268,7 @@ def _demand_whole(pipeline: Any, folder: Path, policy: type[PipelinePolicy]) -> 
         )
     for name in tokenizers:
         if (words := getattr(pipeline, name)) is not None:
-            demand_words(words, f"model.path: {folder / name}")
+            demand_words(getattr(words, "tokenizer", words), f"model.path: {folder / name}")
     for name in (*policy.text_encoders, policy.component, "vae") if folder.exists() else ():
         part, files = getattr(pipeline, name), list((folder / name).glob("*.safetensors"))
         wanted = 0 if part is None else sum(p.numel() for p in part.parameters())

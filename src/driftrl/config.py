@@ -182,7 +182,7 @@ class SamplingConfig(Section):
     eta: float = Field(default=1.0, ge=0, le=1)
     """Noise of the DDIM sampler: 1 is ancestral sampling, 0 leaves nothing to score."""
     flow_sampler: Literal["sde", "cps"] = "sde"
-    """How flow models (SD3, FLUX, SANA, Qwen-Image, Z-Image) are made stochastic: Flow-GRPO's SDE, or coefficients-preserving sampling."""
+    """How flow models (SD3, FLUX.1, FLUX.2, SANA, Qwen-Image, Z-Image) are made stochastic: Flow-GRPO's SDE, or coefficients-preserving sampling."""
     noise_level: float = Field(default=0.7, ge=0)
     """How much noise the flow sampler adds; diffusion models have eta instead."""
     window: Positive | None = None

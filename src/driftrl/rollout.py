@@ -76,14 +76,17 @@ def score_step(
         spec: how it enters.
     """
     if eps is not None and spec.eta > 0:
+        clean, tokens = conditioning.embeds, conditioning.extra.get("tokens")
         noised = annealed_noise(
-            conditioning.embeds,
+            clean if tokens is None else clean * tokens[..., None],  # all zeros is padding there
             eps,
             policy.timesteps[steps],
             spec.eta,
             spec.schedule,
             policy.num_train_timesteps,
         )
+        if tokens is not None:
+            noised = torch.where(tokens[..., None], noised, clean)
         conditioning = conditioning.with_embeds(noised)
     return policy.transition(latents, steps, conditioning)
 

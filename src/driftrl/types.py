@@ -38,7 +38,8 @@ class Conditioning:
     null_embeds: Tensor
     """[1, L, D]: embeddings of the empty prompt, for classifier-free guidance."""
     extra: dict[str, Tensor]
-    """More per-prompt tensors [P, ...] that some models want (pooled embeddings, sizes)."""
+    """More per-prompt tensors [P, ...] that some models want (pooled embeddings, sizes). ``tokens``, bool [P, L]: which
+    embeddings are the prompt's, where those of padding are not all zeros; no others get prompt noise."""
 
     def rows(self, index: Tensor) -> Conditioning:
         """The conditioning of the rows ``index`` [n]."""

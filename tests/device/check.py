@@ -32,7 +32,7 @@ MAKERS = {
     "sd2": families.make_sd2, "sdxl": families.make_sdxl, "sd3": families.make_sd3,
     "sd35": functools.partial(families.make_sd3, medium35=True), "flux": families.make_flux,
     "schnell": functools.partial(families.make_flux, guidance=False), "sana": families.make_sana, "qwen": families.make_qwen,
-    "zimage": families.make_zimage,
+    "zimage": families.make_zimage, "flux2": families.make_flux2, "klein": families.make_klein,
 }  # fmt: skip
 
 MORE = pytest.mark.slow

@@ -115,6 +115,23 @@ def test_guidance_has_the_name_that_the_pipeline_gives_it(config, tmp_path, fami
     assert f'negative_prompt="{empty}"' in text and "guidance_scale" not in text.split("```")[1]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["flux2", "klein"])
+def test_a_card_of_flux_2_draws(config, tmp_path, family):
+    """Its pipelines take an image first, and klein's the embeddings of a negative prompt."""
+    folder = getattr(families, f"make_{family}")(tmp_path / family)
+    size = dict.fromkeys(("sampling__height", "sampling__width"), 16)
+    negative = {"sampling__negative_prompt": "blurry"} if family == "klein" else {}
+    run = trained(
+        config, tmp_path / "run", model__path=str(folder), prompts__set="animals8", **size, **negative
+    )
+    out = export(run, tmp_path / "out")
+    small = ("guidance_scale", "height=16, width=16, guidance_scale")
+    half = ("torch_dtype=torch.bfloat16", "torch_dtype=torch.float32")
+    _, text = run_card(out, [(f'"{folder.name}"', f'"{folder}"'), half, small])
+    assert ("negative_prompt_embeds=" in text) == (family == "klein")
+
+
 def test_a_card_has_the_negative_prompt(config, tmp_path):
     run = trained(config, tmp_path / "run", sampling__negative_prompt='a "blurry" dog')
     text = (export(run, tmp_path / "out") / "README.md").read_text()

@@ -259,19 +259,17 @@ def make_qwen(folder: Path) -> Path:
     return folder
 
 
-def qwen3(folder: Path):
-    """Qwen3, as it reads prompts for Z-Image."""
+def qwen3(folder: Path, kind=None, **more):
+    """Qwen3, as it reads prompts for Z-Image and FLUX.2 [klein]."""
     from transformers import Qwen3Config, Qwen3Model
 
     template = "{% for one in messages %}[{{ one.role }}] {{ one.content }}{% endfor %}"
     tokenizer = speller(folder, template=template)
-    model = Qwen3Model(
-        Qwen3Config(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=8, pad_token_id=0,
-        )
-    )  # fmt: skip
-    return model, tokenizer
+    settings = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0,
+    }  # fmt: skip
+    return (kind or Qwen3Model)(Qwen3Config(**(settings | more))), tokenizer
 
 
 def make_zimage(folder: Path) -> Path:
@@ -293,6 +291,82 @@ def make_zimage(folder: Path) -> Path:
         transformer=network,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)
+    return folder
+
+
+def flux2_autoencoder():
+    """That of FLUX.2, with statistics that are not those of white noise."""
+    from diffusers import AutoencoderKLFlux2
+
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
+def flux2_parts(width: int, guidance: bool):
+    """Autoencoder, transformer and scheduler of a FLUX.2 whose text encoder is ``width`` wide."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+
+    return {
+        "vae": flux2_autoencoder(),
+        "transformer": Flux2Transformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=3 * width, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance,
+        ),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }  # fmt: skip
+
+
+def make_klein(folder: Path) -> Path:
+    """FLUX.2 [klein], not distilled."""
+    from diffusers import Flux2KleinPipeline
+    from transformers import Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    encoder, tokenizer = qwen3(folder / "tokenizer", Qwen3ForCausalLM, num_hidden_layers=27)
+    Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer, **flux2_parts(16, False)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def mistral3(folder: Path):
+    """Mistral Small 3, as it reads prompts for FLUX.2 [dev]; padding comes first. A processor of sound stands for Pixtral's, of
+    images, which needs torchvision.
+    """
+    from transformers import (
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        Qwen2AudioProcessor,
+        WhisperFeatureExtractor,
+    )
+
+    template = "{% for one in messages %}[{{ one.role }}] {{ one.content[0].text }}{% endfor %}"
+    tokenizer = speller(folder, template=template)
+    tokenizer.padding_side = "left"
+    text = {
+        "model_type": "mistral", "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 30, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    model = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
+    return model, Qwen2AudioProcessor(WhisperFeatureExtractor(), tokenizer, chat_template=template)
+
+
+def make_flux2(folder: Path) -> Path:
+    """FLUX.2 [dev]."""
+    from diffusers import Flux2Pipeline
+
+    torch.manual_seed(0)
+    encoder, tokenizer = mistral3(folder / "tokenizer")
+    Flux2Pipeline(text_encoder=encoder, tokenizer=tokenizer, **flux2_parts(16, True)).save_pretrained(folder)
     return folder
 
 

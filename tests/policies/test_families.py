@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import families
@@ -34,7 +35,9 @@ PROMPTS = ["a cat", "a dog"]
 KEYS = [(0, 3, 0), (0, 3, 1)]
 DIFFUSION = ("sd", "sd2", "sdxl")
 VARIANTS = ("sd2", "sd35", "schnell")
-FAMILIES = (*DIFFUSION, "sd3", "sd35", "flux", "schnell", "sana", "qwen", "zimage")
+FAMILIES = (*DIFFUSION, "sd3", "sd35", "flux", "schnell", "flux2", "klein", "sana", "qwen", "zimage")
+BUILT_IN = ("flux", "flux2")
+"""Families that are distilled for their guidance: there is no second branch."""
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -43,6 +46,7 @@ TARGETS = {
     "sd3": [*ATTENTION, "add_k_proj", "ff.net.2"], "sd35": ATTENTION, "flux": ATTENTION,
     "schnell": [*ATTENTION, "add_q_proj", "proj_mlp"], "sana": [*ATTENTION, "conv_inverted"],
     "qwen": [*ATTENTION, "add_k_proj", "net.2"], "zimage": [*ATTENTION, "w1"],
+    "flux2": [*ATTENTION, "add_k_proj", "to_qkv_mlp_proj"], "klein": ["to_q", "to_qkv_mlp_proj", "to_out", "linear_in"],
 }  # fmt: skip
 """Layers that get an adapter where it is taken to the stock pipeline: not only attention projections."""
 
@@ -62,6 +66,8 @@ def folders(tmp_path_factory, epsilon_folder):
         "sd35": families.make_sd3(root / "sd35", medium35=True),
         "flux": families.make_flux(root / "flux"),
         "schnell": families.make_flux(root / "schnell", guidance=False),
+        "flux2": families.make_flux2(root / "flux2"),
+        "klein": families.make_klein(root / "klein"),
         "sana": families.make_sana(root / "sana"),
         "qwen": families.make_qwen(root / "qwen"),
         "zimage": families.make_zimage(root / "zimage"),
@@ -190,8 +196,10 @@ def test_guidance_and_every_condition_reach_the_network(settings, family):
     other = build_policy(settings(family, sampling__guidance_scale=5.0))
     assert (rollout(other, conditioning, KEYS, 2, 4).images - base).abs().max() > 1e-4
     for name, value in conditioning.extra.items():
-        if family == "flux" and name.startswith("null_"):
-            continue  # guidance is distilled: there is no second branch
+        if family in BUILT_IN and name.startswith("null_"):
+            continue  # there is no second branch
+        if name == "tokens":
+            continue  # which says where prompt noise goes, and no more
         other = 1 - value.long() if name.endswith("mask") else value + 3 * (1 + value.abs())
         other = other.to(value.dtype)
         changed = {**conditioning.extra, name: other}
@@ -210,6 +218,8 @@ def test_images_are_encoded_on_the_scale_that_latents_are_decoded_from(settings,
         latents = encode_latents(vae, images)
         found = vae.encode((2 * images - 1).unsqueeze(2) if family == "qwen" else 2 * images - 1)
     raw = found.latent if family == "sana" else found.latent_dist.mode()
+    if family in ("flux2", "klein"):
+        torch.testing.assert_close(latents, policy.pipeline._encode_vae_image(2 * images - 1, None))
     assert latents.shape[1:] == policy.latent_shape
     torch.testing.assert_close(policy._unscaled(latents), raw[:, :, 0] if family == "qwen" else raw)
 
@@ -248,13 +258,15 @@ def stock(pipeline, family, guidance, draw, extra=None, negative=""):
         arguments["negative_prompt"] = None
     if family == "qwen":
         return qwen_images(pipeline, guidance, draw, extra or {}, negative or " ")
-    if negative:
+    if family == "klein" and negative:
+        arguments["negative_prompt_embeds"], _ = pipeline.encode_prompt([negative] * 4)
+    elif negative and family != "flux2":
         arguments["negative_prompt"] = negative if family == "sana" else [negative] * 4
     if family == "sana":
         arguments["use_resolution_binning"] = False
     side = PIXELS.get(family, 16)
     return pipeline(
-        [p for p in PROMPTS for _ in range(2)], num_inference_steps=4, guidance_scale=guidance, height=side, width=side,
+        prompt=[p for p in PROMPTS for _ in range(2)], num_inference_steps=4, guidance_scale=guidance, height=side, width=side,
         generator=draw, output_type="pt", **arguments, **(extra or {}),
     ).images  # fmt: skip
 
@@ -291,9 +303,9 @@ def test_without_noise_it_is_the_stock_pipeline(settings, family, guidance, nega
 
 
 def test_a_negative_prompt_is_what_guidance_leads_away_from(settings, family):
-    """Where it has a place; FLUX.1 dev is distilled for its guidance, and refuses one."""
+    """Where it has a place; FLUX.1 [dev] and FLUX.2 [dev] are distilled for their guidance, and refuse one."""
     prompt = {"sampling__guidance_scale": 2.5, "sampling__negative_prompt": "a blurry dog"}
-    if family == "flux":
+    if family in BUILT_IN:
         with pytest.raises(InputError, match=r"sampling\.negative_prompt: got 'a blurry dog'.*built in"):
             build_loop(settings(family, **prompt), Path("nowhere"))
         return
@@ -344,7 +356,7 @@ def test_one_iteration_and_the_adapter_in_the_stock_pipeline(settings, family, f
         assert np.array_equal(written, grid(list(ours.unflatten(0, (2, 2))), PROMPTS))
 
 
-@mostly("sd3")
+@mostly("sd3", "klein")
 def test_training_goes_on_from_a_lora(settings, family, tmp_path):
     """Of another rank and scale, read as diffusers reads it: at first it computes the same."""
     few = {"adapter__rank": 2, "adapter__alpha": 5.0, "adapter__targets": TARGETS[family]}
@@ -390,6 +402,29 @@ def test_masks_and_lengths_are_not_rounded(settings, family):
     counted = {name for name in conditioning.extra if name in ("mask", "length")}
     assert counted == {"sana": {"mask"}, "qwen": {"mask"}, "zimage": {"length"}}.get(family, set())
     assert all(seen[name] in (torch.bool, torch.int64) for name in counted)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cads"])
+@pytest.mark.parametrize("family", ["flux2", "klein", "qwen", "zimage"])
+def test_prompt_noise_is_kept_off_padding(settings, family, schedule):
+    """Whether padding is all zeros, or attended to and something else; and its strength is a matter of the prompt alone."""
+    policy, seen = build_policy(settings(family, sampling__guidance_scale=0.0)), []
+    clean, run = policy.encode(PROMPTS), policy._run
+    tokens = clean.extra.get("tokens", (clean.embeds != 0).any(-1))
+    assert 0 < int(tokens.sum()) < tokens.numel()
+
+    def watched(latents, timesteps, embeds, extra):
+        seen.append(embeds)
+        return run(latents, timesteps, embeds, extra)
+
+    policy._run = watched
+    rollout(policy, clean, KEYS, 8, 16, PromptNoise(0.05, schedule))
+    change = (seen[0].unflatten(0, (2, 8)) - clean.embeds[:, None]).transpose(1, 2)
+    assert not bool(change[~tokens].any()) and bool(change[tokens].any(-1).all())
+    if schedule == "linear":  # which begins at t = 1
+        for moved, embeds, own in zip(change, clean.embeds, tokens, strict=True):
+            share = moved[own].square().mean().sqrt() / embeds[own].square().mean().sqrt()
+            assert float(share) == pytest.approx(0.05, rel=0.05)
 
 
 @mostly("sd", "sd3")
@@ -572,6 +607,22 @@ def test_warns_of_training_without_guidance(settings, tmp_path):
     Trainer(settings("schnell", iterations=0, sampling__guidance_scale=0.0), tmp_path / "schnell").run()
 
 
+def test_a_distilled_klein_is_drawn_without_guidance(settings, folders, tmp_path):
+    """Its pipeline says that it is one, and ignores the scale."""
+    folder = tmp_path / "distilled"
+    shutil.copytree(folders["klein"], folder)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": True}))
+    scaled, plain = (
+        build_policy(settings("klein", model__path=str(path), sampling__guidance_scale=scale))
+        for path, scale in ((folder, 4.0), (folders["klein"], 1.0))
+    )
+    assert scaled.branches == plain.branches == 1
+    assert torch.equal(*(generate(policy, PROMPTS, 1) for policy in (scaled, plain)))
+    policy, _ = open_policy(folder)
+    assert (len(policy.timesteps), policy.sampler.guidance_scale) == (4, 1.0)
+
+
 def test_a_model_without_a_run_is_sampled_as_people_do(folders, monkeypatch, tmp_path):
     """By its pipeline, wherever it comes from, FLUX by whether it takes guidance, and Z-Image by its name."""
     import diffusers
@@ -584,7 +635,8 @@ def test_a_model_without_a_run_is_sampled_as_people_do(folders, monkeypatch, tmp
     assert usual(folders["sd3"], steps=3) == (3, 4.5, 2)
     assert usual(folders["flux"]) == (28, 3.5, 1)
     assert usual(folders["schnell"]) == (4, 1.0, 1)
-    assert usual(folders["zimage"]) == (50, 4.0, 2)
+    assert usual(folders["flux2"]) == (50, 4.0, 1)
+    assert usual(folders["klein"]) == usual(folders["zimage"]) == (50, 4.0, 2)
     (tmp_path / "Z-Image-Turbo").symlink_to(folders["zimage"])
     assert usual(tmp_path / "Z-Image-Turbo") == (9, 0.0, 1)
     own = diffusers.DiffusionPipeline.from_pretrained
@@ -594,7 +646,7 @@ def test_a_model_without_a_run_is_sampled_as_people_do(folders, monkeypatch, tmp
     assert usual("someone/a-model-of-the-hub") == (50, 5.0, 2)
 
 
-@pytest.mark.parametrize("family", ["sd", "qwen"])
+@pytest.mark.parametrize("family", ["sd", "qwen", "klein"])
 def test_names_that_comfyui_knows(settings, family, tmp_path):
     """Of UNets with underscores, of transformers diffusers' own; alpha is a tensor beside each pair."""
     policy = build_policy(settings(family))
@@ -607,7 +659,8 @@ def test_names_that_comfyui_knows(settings, family, tmp_path):
         write_kohya(tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "comfyui.safetensors")
     )
     layer = {"sd": "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
-             "qwen": "transformer.transformer_blocks.0.attn.to_q"}[family]  # fmt: skip
+             "qwen": "transformer.transformer_blocks.0.attn.to_q",
+             "klein": "transformer.transformer_blocks.0.attn.to_q"}[family]  # fmt: skip
     place = f"lora_{layer.replace('.', '_')}" if family == "sd" else layer
     down = next(
         value
@@ -658,7 +711,8 @@ def test_attention_is_computed_by_sdpa(settings, family, dtype, monkeypatch):
     with torch.no_grad():
         score_step(policy, torch.zeros(2, *policy.latent_shape), torch.zeros(2, dtype=torch.long), conditioning, None,
                    PromptNoise())  # fmt: skip
-    layers = {name.rpartition(".")[0] for name, _ in policy.network.named_modules() if name.endswith(".to_q")}
+    queries = (".to_q", ".to_qkv_mlp_proj")
+    layers = {name.rpartition(".")[0] for name, _ in policy.network.named_modules() if name.endswith(queries)}
     if family == "sana":  # whose attention within an image is linear
         layers = {name for name in layers if name.endswith("attn2")}
     assert len(calls) == len(layers) > 0
@@ -714,6 +768,16 @@ def test_a_hub_that_cannot_be_reached_is_told_what_to_do(settings):
         InputError, match=r"model\.path: a/b cannot be loaded: .*hf download a/b --local-dir FOLDER"
     ):
         build_policy(settings("sd", model__path="a/b"))
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_a_tokenizer_that_needs_torchvision_is_told_so(settings, folders, tmp_path):
+    """That of FLUX.2 [dev], as published."""
+    folder = tmp_path / "flux2"
+    shutil.copytree(folders["flux2"], folder)
+    renamed(folder, "Qwen2AudioProcessor", "PixtralProcessor")
+    with pytest.raises(InputError, match=r"model\.path: .* PixtralProcessor, .* pip install torchvision"):
+        build_policy(settings("flux2", model__path=str(folder)))
 
 
 def test_a_folder_without_what_no_policy_asks(settings, folders, tmp_path):
@@ -790,7 +854,7 @@ def test_the_network_computes_as_many_rows_as_estimated(settings, family):
     policy.network.register_forward_hook(lambda module, inputs, output: rows.append(len(output[0])))
     drawn = rollout(policy, policy.encode(PROMPTS), KEYS, 2, 4)
     assert rows == [4 * policy.branches] * 4
-    assert policy.branches == 1 + (family != "flux")
+    assert policy.branches == 1 + (family not in BUILT_IN)
     assert drawn.images.shape[2:] == policy.image_shape
 
 

@@ -187,6 +187,10 @@ def _encoded(vae: Any, images: Tensor) -> Tensor:
         centre, spread = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in scales)
         still: Tensor = vae.encode(x.unsqueeze(2)).latent_dist.mode()[:, :, 0].float()
         return (still - centre) / spread
+    if hasattr(vae, "bn"):  # FLUX.2's: 2 x 2 latents are one, normalised by the statistics of a batch norm
+        centre, var = (part.float().view(-1, 1, 1) for part in (vae.bn.running_mean, vae.bn.running_var))
+        tokens = torch.nn.functional.pixel_unshuffle(vae.encode(x).latent_dist.mode().float(), 2)
+        return (tokens - centre) / (var + vae.config.batch_norm_eps).sqrt()
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     found = vae.encode(x)
     mean: Tensor = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent

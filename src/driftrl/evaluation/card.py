@@ -174,14 +174,16 @@ def _use(config: TrainConfig, network: str) -> str:
     empty = _empty_prompt(config.model) if sampling.guidance_scale > 1 else None
     if sampling.negative_prompt or empty is not None:
         negative = json.dumps(sampling.negative_prompt or empty, ensure_ascii=False)
-        arguments.append(f"negative_prompt={negative}")
+        klein = _json_of(config.model, "model_index.json").get("_class_name") == "Flux2KleinPipeline"
+        read = f"pipe.encode_prompt({negative})[0]"  # its pipeline takes no words here
+        arguments.append(f"negative_prompt_embeds={read}" if klein else f"negative_prompt={negative}")
     if empty is not None:
         arguments.append(f"true_cfg_scale={sampling.guidance_scale}")
     else:
         # With 1.0 diffusers' DDIMScheduler may draw NaN where a schedule begins at pure noise (use-the-adapter.md).
         noise = [f"eta={min(sampling.eta, 0.999)}"] * (not flow)
         arguments += [f"guidance_scale={sampling.guidance_scale}", *noise]
-    lines.append(f'image = pipe("a cat", {", ".join(arguments)}).images[0]')
+    lines.append(f'image = pipe(prompt="a cat", {", ".join(arguments)}).images[0]')
     return "\n".join(["```python", *lines, "```"])
 
 

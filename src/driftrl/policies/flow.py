@@ -1,4 +1,4 @@
-"""Flow-matching models as policies: SD3, FLUX, SANA, Qwen-Image and Z-Image, with the SDE of Flow-GRPO or the steps of CPS."""
+"""Flow-matching models as policies: SD3, FLUX.1, FLUX.2, SANA, Qwen-Image and Z-Image, with the SDE of Flow-GRPO or the steps of CPS."""
 
 from __future__ import annotations
 
@@ -64,14 +64,19 @@ class FlowPolicy(PipelinePolicy):
         sigmas = self._sigmas(steps)
         arguments: dict[str, Any] = {} if sigmas is None else {"sigmas": sigmas}
         if scheduler.config.get("use_dynamic_shifting"):
-            from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-            config, (_, height, width) = scheduler.config, self.latent_shape
-            arguments["mu"] = calculate_shift(
-                (height // 2) * (width // 2), config.get("base_image_seq_len", 256),
-                config.get("max_image_seq_len", 4096), config.get("base_shift", 0.5), config.get("max_shift", 1.15),
-            )  # fmt: skip
+            arguments["mu"] = self._shift()
         scheduler.set_timesteps(steps, **arguments)
+
+    def _shift(self) -> float:
+        """How far a scheduler that shifts its times by the image's size is to shift them."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        config, (_, height, width) = self.pipeline.scheduler.config, self.latent_shape
+        shift: float = calculate_shift(
+            (height // 2) * (width // 2), config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096), config.get("base_shift", 0.5), config.get("max_shift", 1.15),
+        )  # fmt: skip
+        return shift
 
     def _patch(self) -> int:
         return 2
@@ -201,6 +206,107 @@ class FluxPolicy(PackedPolicy):
             return_dict=False,
         )[0]
         return self._unpacked(output, latents)
+
+
+class Flux2Policy(FlowPolicy):
+    """`diffusers.Flux2KleinPipeline` and `diffusers.Flux2Pipeline`: FLUX.2 [klein] and [dev].
+
+    A latent here is a token of the network: 2 x 2 of the autoencoder's, normalised by the statistics of its batch norm.
+    Guidance of klein is of two branches, unless it was distilled to few steps, and its pipeline ignores the scale; dev's
+    scale goes in as an embedding. Prompts are padded to 512 tokens, and the network attends to all of them; noise goes
+    onto the prompt's own.
+    """
+
+    blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
+    prompts_at_once = 8
+
+    def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
+        """Take over `pipeline`; its scheduler decides the times, shifted by image size and number of steps.
+
+        Raises:
+            InputError: for another scheduler, or a sampler that does not exist.
+        """
+        super().__init__(pipeline, sampler, device)
+        if self._embedded:  # its instruction is read before each prompt
+            words = getattr(pipeline.tokenizer, "tokenizer", pipeline.tokenizer)
+            self.longest = pipeline.tokenizer_max_length - len(words(pipeline.system_message).input_ids)
+
+    @property
+    def _embedded(self) -> bool:
+        """Whether the guidance scale goes into the network."""
+        return type(self.pipeline).__name__ == "Flux2Pipeline"
+
+    def _scale(self) -> float:
+        return 1.0 if self._embedded or self.pipeline.config.is_distilled else super()._scale()
+
+    @property
+    def _factor(self) -> int:
+        return 2 * super()._factor
+
+    def _patch(self) -> int:
+        return 1
+
+    def _own_size(self) -> tuple[int, int]:
+        return self.pipeline.default_sample_size // 2, self.pipeline.default_sample_size // 2
+
+    def _autoencoder_channels(self) -> int:
+        return 4 * super()._autoencoder_channels()
+
+    def _sigmas(self, steps: int) -> list[float] | None:
+        return None if self.pipeline.scheduler.config.get("use_flow_sigmas") else _even(steps)
+
+    def _shift(self) -> float:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        _, height, width = self.latent_shape
+        shift: float = compute_empirical_mu(height * width, self.sampler.steps)
+        return shift
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, tokens = self._read(list(prompts))
+        null, _ = self._read([self.negative_prompt])
+        return Conditioning(embeds, null, {"tokens": tokens})
+
+    def _read(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings float32 [n, L, D] and which tokens are the prompt's, bool [n, L], which the pipeline tells nobody but
+        its text encoder.
+        """
+        masks: list[Tensor] = []
+        hook = self.pipeline.text_encoder.register_forward_pre_hook(
+            lambda module, inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
+        )
+        try:
+            embeds, _ = self.pipeline.encode_prompt(prompts, device=self.device)
+        finally:
+            hook.remove()
+        return embeds.float(), masks[0].bool().to(embeds.device)
+
+    @cached_property
+    def _image_ids(self) -> Tensor:
+        """The places of an image's tokens [h w, 4], made once: diffusers makes them on the host."""
+        ids: Tensor = self.pipeline._prepare_latent_ids(torch.empty(1, *self.latent_shape))
+        return ids[0].to(self.device)
+
+    def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        guidance = None
+        if self._embedded:
+            guidance = torch.full((len(latents),), self.sampler.guidance_scale, device=latents.device)
+        output: Tensor = self.network(
+            hidden_states=self.pipeline._pack_latents(latents),
+            timestep=timesteps.to(latents.dtype) / 1000,
+            guidance=guidance,
+            encoder_hidden_states=embeds,
+            txt_ids=F.pad(torch.arange(embeds.shape[1], device=latents.device)[:, None], (3, 0)),
+            img_ids=self._image_ids,
+            return_dict=False,
+        )[0]
+        return output.transpose(1, 2).unflatten(2, latents.shape[-2:])
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        centre, spread = vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+        centre, spread = (part.to(latents).view(-1, 1, 1) for part in (centre, spread))
+        return F.pixel_shuffle(latents * spread + centre, 2)
 
 
 class SanaPolicy(FlowPolicy):

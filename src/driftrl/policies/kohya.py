@@ -22,7 +22,7 @@ def write_kohya(source: Path, target: Path) -> Path:
 
     ``unet.down_blocks.0.attn.to_q.lora.down.weight`` becomes ``lora_unet_down_blocks_0_attn_to_q.lora_down.weight``, with a
     scalar ``lora_unet_down_blocks_0_attn_to_q.alpha``. Layers of transformers keep their names, which ComfyUI knows for SD3,
-    FLUX, Qwen-Image and Z-Image: ``transformer.layers.0.attn.to_q.lora_down.weight``. Names as in its ``comfy/lora.py``.
+    FLUX.1, FLUX.2, Qwen-Image and Z-Image: ``transformer.layers.0.attn.to_q.lora_down.weight``. Names as in its ``comfy/lora.py``.
 
     Args:
         source: ``pytorch_lora_weights.safetensors`` of a checkpoint.

@@ -26,6 +26,7 @@ def told(
     """
     names = [name.replace("text_encoder", "tokenizer") for name in text_encoders]
     there = [t for t in (getattr(pipeline, name, None) for name in names) if t is not None]
+    there = [getattr(t, "tokenizer", t) for t in there]  # of a processor, which FLUX.2 [dev] has
     if not there:
         return None
     parameter = inspect.signature(pipeline.encode_prompt).parameters.get("max_sequence_length")

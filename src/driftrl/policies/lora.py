@@ -35,6 +35,10 @@ def add_lora(network: nn.Module, rank: int, alpha: float, targets: list[str], se
             f"adapter.targets: the model has no linear or convolution layer named {', '.join(missing)}; "
             f"it has {', '.join(known[:20])}"
         )
+    everything = {name for name, _ in network.named_modules()}
+    asked = {n for n in everything if any(n == t or n.endswith(f".{t}") for t in targets)}
+    if not asked <= names:  # FLUX.2 has layers and lists of layers named to_out, and PEFT refuses lists
+        targets = sorted(asked & names)
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")  # type: ignore[arg-type]
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):  # the initial weights depend on the seed alone

@@ -96,7 +96,7 @@ class PipelinePolicy:
 
     def _latent_shape(self) -> tuple[int, int, int]:
         """Shape [C, H, W] of one latent."""
-        own, factor = self._own_size(), self.pipeline.vae_scale_factor
+        own, factor = self._own_size(), self._factor
         asked = (self.sampler.height, self.sampler.width)
         sides = []
         for name, pixels, side in zip(("height", "width"), asked, own, strict=True):
@@ -128,6 +128,11 @@ class PipelinePolicy:
     def _autoencoder_channels(self) -> int:
         return int(self.pipeline.vae.config.latent_channels)
 
+    @property
+    def _factor(self) -> int:
+        """Pixels per side of a latent."""
+        return int(self.pipeline.vae_scale_factor)
+
     def _patch(self) -> int:
         """Latents per side that the network takes together."""
         return 1
@@ -140,7 +145,7 @@ class PipelinePolicy:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape [3, height, width] of one image."""
-        factor = self.pipeline.vae_scale_factor
+        factor = self._factor
         return 3, self._shape[1] * factor, self._shape[2] * factor
 
     def _scale(self) -> float:
@@ -279,7 +284,7 @@ class PipelinePolicy:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [n, C, H, W] as images float32 [n, 3, height, width] in 0..1."""
         scaled = self._unscaled(latents.to(self.pipeline.vae.dtype))
-        pixels = latents.shape[-2] * latents.shape[-1] * self.pipeline.vae_scale_factor**2
+        pixels = latents.shape[-2] * latents.shape[-1] * self._factor**2
         chunk = max(1, DECODED_PIXELS // pixels)
         images = torch.cat([self._decoded(part).float() for part in scaled.split(chunk)])
         return (images / 2 + 0.5).clamp(0, 1)
