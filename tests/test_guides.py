@@ -119,19 +119,23 @@ def test_the_sizes_of_the_large_models(here, capsys):
     run_python("sdxl-and-flux.md")
     printed = dict(re.findall(r"^(.+): .* ([\d.]+ GiB) in bf16$", capsys.readouterr().out, re.MULTILINE))
     text = (GUIDES / "sdxl-and-flux.md").read_text()
-    networks = ("SDXL", "SD3 medium", "FLUX.1", "SANA 1.6B", "Qwen-Image", "Z-Image")
+    networks = (
+        *("SDXL", "SD3 medium", "FLUX.1", "FLUX.2 klein 4B", "FLUX.2 dev", "SANA 1.6B"),
+        *("Qwen-Image", "Z-Image"),
+    )
     assert all(f"| {name} | {printed[name]} |" in text for name in networks)
     assert all(
-        f"{printed[name]} ({name})" in text for name in ("T5-XXL", "Gemma 2", "Qwen2.5-VL", "Qwen3 4B")
+        f"{printed[name]} ({name})" in text
+        for name in ("T5-XXL", "Gemma 2", "Mistral Small 3", "Qwen2.5-VL", "Qwen3 4B")
     )
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(7))
 def test_the_configurations_of_the_large_models(here, encoder_folder, number):
     """As they stand they are valid; on a tiny pipeline of their classes they train."""
     data = yaml.safe_load(blocks("sdxl-and-flux.md", "yaml")[number])
     parse_config(data)
-    make = ("sdxl", "sd3", "flux", "sana", "qwen", "zimage")[number]
+    make = ("sdxl", "sd3", "flux", "klein", "sana", "qwen", "zimage")[number]
     data["model"]["path"] = str(getattr(families, f"make_{make}")(here / "pipeline"))
     data |= {"iterations": 1, "reward": "incompressibility", "shaping": {"encoder": str(encoder_folder)}}
     data |= {"selection": {"keep": 3}, "logging": {"trackers": []}}
