@@ -36,7 +36,7 @@ def outputs(policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd2", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd2", "sd3", "flux", "klein"])
 def test_numbers_are_those_of_plain_blocks(config, traced, tmp_path, family):
     folder = str(getattr(families, f"make_{family}")(tmp_path / family))
     compiled, plain = (

@@ -30,7 +30,10 @@ WHOLE = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, epsilon_folder):
     root = tmp_path_factory.mktemp("one_pass")
-    made = {name: getattr(families, f"make_{name}")(root / name) for name in ("sd2", "sdxl", "sd3", "flux")}
+    made = {
+        name: getattr(families, f"make_{name}")(root / name)
+        for name in ("sd2", "sdxl", "sd3", "flux", "klein")
+    }
     return {"sd": epsilon_folder, **made}
 
 
@@ -81,7 +84,7 @@ def near(one, other, relative=1e-4):
 
 
 @pytest.mark.parametrize(("layers", "share"), [("fast", 1.0), ("stock", 0.5), ("checkpointed", 1.0)])
-@pytest.mark.parametrize("family", ["sd", "sd2", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd", "sd2", "sdxl", "sd3", "flux", "klein"])
 def test_every_family_takes_the_step_that_replay_takes(make, monkeypatch, family, layers, share):
     """With the layers of a CPU in float32, with PEFT's own, and with gradient checkpointing; guidance and noise on."""
     if layers == "stock":
