@@ -55,7 +55,7 @@ def settings(config, tmp_path):
         ("prompts.set=nowhere.txt", "nowhere.txt"),
         ("prompts.set=EMPTY", "holds no prompts"),
         ("model.path=EMPTY_FOLDER", "no model_index.json"),
-        ("model.path=EMPTY", "from_single_file"),
+        ("model.path=EMPTY", "no safetensors file"),
         ("model.path=./missing", "is none"),
         ("train_learning_rate=1", "did you mean 'optimizer.learning_rate'"),
         ("optimizer.schedule=cosin", "did you mean 'cosine'"),
@@ -322,10 +322,10 @@ def test_messages_name_the_option_that_was_typed(tmp_path, pipeline_folder):
         ((*evaluated, "--images", 1), "driftrl: --images: expected at least 2"),
         ((*evaluated, "--steps", 5000), "driftrl: --steps: expected at most 1000"),
         (("evaluate", pipeline_folder, "--prompts", "nope.txt"), "driftrl: --prompts: expected a prompt set"),
-        (("evaluate", "nope"), "driftrl: RUN_OR_MODEL: expected 'tiny-animals', a pipeline folder or a hub name"),
+        (("evaluate", "nope"), "driftrl: RUN_OR_MODEL: expected 'tiny-animals', a pipeline folder, a safetensors file or a hub name"),
         (("sample", pipeline_folder, "--prompts", "nope.txt"), "driftrl: --prompts: expected a prompt set"),
         (("sample", pipeline_folder, "-p", "a", "--steps", 5000), "driftrl: --steps: expected at most 1000"),
-        (("sample", "nope", "-p", "a"), "driftrl: RUN_OR_MODEL: expected 'tiny-animals', a pipeline folder or a hub name"),
+        (("sample", "nope", "-p", "a"), "driftrl: RUN_OR_MODEL: expected 'tiny-animals', a pipeline folder, a safetensors file or a hub name"),
         (("doctor", "--model", "nope"), "driftrl: --model: expected 'tiny-animals'"),
     ):  # fmt: skip
         assert told in refused(*arguments, cwd=tmp_path), arguments

@@ -6,7 +6,8 @@ import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import resources
 from importlib.metadata import entry_points
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from driftrl import checkpoint, hub, objects, one_pass
+from driftrl import checkpoint, hub, objects, one_pass, single_file
 from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import AdapterConfig, ModelConfig, RewardPart, TrainConfig
@@ -150,37 +151,30 @@ def device_of(name: str) -> torch.device:
 
 
 def load_pipeline(model: ModelConfig) -> Any:
-    """Load a diffusers pipeline: the embedded one, a local folder, or a hub name.
+    """Load a diffusers pipeline: the embedded one, a local folder, a hub name, or one safetensors file.
 
     Raises:
         InputError: if it is none of these, or a kind of pipeline that no policy is built for.
     """
     import diffusers
-    from diffusers.utils import logging as diffusers_logging
-    from safetensors import SafetensorError
-    from transformers.utils import logging as transformers_logging
 
+    if single_file.named(model.path):
+        return _load_file(model)
+    if model.config is not None:
+        raise InputError(
+            f"model.config: is for a model.path that is one safetensors file; {model.path} has a configuration of its own: leave it out"
+        )
     path = str(TINY_ANIMALS / "pipeline") if model.path == "tiny-animals" else model.path
     folder = Path(path)
-    if folder.is_file():
-        raise InputError(
-            f"model.path: expected a pipeline folder as diffusers saves it; {path} is a file: save it as one, once, by "
-            f"StableDiffusionPipeline.from_single_file({path!r}).save_pretrained(FOLDER), or the class it is of"
-        )
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise InputError(f"model.path: {path} is no diffusers pipeline folder: it has no model_index.json")
-    _demand_parts(folder)
+    _demand_parts(folder, "model.path")
     if not folder.exists() and not of_hub(path):
         raise InputError(
-            f"model.path: expected 'tiny-animals', a pipeline folder or a hub name; {path!r} is none"
+            f"model.path: expected 'tiny-animals', a pipeline folder, a safetensors file or a hub name; {path!r} is none"
             f"{nearest(path, ['tiny-animals'])}"
         )
     if not folder.exists():
         hub.answers()
-    bars, verbosity = diffusers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # it tells everyone without torchvision so, at every start
-    try:
+    with _loading(path, _advice(path)):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             path,
             revision=model.revision,
@@ -189,19 +183,125 @@ def load_pipeline(model: ModelConfig) -> Any:
             variant=_variant(folder),
             **_left_out(folder),
         )
-    except (
-        OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
-    ) as error:  # fmt: skip
-        raise InputError(f"model.path: {path} cannot be loaded: {_reason(error)}{_advice(path)}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            diffusers_logging.enable_progress_bar()
     kind = type(pipeline).__name__
-    if kind not in PIPELINES:
-        raise InputError(f"model.path: {path} is a {kind}; expected one of {', '.join(PIPELINES)}")
+    _demand_policy("model.path", path, kind)
     _demand_whole(pipeline, folder, PIPELINES[kind])
     return pipeline
+
+
+def _load_file(model: ModelConfig) -> Any:
+    """The pipeline of one file: the parts that it holds, and what it lacks of the pipeline that it was made from."""
+    import diffusers
+
+    file, base = Path(model.path), single_file.base_of(model)
+    folder, dtype = Path(base), getattr(torch, model.dtype)
+    _demand_base(file, base, model.revision)
+    with _loading(base, _advice(base), "model.config"):
+        index = diffusers.DiffusionPipeline.load_config(base, revision=model.revision)
+    kind, found = str(index.get("_class_name")), single_file.contents(file)
+    _demand_policy("model.config", base, kind)
+    policy = PIPELINES[kind]
+    held = single_file.held(found, kind, policy.component)
+    lacking = single_file.lacking(held, index, policy.text_encoders)
+    without = [n for n in lacking if folder.exists() and not numbers_in((folder / n).glob("*.safetensors"))]
+    if without:
+        raise InputError(
+            f"model.path: {file} has no {' and no '.join(without)}, and the folder {base}, which it was made from, has no weights of "
+            "them either: add them there, in the folders of these names, or name another one as model.config"
+        )
+    unasked: dict[str, Any] = {name: None for name in NEVER_ASKED if name in index}
+    unasked |= {"requires_safety_checker": False} if "safety_checker" in index else {}
+    wrong = f"; is {base} what it was made from? If not, name that: --set model.config=FOLDER"
+    with _loading(str(file), wrong, asides=False):
+        if held == [policy.component]:
+            network = getattr(diffusers, index[policy.component][1]).from_single_file(
+                str(file),
+                config=base,
+                subfolder=policy.component,
+                config_revision=model.revision,
+                dtype=dtype,
+            )
+            parts = {policy.component: network}
+        else:
+            pipeline = getattr(diffusers, kind).from_single_file(
+                str(file), config=base, revision=model.revision, dtype=dtype, **dict.fromkeys(lacking), **unasked
+            )  # fmt: skip
+            parts = {name: getattr(pipeline, name) for name in held}
+    _demand_given(file, parts, base)
+    if len(parts) == 1 or lacking:
+        with _loading(base, _advice(base), "model.config"):
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                base, revision=model.revision, dtype=dtype, use_safetensors=True, variant=_variant(folder), **parts,
+                **_left_out(folder) | unasked,
+            )  # fmt: skip
+    if "v_pred" in found and pipeline.scheduler.config.get("prediction_type") != "v_prediction":
+        raise InputError(
+            f"model.config: {file} is a model of v-prediction, by its key v_pred, and the scheduler of {base} is of another; name a "
+            "pipeline whose scheduler has prediction_type: v_prediction"
+        )
+    # What a file is called tells Z-Image-Turbo, if nobody has said what it was made from.
+    pipeline.register_to_config(_name_or_path=model.config or file.name)
+    _demand_whole(pipeline, folder, policy, given=held)
+    return pipeline
+
+
+@contextmanager
+def _loading(path: str, advice: str, key: str = "model.path", asides: bool = True) -> Iterator[None]:
+    """Without the bars of libraries that load ``path``, and with one message of what they raise; without ``asides`` diffusers does not
+    say either which weights it has no use for.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    bars, verbosity = diffusers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    diffusers_logging.disable_progress_bar()
+    said = diffusers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it tells everyone without torchvision so, at every start
+    if not asides:
+        diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    except Exception as error:  # of three libraries, on whatever the files hold
+        raise InputError(f"{key}: {path} cannot be loaded: {_reason(error)}{advice}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        diffusers_logging.set_verbosity(said)
+        if bars:
+            diffusers_logging.enable_progress_bar()
+
+
+def _demand_policy(key: str, path: str, kind: str) -> None:
+    if kind not in PIPELINES:
+        raise InputError(f"{key}: {path} is a {kind}; expected one of {', '.join(PIPELINES)}")
+
+
+def _demand_base(file: Path, base: str, revision: str | None) -> None:
+    """Refuse a pipeline to complete ``file`` with that is not there, and cannot be had."""
+    _demand_parts(Path(base), "model.config")
+    if Path(base).exists() or (
+        of_hub(base) and (hub.answers() or hub.has(base, "model_index.json", revision))
+    ):
+        return
+    if not of_hub(base):
+        raise InputError(f"model.config: expected a pipeline folder or a hub name; {base!r} is none")
+    raise InputError(
+        f"model.path: {file} is one file, whose tokenizer and settings are those of {base}, and the hub "
+        f"{'is switched off by HF_HUB_OFFLINE' if _off() else 'does not answer'}, and this machine's cache has no copy. Where there "
+        f"is a network: hf download {base} --include '*.json' --include '*.txt' --include '*.model' --local-dir FOLDER, which is "
+        "small, or all of it where the file has the network alone; then --set model.config=FOLDER"
+    )
+
+
+def _demand_given(file: Path, parts: dict[str, Any], base: str) -> None:
+    """Refuse parts that a file has not all weights of: these stay on the meta device."""
+    for name, part in parts.items():
+        weights = list(part.parameters())
+        wanted = sum(p.numel() for p in weights)
+        if (found := sum(p.numel() for p in weights if not p.is_meta)) < wanted:
+            raise InputError(
+                f"model.path: {file} holds {found:,} of the {wanted:,} numbers of {name}, a {type(part).__name__} as {base} has it: it "
+                "is damaged, or made from another model: name that one, --set model.config=FOLDER"
+            )
 
 
 def _reason(error: Exception) -> str:
@@ -209,7 +309,14 @@ def _reason(error: Exception) -> str:
     if "processing_pixtral" in str(error) and find_spec("torchvision") is None:
         return "its tokenizer is a PixtralProcessor, which reads images too and needs torchvision: pip install torchvision"
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return re.sub(r" \((?:[^()]|\([^()]*\))*\)| Please check out the root cause.*", "", line).rstrip(" .")
+    if isinstance(error, KeyError):
+        return f"there is no {line}"
+    if "meta tensor" in line:  # where weights go that a file does not have
+        return "weights are missing"
+    asides = (
+        r" \((?:[^()]|\([^()]*\))*\)| Please check out the root cause.*| If you want to instead overwrite.*"
+    )
+    return re.sub(asides, "", line).rstrip(" .")
 
 
 def _advice(path: str) -> str:
@@ -229,13 +336,17 @@ def _off() -> bool:
 
 def of_hub(name: str) -> bool:
     """Whether it has the form of a hub name and is not there as a path."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    formed = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not single_file.named(name)
+    return formed and not Path(name).exists()
 
 
 def _demand_reachable(config: TrainConfig) -> None:
     """Refuse a configuration that needs the hub where it does not answer, and name all that is missing at once."""
     rewards = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
-    asked = [("model.path", config.model.path, "model_index.json", config.model.revision)]
+    key, model = "model.path", config.model.path
+    if single_file.named(model):
+        key, model = "model.config", single_file.base_of(config.model)
+    asked = [(key, model, "model_index.json", config.model.revision)]
     for name in rewards:
         kind, _, weights = name.partition("@")
         if kind in NETWORKS:
@@ -257,25 +368,31 @@ def _demand_reachable(config: TrainConfig) -> None:
         )
 
 
-def _demand_whole(pipeline: Any, folder: Path, policy: type[PipelinePolicy]) -> None:
-    """Refuse a pipeline that lacks a part, or, of a folder, some weights or the words of a tokenizer."""
+def _demand_whole(
+    pipeline: Any, folder: Path, policy: type[PipelinePolicy], given: Sequence[str] = ()
+) -> None:
+    """Refuse a pipeline that lacks a part, or, of a folder, some weights or the words of a tokenizer; parts that were ``given`` are
+    of a file, and the folder is what it was made from.
+    """
+    key = "model.config" if given else "model.path"
     tokenizers = tuple(name.replace("text_encoder", "tokenizer") for name in policy.text_encoders)
     needed = (*policy.text_encoders, *tokenizers, policy.component, "vae", "scheduler")
     missing = [n for n in needed if getattr(pipeline, n, None) is None and n not in policy.dispensable]
     if missing:
         raise InputError(
-            f"model.path: {folder} has no {', '.join(missing)}, which a {type(pipeline).__name__} needs"
+            f"{key}: {folder} has no {', '.join(missing)}, which a {type(pipeline).__name__} needs"
         )
     for name in tokenizers:
         if (words := getattr(pipeline, name)) is not None:
-            demand_words(getattr(words, "tokenizer", words), f"model.path: {folder / name}")
-    for name in (*policy.text_encoders, policy.component, "vae") if folder.exists() else ():
+            demand_words(getattr(words, "tokenizer", words), f"{key}: {folder / name}")
+    parts = {*policy.text_encoders, policy.component, "vae"} - {*given}
+    for name in sorted(parts) if folder.exists() else ():
         part, files = getattr(pipeline, name), list((folder / name).glob("*.safetensors"))
         wanted = 0 if part is None else sum(p.numel() for p in part.parameters())
         # Libraries name weights differently from release to release, but of a whole part there are as many.
         if (found := numbers_in(files)) < wanted:
             raise InputError(
-                f"model.path: {folder / name} holds {found:,} of the {wanted:,} numbers of a {type(part).__name__}: "
+                f"{key}: {folder / name} holds {found:,} of the {wanted:,} numbers of a {type(part).__name__}: "
                 "it is damaged, or of another model"
             )
 
@@ -298,18 +415,20 @@ def _variant(folder: Path) -> str | None:
     return None
 
 
-def _demand_parts(folder: Path) -> None:
-    """Refuse a pipeline folder, if it is one, that lacks a part its model_index.json names."""
+def _demand_parts(folder: Path, key: str) -> None:
+    """Refuse a folder, if it is there, that is no pipeline's, or lacks a part its model_index.json names."""
     if not folder.exists():
         return
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{key}: {folder} is no diffusers pipeline folder: it has no model_index.json")
     index = read_json(folder / "model_index.json")
     if not isinstance(index, dict):
-        raise InputError(f"model.path: {folder / 'model_index.json'} is no pipeline's index")
+        raise InputError(f"{key}: {folder / 'model_index.json'} is no pipeline's index")
     named = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0] is not None]
     missing = [part for part in named if not (folder / part).is_dir() and part not in NEVER_ASKED]
     if missing:
         raise InputError(
-            f"model.path: {folder} lacks its {', '.join(missing)}; its model_index.json names "
+            f"{key}: {folder} lacks its {', '.join(missing)}; its model_index.json names "
             f"{', '.join(named)}: copy or download the whole pipeline"
         )
 

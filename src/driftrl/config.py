@@ -118,9 +118,14 @@ class ModelConfig(Section):
     """Which model is fine-tuned."""
 
     path: Place = "tiny-animals"
-    """A diffusers pipeline: 'tiny-animals' (embedded), a local folder, or a hub name."""
+    """A diffusers pipeline: 'tiny-animals' (embedded), a local folder, or a hub name; or one safetensors file, as A1111, ComfyUI and
+    Civitai have them."""
+    config: Place | None = None
+    """Of a `path` that is one file: the pipeline that it was made from, a folder or hub name, for tokenizers, scheduler, settings and
+    the parts that the file lacks. Null: the one that diffusers takes the weights for, from the hub; so it is needed without a
+    network, and for what a file does not say, such as v-prediction."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit on the hub, of `path` or `config`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision that the model computes in; trained weights and scored values are float32 always."""
     gradient_checkpointing: bool = False

@@ -50,7 +50,8 @@ def t5(folder: Path, width: int = 16):
     return model, T5TokenizerFast.from_pretrained(folder)
 
 
-def make_sdxl(folder: Path) -> Path:
+def make_sdxl(folder: Path, second: int = 16) -> Path:
+    """SDXL, its second text encoder ``second`` wide."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -58,7 +59,7 @@ def make_sdxl(folder: Path) -> Path:
     StableDiffusionXLPipeline(
         vae=autoencoder(4),
         text_encoder=clip_text(tokenizer, False),
-        text_encoder_2=clip_text(tokenizer, True),
+        text_encoder_2=clip_text(tokenizer, True, second),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=UNet2DConditionModel(
@@ -66,8 +67,8 @@ def make_sdxl(folder: Path) -> Path:
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4),
             use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
-            transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=6 * 8 + 16,
-            cross_attention_dim=32,
+            transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=6 * 8 + second,
+            cross_attention_dim=16 + second,
         ),
         scheduler=EulerDiscreteScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1

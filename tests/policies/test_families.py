@@ -17,9 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from driftrl import Trainer, noise
-from driftrl.build import GuidanceWarning, build_encoder, build_loop, build_policy
+from driftrl.build import GuidanceWarning, build_encoder, build_loop, build_policy, load_pipeline
 from driftrl.checks import InputError
 from driftrl.cli.sample import sample
+from driftrl.config import ModelConfig
 from driftrl.diversity.encoders import encode_latents
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.objectives.negative_aware import NegativeAware
@@ -872,3 +873,19 @@ def test_a_prompt_longer_than_the_model_reads_is_said_once_in_our_words(settings
     recwarn.clear()
     policy.encode(["a cat", "a dog"])
     assert not recwarn.list
+
+
+def test_a_network_of_one_file_and_the_rest_of_a_folder(family, folders, tmp_path):
+    """As FLUX's fine-tunes are published: the file has the network alone, here under diffusers' names."""
+    whole = load_pipeline(ModelConfig(path=str(folders[family])))
+    part = "unet" if family in DIFFUSION else "transformer"
+    asked = {name: value * 1.5 for name, value in getattr(whole, part).state_dict().items()}
+    save_file(asked, tmp_path / "tuned-turbo.safetensors")
+    model = ModelConfig(path=str(tmp_path / "tuned-turbo.safetensors"), config=str(folders[family]))
+    made = load_pipeline(model)
+    assert type(made) is type(whole)
+    for name, before in whole.components.items():
+        if isinstance(before, torch.nn.Module):
+            want = asked if name == part else before.state_dict()
+            now = getattr(made, name).state_dict()
+            assert now.keys() == want.keys() and all(torch.equal(now[k], v) for k, v in want.items())

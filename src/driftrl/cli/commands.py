@@ -34,6 +34,13 @@ NegativePrompt = Annotated[
     str | None,
     typer.Option(metavar="TEXT", help="What guidance leads away from; by default that of the run."),
 ]
+ModelConfig = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Of a model that is one file: the pipeline that it was made from, a folder or a hub name (model.config).",
+    ),
+]
 
 
 def _flag(*names: str, help: str) -> Any:
@@ -160,7 +167,7 @@ def register(app: typer.Typer) -> None:
             str,
             typer.Argument(
                 metavar="RUN_OR_MODEL",
-                help="A run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'.",
+                help="A run folder, a checkpoint, a pipeline folder, a safetensors file, a hub name or 'tiny-animals'.",
             ),
         ],
         prompt: Annotated[
@@ -216,6 +223,7 @@ def register(app: typer.Typer) -> None:
             int | None,
             typer.Option("--checkpoint", metavar="K", help="Of a run; by default the last one.", min=0),
         ] = None,
+        model_config: ModelConfig = None,
         dtype: Dtype = None,
         device: Device = None,
     ) -> None:
@@ -234,12 +242,15 @@ def register(app: typer.Typer) -> None:
           driftrl sample runs/mine -p "a cat" -n 16 --lora-scale 0.6
 
           driftrl sample black-forest-labs/FLUX.1-dev -p "a cat" --dtype bfloat16 --lora my-lora.safetensors
+
+          driftrl sample my-checkpoint.safetensors -p "a cat" --dtype float16
         """
         from driftrl.cli.sample import sample as work
 
         with as_typed(
             {
                 "model.path": ("RUN_OR_MODEL", source),
+                "model.config": ("--model-config", model_config),
                 "sampling.steps": ("--steps", steps),
                 "sampling.negative_prompt": ("--negative-prompt", negative_prompt),
                 "prompts": ("--prompts", prompts),
@@ -247,7 +258,7 @@ def register(app: typer.Typer) -> None:
         ):
             work(
                 source, prompt or [], prompts, count, seed, out, base, steps, guidance_scale, deterministic, dtype,
-                device, lora_scale, lora, iteration, negative_prompt,
+                device, lora_scale, lora, iteration, negative_prompt, model_config,
             )  # fmt: skip
 
     @app.command(cls=_Command)
@@ -256,7 +267,7 @@ def register(app: typer.Typer) -> None:
             str,
             typer.Argument(
                 metavar="RUN_OR_MODEL",
-                help="A run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'.",
+                help="A run folder, a checkpoint, a pipeline folder, a safetensors file, a hub name or 'tiny-animals'.",
             ),
         ],
         prompts: Annotated[
@@ -318,6 +329,7 @@ def register(app: typer.Typer) -> None:
                 help="A LoRA to measure on the model, whoever trained it: a safetensors file, a folder, a run or a hub name.",
             ),
         ] = None,
+        model_config: ModelConfig = None,
         dtype: Dtype = None,
         device: Device = None,
         as_json: Json = False,
@@ -349,6 +361,7 @@ def register(app: typer.Typer) -> None:
         with as_typed(
             {
                 "model.path": ("RUN_OR_MODEL", source),
+                "model.config": ("--model-config", model_config),
                 "prompts": ("--prompts", prompts),
                 "images": ("--images", images),
                 "reward": ("--reward", reward),
@@ -378,6 +391,7 @@ def register(app: typer.Typer) -> None:
                 negative_prompt=negative_prompt,
                 lora_scales=scales(lora_scale),
                 lora=lora,
+                model_config=model_config,
             )
 
     @app.command(cls=_Command)
@@ -572,9 +586,10 @@ def register(app: typer.Typer) -> None:
         model: Annotated[
             str,
             typer.Option(
-                help="What is tried: a pipeline folder or a hub name, instead of the embedded model."
+                help="What is tried: a pipeline folder, a safetensors file or a hub name, instead of the embedded model."
             ),
         ] = "tiny-animals",
+        model_config: ModelConfig = None,
     ) -> None:
         """Check this machine: versions, devices, free space, and a model.
 
@@ -590,5 +605,5 @@ def register(app: typer.Typer) -> None:
         """
         from driftrl.cli.doctor import doctor as work
 
-        with as_typed({"model.path": ("--model", model)}):
-            work(model)
+        with as_typed({"model.path": ("--model", model), "model.config": ("--model-config", model_config)}):
+            work(model, model_config)

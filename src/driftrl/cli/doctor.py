@@ -25,7 +25,7 @@ TENTH = ObjectiveConfig().clip_range / 10
 """What rounding may do to a log-ratio."""
 
 
-def doctor(model: str = "tiny-animals") -> None:
+def doctor(model: str = "tiny-animals", model_config: str | None = None) -> None:
     """Print what this machine has, try a model once, and exit 1 if something is wrong.
 
     Raises:
@@ -56,7 +56,7 @@ def doctor(model: str = "tiny-animals") -> None:
     )
     start = time.perf_counter()
     try:
-        policy, _ = open_policy(model, STEPS)
+        policy, _ = open_policy(model, STEPS, model_config=model_config)
         loaded = time.perf_counter()
         images = generate(policy, ["a cat"], 4)
         healthy &= bool(torch.isfinite(images).all())
@@ -65,7 +65,7 @@ def doctor(model: str = "tiny-animals") -> None:
         del policy
         for dtype in ("float32", "bfloat16", "float16"):
             with console.status(f"replaying in {dtype}", spinner="dots"):
-                found = _replayed(model, dtype)
+                found = _replayed(model, model_config, dtype)
             fine = found.log_ratio < TENTH  # and not NaN
             healthy &= fine
             table.add_row(
@@ -84,14 +84,14 @@ def doctor(model: str = "tiny-animals") -> None:
     sys.exit(0 if healthy else 1)
 
 
-def _replayed(model: str, dtype: str) -> Replayed:
+def _replayed(model: str, model_config: str | None, dtype: str) -> Replayed:
     """The ratios of an untouched policy: guidance, prompt noise and gradient checkpointing on, as in a large run."""
     from driftrl.build import build_policy, rounds_by_batch
     from driftrl.config import parse_config
     from driftrl.ratio import replay_untouched
 
     settings = {
-        "model": {"path": model, "dtype": dtype, "gradient_checkpointing": True},
+        "model": {"path": model, "config": model_config, "dtype": dtype, "gradient_checkpointing": True},
         "sampling": {"steps": STEPS, "guidance_scale": 5.0},
     }
     config = parse_config(settings)

@@ -33,6 +33,7 @@ def sample(
     lora: str | None = None,
     iteration: int | None = None,
     negative_prompt: str | None = None,
+    model_config: str | None = None,
 ) -> None:
     """Draw a grid, a row for each prompt, and write it as a PNG, or into a folder beside every image."""
     console = Console(stderr=True, emoji=False)
@@ -54,7 +55,16 @@ def sample(
         if iteration is not None:
             source = str(at_iteration(source, iteration))
         policy, noise = open_policy(
-            source, steps, guidance_scale, deterministic, dtype, device, lora_scale, lora, negative_prompt
+            source,
+            steps,
+            guidance_scale,
+            deterministic,
+            dtype,
+            device,
+            lora_scale,
+            lora,
+            negative_prompt,
+            model_config,
         )
     progress = Progress(
         TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TextColumn("images, left"), TimeRemainingColumn(),

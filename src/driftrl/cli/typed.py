@@ -26,7 +26,9 @@ def as_typed(options: Mapping[str, tuple[str, Any]]) -> Iterator[None]:
         for key, (option, given) in options.items():
             values = [] if given is None else given if isinstance(given, list) else [given]
             if message.startswith(f"{key}: ") and any(str(value) in message for value in values):
-                told = f"{option}{message.removeprefix(key)}".replace(f"--set {key}=", f"{option} ")
+                told = f"{option}{message.removeprefix(key)}"
+                for other, (its, _) in options.items():
+                    told = told.replace(f"--set {other}=", f"{its} ")
                 error.args = (told,)  # the same error, for that all processes raise it may be known of it
                 break
         raise

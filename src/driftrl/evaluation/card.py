@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-from driftrl import __version__, checkpoint, hub
-from driftrl.build import of_hub
+from driftrl import __version__, checkpoint, hub, single_file
+from driftrl.build import PIPELINES, of_hub
 from driftrl.checks import InputError, counted
 from driftrl.config import ModelConfig, TrainConfig, flat, load_config
 from driftrl.evaluation.evaluate import FILE, Evaluation, Point, formula, load_evaluation
@@ -132,9 +133,19 @@ def _network(path: Path) -> str:
 
 def _json_of(model: ModelConfig, file: str) -> dict[str, Any]:
     """What a JSON file of a model says, if the model is on this machine."""
-    folder = Path(model.path) / file
-    found = folder if folder.is_file() else hub.cached(model.path, file, model.revision)
+    base = _base(model)
+    folder = Path(base) / file
+    found = folder if folder.is_file() else hub.cached(base, file, model.revision)
     return {} if found is None else read_json(found)
+
+
+def _base(model: ModelConfig) -> str:
+    """The pipeline that a model is, or, of one file, was made from; "" if that is not known without the file."""
+    if not single_file.named(model.path):
+        return model.path
+    with suppress(InputError):
+        return single_file.base_of(model)
+    return model.config or ""
 
 
 def _empty_prompt(model: ModelConfig) -> str | None:
@@ -163,6 +174,9 @@ def _use(config: TrainConfig, network: str) -> str:
         lines = ["from driftrl import TrainConfig", "from driftrl.build import load_pipeline", ""]
         lines += [f"from diffusers import {network}"] * (not lora)
         load = "load_pipeline(TrainConfig().model)"
+    if single_file.named(base):
+        lines, load = _from_file(config.model, half)
+        lines += [f"from diffusers import {network}"] * (not lora)
     lines.append(f"pipe = {load}")
     if lora:
         lines.append(f'pipe.load_lora_weights("FOLDER_OR_REPOSITORY", weight_name="{LORA}")')
@@ -185,6 +199,35 @@ def _use(config: TrainConfig, network: str) -> str:
         arguments += [f"guidance_scale={sampling.guidance_scale}", *noise]
     lines.append(f'image = pipe(prompt="a cat", {", ".join(arguments)}).images[0]')
     return "\n".join(["```python", *lines, "```"])
+
+
+def _from_file(model: ModelConfig, half: str) -> tuple[list[str], str]:
+    """Imports, and Python that loads a model of one file: all of it, its network, or, of what is between, by our own loader."""
+    index, file, base, held = _json_of(model, "model_index.json"), _bare(model.path), _bare(_base(model)), []
+    kind, dtype = str(index.get("_class_name")), f"torch_dtype=torch.{half}"
+    policy = PIPELINES.get(kind)
+    if policy is not None:
+        with suppress(InputError):
+            held = single_file.held(single_file.contents(Path(model.path)), kind, policy.component)
+    if policy is not None and held == [policy.component]:
+        network = index[policy.component][1]
+        part = (
+            f'{network}.from_single_file("{file}", config="{base}", subfolder="{policy.component}", {dtype})'
+        )
+        load = f'{kind}.from_pretrained("{base}", {policy.component}={part}, {dtype})'
+        return ["import torch", f"from diffusers import {kind}, {network}", ""], load
+    if policy is not None and held and not single_file.lacking(held, index, policy.text_encoders):
+        named = "" if model.config is None else f'config="{base}", '
+        load = f'{kind}.from_single_file("{file}", {named}{dtype})'
+        return ["import torch", f"from diffusers import {kind}", ""], load
+    named = "" if model.config is None else f', config="{base}"'
+    lines = [
+        "import torch",
+        "from driftrl.build import load_pipeline",
+        "from driftrl.config import ModelConfig",
+        "",
+    ]
+    return lines, f'load_pipeline(ModelConfig(path="{file}"{named}, dtype="{half}"))'
 
 
 def _measured(evaluation: Evaluation | None, point: Point | None) -> str:

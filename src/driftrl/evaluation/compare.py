@@ -26,6 +26,7 @@ from driftrl.evaluation.results import load_result, sources
 LEVEL = 0.95
 ALIKE = (
     "model",
+    "config",
     "prompts",
     "images",
     "seed",

@@ -148,6 +148,8 @@ class Settings(_Record):
     negative_prompt: str = ""
     lora: str = ""
     """The LoRA that was put on the model, where it is not a run's."""
+    config: str | None = None
+    """The pipeline that a model of one file was made from, where that was named."""
 
     def asked(self) -> list[str]:
         """The prompts, with their metadata."""
@@ -160,7 +162,7 @@ class Settings(_Record):
     def fingerprint(self) -> str:
         """A short name for these settings."""
         data = self.model_dump(mode="json")
-        for key in ("mixture", "metadata", "dtype", "scaled", "negative_prompt", "lora"):
+        for key in ("mixture", "metadata", "dtype", "scaled", "negative_prompt", "lora", "config"):
             if not data[key]:  # as it was before there were any
                 del data[key]
         text = json.dumps(data, sort_keys=True)
@@ -258,6 +260,7 @@ class Asked(TypedDict, total=False):
     device: str | None
     lora_scales: Sequence[float]
     lora: str | None
+    model_config: str | None
 
 
 def evaluate(
@@ -280,6 +283,7 @@ def evaluate(
     device: str | None = None,
     lora_scales: Sequence[float] = (),
     lora: str | None = None,
+    model_config: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Measure a run's checkpoints beside its base model, a LoRA beside the model that it is for, or a model alone; return the
@@ -292,7 +296,7 @@ def evaluate(
     folder; the first one writes the rest.
 
     Args:
-        source: a run folder, one of its checkpoints, a pipeline folder, a hub name or 'tiny-animals'.
+        source: a run folder, one of its checkpoints, a pipeline folder, a safetensors file, a hub name or 'tiny-animals'.
         prompts: a prompt set of the package, a file, or a list of prompts; by default as the run's ``evaluation.prompts`` says.
         images: per prompt, at least 2; by default the run's ``evaluation.images``.
         checkpoints: 'last', 'all', an iteration, or several with commas between them.
@@ -314,6 +318,7 @@ def evaluate(
             run's ``lora-scale`` folder, as a method of its own, "NAME-scaled".
         lora: a LoRA for the model ``source``, whoever trained it: a safetensors file, a folder, a run or a hub name. It is
             measured as it is, and at ``lora_scales``.
+        model_config: of a model that is one file the pipeline that it was made from, as ``model.config`` of a run.
         progress: told how far it is.
 
     Raises:
@@ -339,8 +344,9 @@ def evaluate(
     named = list(dict.fromkeys([*first, *(name for name in rewards if name not in parts)]))
 
     policy, noise = open_policy(
-        source, steps, guidance_scale, dtype=dtype, device=device, lora=lora, negative_prompt=negative_prompt
-    )
+        source, steps, guidance_scale, dtype=dtype, device=device, lora=lora, negative_prompt=negative_prompt,
+        model_config=model_config,
+    )  # fmt: skip
     if lora is not None:
         wanted = _subjects_of_lora(policy, lora_scales)
     sampler = policy.sampler
@@ -368,6 +374,7 @@ def evaluate(
         scaled=bool(lora_scales) or lora is not None,
         negative_prompt=policy.negative_prompt,
         lora="" if lora is None else name,
+        config=config.model.config if found else model_config,
     )
     team = join()
     own = [point.model_dump(mode="json") for point in _previous(folder, settings)] if team.leads else []
@@ -509,7 +516,7 @@ def _name_and_folder(
         name = _lora_name(lora)
         return name, out or Path("runs") / f"evaluate-{name}"
     if found is None:
-        name = re.sub(r"[^\w.-]+", "-", Path(source).name) or "model"
+        name = re.sub(r"[^\w.-]+", "-", Path(source).name.removesuffix(".safetensors")) or "model"
         folder = out or Path("runs") / f"evaluate-{name}"
     else:
         name, folder = trained, out or found[0]

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from driftrl import checkpoint
+from driftrl import checkpoint, single_file
 from driftrl.build import (
     adapter_of,
     build_policy,
@@ -74,6 +74,8 @@ def _demand_source(source: str) -> None:
         at_iteration(run, path.name)  # which says what there is
     inside = path if path.is_dir() else path.parent
     runs = sorted(p.parent.name for p in inside.glob("*/config.yaml")) if inside.is_dir() else []
+    if single_file.named(source):
+        return
     if path.exists() and not (path / "model_index.json").is_file():
         problem = "this is none"
     elif path.exists() or not runs or "/" not in source:
@@ -88,7 +90,7 @@ def _demand_source(source: str) -> None:
     guess = "" if path.exists() else "".join(get_close_matches(path.name, runs, n=1, cutoff=0.7))
     raise InputError(
         f"{source}: expected a run folder (with config.yaml), one of its checkpoints, a pipeline folder (with "
-        f"model_index.json), a hub name or 'tiny-animals'; {problem}{listing}"
+        f"model_index.json), a safetensors file, a hub name or 'tiny-animals'; {problem}{listing}"
         + (f"; did you mean '{guess}'?" if guess else "")
     )
 
@@ -110,13 +112,14 @@ def open_policy(
     lora_scale: float = 1.0,
     lora: str | None = None,
     negative_prompt: str | None = None,
+    model_config: str | None = None,
 ) -> tuple[PipelinePolicy, PromptNoise]:
-    """The policy of a run folder, a checkpoint, a pipeline folder, a hub name or 'tiny-animals'.
+    """The policy of a run folder, a checkpoint, a pipeline folder, a safetensors file, a hub name or 'tiny-animals'.
 
     ``deterministic`` takes the noise out of the sampler: DDIM with eta = 0, or the plain Euler step of a flow,
     as stock pipelines have it. ``dtype`` and ``device`` are those of the run, or float32 and 'auto', unless given;
     ``lora`` is put on a model, whoever trained it, in any format that diffusers reads; ``lora_scale`` turns it, or a run's
-    adapter, down.
+    adapter, down. ``model_config`` is the pipeline that a model of one file was made from.
 
     Raises:
         InputError: if it is none of these, the run has no checkpoint, or there is no adapter to scale.
@@ -124,11 +127,15 @@ def open_policy(
     found = run_of(source)
     pipeline, usual = None, dict[str, float]()
     start: bool | Start = False
-    place = {"dtype": dtype and one_of("--dtype", dtype, DTYPES), "device": device}
+    place = {"dtype": dtype and one_of("--dtype", dtype, DTYPES), "device": device, "config": model_config}
     place = {key: value for key, value in place.items() if value is not None}
     if found is not None and lora is not None:
         raise InputError(
             f"--lora: expected a model to put it on; {source} is a run, which has its own adapter"
+        )
+    if found is not None and model_config is not None:
+        raise InputError(
+            f"--model-config: expected a model of one file; {source} is a run, which has its own"
         )
     if found is None:
         _demand_source(str(source))

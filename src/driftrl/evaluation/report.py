@@ -60,7 +60,7 @@ def evaluate(source: str | Path, *, progress: Progress | None = None, **settings
     """Measure a run or model beside its base model and write ``report.html`` and ``report.png``; return the folder.
 
     Args:
-        source: a run folder, one of its checkpoints, a pipeline folder, a hub name or 'tiny-animals'.
+        source: a run folder, one of its checkpoints, a pipeline folder, a safetensors file, a hub name or 'tiny-animals'.
         progress: told how far it is, as (what is being drawn, images done, images in all); by default a bar of tqdm.
         **settings: as `driftrl.evaluation.evaluate.evaluate` takes them: prompts, images, checkpoints, rewards and more.
 

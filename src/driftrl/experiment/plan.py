@@ -33,7 +33,7 @@ NAMES = {"name", "seed"}
 """Settings that every run's name says already."""
 
 ALIKE = (
-    "model.path", "reward", "sampling.steps", "sampling.guidance_scale", "sampling.negative_prompt",
+    "model.path", "model.config", "reward", "sampling.steps", "sampling.guidance_scale", "sampling.negative_prompt",
     "sampling.eta", "sampling.height", "sampling.width",
 )  # fmt: skip
 """Settings that all runs share, for figures taken under different ones cannot be compared."""
