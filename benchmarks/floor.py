@@ -19,8 +19,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from driftrl.build import TINY_ANIMALS
 from driftrl.config import TrainConfig, load_config
+from driftrl.pipelines import TINY_ANIMALS
 
 HALF = 2
 """Bytes of a number."""

@@ -14,10 +14,10 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from driftrl import TrainConfig, Trainer
-from driftrl.build import load_pipeline
 from driftrl.checks import InputError
 from driftrl.config import flat, load_config, parse_config
 from driftrl.evaluation.card import export
+from driftrl.pipelines import load_pipeline
 
 GUIDES = Path(__file__).parents[1] / "docs" / "guide"
 ROOT = Path(__file__).parents[1]

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from driftrl import Trainer, checkpoint, noise
-from driftrl.build import build_loop, load_pipeline, objective_of
+from driftrl.build import build_loop, objective_of
 from driftrl.checkpoint import CheckpointWarning, Position, newest
 from driftrl.checks import InputError
 from driftrl.cli.train import train
 from driftrl.config import dump_config, load_config
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.noise_check import CHECKED_EVERY, PromptNoiseWarning
+from driftrl.pipelines import load_pipeline
 from driftrl.prompts import draw
 from driftrl.shaping import DiversityWarning
 from driftrl.trainer import NotFiniteWarning, RewardWarning

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import os
-import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import resources
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +18,14 @@ from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import AdapterConfig, ModelConfig, RewardPart, TrainConfig
 from driftrl.distributed import ALONE, Team, join
-from driftrl.files import numbers_in, read_json
-from driftrl.loading import demand_words
+from driftrl.loading import reason
 from driftrl.mixture import Part
 from driftrl.objectives.gate import Anchor
 from driftrl.objectives.negative_aware import NegativeAware
-from driftrl.policies.flow import (
-    Flux2Policy,
-    FluxPolicy,
-    QwenImagePolicy,
-    SanaPolicy,
-    StableDiffusion3Policy,
-    ZImagePolicy,
-)
+from driftrl.pipelines import PIPELINES, TINY_ANIMALS, load_pipeline, usual_sampling
 from driftrl.policies.lora import WEIGHTS as LORA
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
-from driftrl.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
+from driftrl.policies.stable_diffusion import StableDiffusionPolicy
 from driftrl.policies.start import Start, layer_kind, load_start
 from driftrl.prompts import called, trained, warn_of_doubles
 from driftrl.rewards.calling import with_metadata
@@ -52,7 +39,6 @@ from driftrl.trainer import Method, TrainingLoop
 from driftrl.types import Encoder, Policy, Reward
 from driftrl.update import Objective
 
-TINY_ANIMALS = Path(str(resources.files("driftrl") / "assets" / "tiny-animals"))
 POLICY_ENCODERS = ("policy:latents", "policy:mid-block")
 REWARDS = (
     "tiny-animals", "pickscore", "hpsv2", "imagereward", "clipscore", "vqascore", "aesthetic", "compressibility",
@@ -75,37 +61,6 @@ WEIGHTS = {
 """Where a reward's weights come from, unless it is asked for as NAME@FOLDER; the others are always asked so."""
 Towers = dict[tuple[str, str, str, bool], CLIPTower]
 """CLIP models by folder, device, dtype and whether they pad, for rewards to share."""
-PIPELINES: dict[str, type[PipelinePolicy]] = {
-    "StableDiffusionPipeline": StableDiffusionPolicy,
-    "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
-    "StableDiffusion3Pipeline": StableDiffusion3Policy,
-    "FluxPipeline": FluxPolicy,
-    "Flux2Pipeline": Flux2Policy,
-    "Flux2KleinPipeline": Flux2Policy,
-    "SanaPipeline": SanaPolicy,
-    "QwenImagePipeline": QwenImagePolicy,
-    "ZImagePipeline": ZImagePolicy,
-}
-
-NEVER_ASKED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts that pipelines may name and no policy asks: a folder may do without."""
-
-USUAL_SAMPLING = {
-    "StableDiffusionPipeline": (50, 5.0),
-    "StableDiffusionXLPipeline": (50, 5.0),
-    "StableDiffusion3Pipeline": (28, 4.5),
-    "FluxPipeline": (28, 3.5),
-    "Flux2Pipeline": (50, 4.0),
-    "Flux2KleinPipeline": (50, 4.0),
-    "SanaPipeline": (20, 4.5),
-    "QwenImagePipeline": (50, 4.0),
-    "ZImagePipeline": (50, 4.0),
-}
-"""Steps and guidance scale of a model that no run has settings for."""
-SCHNELL = (4, 1.0)
-"""The same of a FLUX.1 or FLUX.2 that takes no guidance."""
-TURBO = (9, 0.0)
-"""And of a Z-Image that takes none, which only its name says."""
 
 
 class GuidanceWarning(UserWarning):
@@ -114,18 +69,6 @@ class GuidanceWarning(UserWarning):
 
 class UnlikelySettingWarning(UserWarning):
     """A default that suits the embedded model, or a LoRA, is about to be used for another model, or for all weights."""
-
-
-def usual_sampling(pipeline: Any) -> tuple[int, float]:
-    """Steps and guidance scale that people draw with."""
-    kind = type(pipeline).__name__
-    if kind == "FluxPipeline" and not pipeline.transformer.config.guidance_embeds:
-        return SCHNELL
-    if kind == "Flux2KleinPipeline" and pipeline.config.is_distilled:
-        return SCHNELL
-    if kind == "ZImagePipeline" and "turbo" in str(pipeline.config.get("_name_or_path")).lower():
-        return TURBO
-    return USUAL_SAMPLING[kind]
 
 
 def device_of(name: str) -> torch.device:
@@ -150,196 +93,6 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def load_pipeline(model: ModelConfig) -> Any:
-    """Load a diffusers pipeline: the embedded one, a local folder, a hub name, or one safetensors file.
-
-    Raises:
-        InputError: if it is none of these, or a kind of pipeline that no policy is built for.
-    """
-    import diffusers
-
-    if single_file.named(model.path):
-        return _load_file(model)
-    if model.config is not None:
-        raise InputError(
-            f"model.config: is for a model.path that is one safetensors file; {model.path} has a configuration of its own: leave it out"
-        )
-    path = str(TINY_ANIMALS / "pipeline") if model.path == "tiny-animals" else model.path
-    folder = Path(path)
-    _demand_parts(folder, "model.path")
-    if not folder.exists() and not of_hub(path):
-        raise InputError(
-            f"model.path: expected 'tiny-animals', a pipeline folder, a safetensors file or a hub name; {path!r} is none"
-            f"{nearest(path, ['tiny-animals'])}"
-        )
-    if not folder.exists():
-        hub.answers()
-    with _loading(path, _advice(path)):
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            path,
-            revision=model.revision,
-            dtype=getattr(torch, model.dtype),
-            use_safetensors=True,
-            variant=_variant(folder),
-            **_left_out(folder),
-        )
-    kind = type(pipeline).__name__
-    _demand_policy("model.path", path, kind)
-    _demand_whole(pipeline, folder, PIPELINES[kind])
-    return pipeline
-
-
-def _load_file(model: ModelConfig) -> Any:
-    """The pipeline of one file: the parts that it holds, and what it lacks of the pipeline that it was made from."""
-    import diffusers
-
-    file, base = Path(model.path), single_file.base_of(model)
-    folder, dtype = Path(base), getattr(torch, model.dtype)
-    _demand_base(file, base, model.revision)
-    with _loading(base, _advice(base), "model.config"):
-        index = diffusers.DiffusionPipeline.load_config(base, revision=model.revision)
-    kind, found = str(index.get("_class_name")), single_file.contents(file)
-    _demand_policy("model.config", base, kind)
-    policy = PIPELINES[kind]
-    held = single_file.held(found, kind, policy.component)
-    lacking = single_file.lacking(held, index, policy.text_encoders)
-    without = [n for n in lacking if folder.exists() and not numbers_in((folder / n).glob("*.safetensors"))]
-    if without:
-        raise InputError(
-            f"model.path: {file} has no {' and no '.join(without)}, and the folder {base}, which it was made from, has no weights of "
-            "them either: add them there, in the folders of these names, or name another one as model.config"
-        )
-    unasked: dict[str, Any] = {name: None for name in NEVER_ASKED if name in index}
-    unasked |= {"requires_safety_checker": False} if "safety_checker" in index else {}
-    wrong = f"; is {base} what it was made from? If not, name that: --set model.config=FOLDER"
-    with _loading(str(file), wrong, asides=False):
-        if held == [policy.component]:
-            network = getattr(diffusers, index[policy.component][1]).from_single_file(
-                str(file),
-                config=base,
-                subfolder=policy.component,
-                config_revision=model.revision,
-                dtype=dtype,
-            )
-            parts = {policy.component: network}
-        else:
-            pipeline = getattr(diffusers, kind).from_single_file(
-                str(file), config=base, revision=model.revision, dtype=dtype, **dict.fromkeys(lacking), **unasked
-            )  # fmt: skip
-            parts = {name: getattr(pipeline, name) for name in held}
-    _demand_given(file, parts, base)
-    if len(parts) == 1 or lacking:
-        with _loading(base, _advice(base), "model.config"):
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                base, revision=model.revision, dtype=dtype, use_safetensors=True, variant=_variant(folder), **parts,
-                **_left_out(folder) | unasked,
-            )  # fmt: skip
-    if "v_pred" in found and pipeline.scheduler.config.get("prediction_type") != "v_prediction":
-        raise InputError(
-            f"model.config: {file} is a model of v-prediction, by its key v_pred, and the scheduler of {base} is of another; name a "
-            "pipeline whose scheduler has prediction_type: v_prediction"
-        )
-    # What a file is called tells Z-Image-Turbo, if nobody has said what it was made from.
-    pipeline.register_to_config(_name_or_path=model.config or file.name)
-    _demand_whole(pipeline, folder, policy, given=held)
-    return pipeline
-
-
-@contextmanager
-def _loading(path: str, advice: str, key: str = "model.path", asides: bool = True) -> Iterator[None]:
-    """Without the bars of libraries that load ``path``, and with one message of what they raise; without ``asides`` diffusers does not
-    say either which weights it has no use for.
-    """
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    bars, verbosity = diffusers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    diffusers_logging.disable_progress_bar()
-    said = diffusers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it tells everyone without torchvision so, at every start
-    if not asides:
-        diffusers_logging.set_verbosity_error()
-    try:
-        yield
-    except Exception as error:  # of three libraries, on whatever the files hold
-        raise InputError(f"{key}: {path} cannot be loaded: {_reason(error)}{advice}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        diffusers_logging.set_verbosity(said)
-        if bars:
-            diffusers_logging.enable_progress_bar()
-
-
-def _demand_policy(key: str, path: str, kind: str) -> None:
-    if kind not in PIPELINES:
-        raise InputError(f"{key}: {path} is a {kind}; expected one of {', '.join(PIPELINES)}")
-
-
-def _demand_base(file: Path, base: str, revision: str | None) -> None:
-    """Refuse a pipeline to complete ``file`` with that is not there, and cannot be had."""
-    _demand_parts(Path(base), "model.config")
-    if Path(base).exists() or (
-        of_hub(base) and (hub.answers() or hub.has(base, "model_index.json", revision))
-    ):
-        return
-    if not of_hub(base):
-        raise InputError(f"model.config: expected a pipeline folder or a hub name; {base!r} is none")
-    raise InputError(
-        f"model.path: {file} is one file, whose tokenizer and settings are those of {base}, and the hub "
-        f"{'is switched off by HF_HUB_OFFLINE' if _off() else 'does not answer'}, and this machine's cache has no copy. Where there "
-        f"is a network: hf download {base} --include '*.json' --include '*.txt' --include '*.model' --local-dir FOLDER, which is "
-        "small, or all of it where the file has the network alone; then --set model.config=FOLDER"
-    )
-
-
-def _demand_given(file: Path, parts: dict[str, Any], base: str) -> None:
-    """Refuse parts that a file has not all weights of: these stay on the meta device."""
-    for name, part in parts.items():
-        weights = list(part.parameters())
-        wanted = sum(p.numel() for p in weights)
-        if (found := sum(p.numel() for p in weights if not p.is_meta)) < wanted:
-            raise InputError(
-                f"model.path: {file} holds {found:,} of the {wanted:,} numbers of {name}, a {type(part).__name__} as {base} has it: it "
-                "is damaged, or made from another model: name that one, --set model.config=FOLDER"
-            )
-
-
-def _reason(error: Exception) -> str:
-    """An error's first line, without the asides of the hub's library."""
-    if "processing_pixtral" in str(error) and find_spec("torchvision") is None:
-        return "its tokenizer is a PixtralProcessor, which reads images too and needs torchvision: pip install torchvision"
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, KeyError):
-        return f"there is no {line}"
-    if "meta tensor" in line:  # where weights go that a file does not have
-        return "weights are missing"
-    asides = (
-        r" \((?:[^()]|\([^()]*\))*\)| Please check out the root cause.*| If you want to instead overwrite.*"
-    )
-    return re.sub(asides, "", line).rstrip(" .")
-
-
-def _advice(path: str) -> str:
-    """What to do where a hub name could not be loaded; nothing for a folder."""
-    if Path(path).exists():
-        return ""
-    return (
-        f"; it is not a folder here, nor in this machine's cache of the hub{', which HF_HUB_OFFLINE switches off' * _off()}. "
-        f"Where there is a network: hf download {path} --local-dir FOLDER; then name that folder instead"
-    )
-
-
-def _off() -> bool:
-    """Whether the user has switched the hub off."""
-    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def of_hub(name: str) -> bool:
-    """Whether it has the form of a hub name and is not there as a path."""
-    formed = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not single_file.named(name)
-    return formed and not Path(name).exists()
-
-
 def _demand_reachable(config: TrainConfig) -> None:
     """Refuse a configuration that needs the hub where it does not answer, and name all that is missing at once."""
     rewards = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
@@ -354,82 +107,17 @@ def _demand_reachable(config: TrainConfig) -> None:
     asked.append(("shaping.encoder", config.shaping.encoder, "config.json", None))
     if config.evaluation.at_end:
         asked.append(("evaluation.clip", config.evaluation.clip or "", "config.json", None))
-    asked = [one for one in asked if of_hub(one[1])]
+    asked = [one for one in asked if hub.of_hub(one[1])]
     if not asked or hub.answers():
         return
     missing = [(key, name) for key, name, file, revision in asked if not hub.has(name, file, revision)]
     if missing:
         keys = [f"{key}{'' if key.endswith('@') else '='}FOLDER" for key, _ in missing]
         raise InputError(
-            f"the hub {'is switched off by HF_HUB_OFFLINE' if _off() else 'does not answer'}, and here are neither folders nor copies in its cache of "
+            f"the hub {'is switched off by HF_HUB_OFFLINE' if hub.off() else 'does not answer'}, and here are neither folders nor copies in its cache of "
             f"{', '.join(name for _, name in missing)}. Where there is a network: hf download NAME --local-dir FOLDER, "
             f"for each (docs/rewards.md has what to do for rewards that are converted); then --set "
             f"{' --set '.join(keys)}"
-        )
-
-
-def _demand_whole(
-    pipeline: Any, folder: Path, policy: type[PipelinePolicy], given: Sequence[str] = ()
-) -> None:
-    """Refuse a pipeline that lacks a part, or, of a folder, some weights or the words of a tokenizer; parts that were ``given`` are
-    of a file, and the folder is what it was made from.
-    """
-    key = "model.config" if given else "model.path"
-    tokenizers = tuple(name.replace("text_encoder", "tokenizer") for name in policy.text_encoders)
-    needed = (*policy.text_encoders, *tokenizers, policy.component, "vae", "scheduler")
-    missing = [n for n in needed if getattr(pipeline, n, None) is None and n not in policy.dispensable]
-    if missing:
-        raise InputError(
-            f"{key}: {folder} has no {', '.join(missing)}, which a {type(pipeline).__name__} needs"
-        )
-    for name in tokenizers:
-        if (words := getattr(pipeline, name)) is not None:
-            demand_words(getattr(words, "tokenizer", words), f"{key}: {folder / name}")
-    parts = {*policy.text_encoders, policy.component, "vae"} - {*given}
-    for name in sorted(parts) if folder.exists() else ():
-        part, files = getattr(pipeline, name), list((folder / name).glob("*.safetensors"))
-        wanted = 0 if part is None else sum(p.numel() for p in part.parameters())
-        # Libraries name weights differently from release to release, but of a whole part there are as many.
-        if (found := numbers_in(files)) < wanted:
-            raise InputError(
-                f"{key}: {folder / name} holds {found:,} of the {wanted:,} numbers of a {type(part).__name__}: "
-                "it is damaged, or of another model"
-            )
-
-
-def _left_out(folder: Path) -> dict[str, Any]:
-    """Parts that a folder was saved without, and may be, such as SD3's T5: diffusers wants to be told so."""
-    index = read_json(folder / "model_index.json") if folder.exists() else {}
-    policy = PIPELINES.get(index.get("_class_name", ""), PipelinePolicy)
-    left: dict[str, Any] = {name: None for name in policy.dispensable if index.get(name) == [None, None]}
-    left |= {name: None for name in NEVER_ASKED if name in index and not (folder / name).is_dir()}
-    return left | ({"requires_safety_checker": False} if "safety_checker" in left else {})
-
-
-def _variant(folder: Path) -> str | None:
-    """The middle of names such as ``model.fp16.safetensors``, where a part of a folder has weights of no other name."""
-    for part in sorted(folder.iterdir()) if folder.is_dir() else ():
-        names = [re.sub(r"-\d+-of-\d+", "", file.name) for file in sorted(part.glob("*.safetensors"))]
-        if names and all(name.count(".") == 2 for name in names):
-            return names[0].split(".")[1]
-    return None
-
-
-def _demand_parts(folder: Path, key: str) -> None:
-    """Refuse a folder, if it is there, that is no pipeline's, or lacks a part its model_index.json names."""
-    if not folder.exists():
-        return
-    if not (folder / "model_index.json").is_file():
-        raise InputError(f"{key}: {folder} is no diffusers pipeline folder: it has no model_index.json")
-    index = read_json(folder / "model_index.json")
-    if not isinstance(index, dict):
-        raise InputError(f"{key}: {folder / 'model_index.json'} is no pipeline's index")
-    named = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0] is not None]
-    missing = [part for part in named if not (folder / part).is_dir() and part not in NEVER_ASKED]
-    if missing:
-        raise InputError(
-            f"{key}: {folder} lacks its {', '.join(missing)}; its model_index.json names "
-            f"{', '.join(named)}: copy or download the whole pipeline"
         )
 
 
@@ -505,7 +193,7 @@ def build_policy(
 def _newest_of(start: str) -> str:
     """A LoRA as it is named, or of a run its last checkpoint; of a hub that does not answer the copy in this machine's cache."""
     if not Path(start).exists():
-        beyond = of_hub(start)
+        beyond = hub.of_hub(start)
         if beyond and hub.answers():
             return start
         cached = hub.cached(start, LORA) if beyond else None
@@ -637,7 +325,7 @@ def _model_reward(kind: str, weights: str, device: torch.device, dtype: str, tow
             f"reward: {kind} has no weights on the hub in a format that is safe to load; expected {kind}@FOLDER "
             "(docs/rewards.md says how to make one)"
         )
-    if of_hub(weights):
+    if hub.of_hub(weights):
         hub.answers()
     elif not Path(weights).exists():
         raise InputError(
@@ -657,11 +345,9 @@ def _model_reward(kind: str, weights: str, device: torch.device, dtype: str, tow
         if isinstance(error, InputError):
             raise
         known = kind in WEIGHTS or Path(weights).exists()
-        reason = (
-            _reason(error) if known else "there is no such folder, and none on the hub that can be reached"
-        )
+        why = reason(error) if known else "there is no such folder, and none on the hub that can be reached"
         raise InputError(
-            f"reward: {kind} cannot be loaded from {weights}: {reason}; download it, and name its folder: "
+            f"reward: {kind} cannot be loaded from {weights}: {why}; download it, and name its folder: "
             f"{kind}@FOLDER (docs/rewards.md)"
         ) from error
 
@@ -758,7 +444,7 @@ def build_encoder(name: str, device: torch.device, policy: Policy | None = None)
             f"shaping.encoder: expected one of {', '.join(known)}, module:function, a folder or a hub name as owner/model; got "
             f"{name!r}{nearest(name, known)}"
         )
-    if of_hub(path):
+    if hub.of_hub(path):
         hub.answers()
     try:
         return TransformersEncoder(path, device)

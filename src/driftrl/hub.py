@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+from driftrl import single_file
 
 SECONDS, ATTEMPTS = 10.0, 2
 """How long, and how often, it is waited for."""
@@ -44,3 +47,14 @@ def cached(name: str, file: str, revision: str | None = None) -> Path | None:
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def off() -> bool:
+    """Whether the user has switched the hub off."""
+    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def of_hub(name: str) -> bool:
+    """Whether it has the form of a hub name and is not there as a path."""
+    formed = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not single_file.named(name)
+    return formed and not Path(name).exists()

@@ -1,7 +1,9 @@
-"""Models that transformers loads, whole or not at all: what it would make up where a file lacks it is refused."""
+"""What transformers and diffusers load, whole or not at all: what they would make up where a file lacks it is refused."""
 
 from __future__ import annotations
 
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,18 @@ def demand_words(tokenizer: Any, name: Path | str) -> Any:
     if tokenizer("a cat").input_ids == tokenizer("a dog").input_ids:
         raise InputError(f"{name}: its tokenizer has no vocabulary: are files missing there?")
     return tokenizer
+
+
+def reason(error: Exception) -> str:
+    """An error's first line, without the asides of the hub's library."""
+    if "processing_pixtral" in str(error) and find_spec("torchvision") is None:
+        return "its tokenizer is a PixtralProcessor, which reads images too and needs torchvision: pip install torchvision"
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, KeyError):
+        return f"there is no {line}"
+    if "meta tensor" in line:  # where weights go that a file does not have
+        return "weights are missing"
+    asides = (
+        r" \((?:[^()]|\([^()]*\))*\)| Please check out the root cause.*| If you want to instead overwrite.*"
+    )
+    return re.sub(asides, "", line).rstrip(" .")

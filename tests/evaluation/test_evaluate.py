@@ -15,7 +15,6 @@ from rich.console import Console
 
 from conftest import driftrl, run_command
 from driftrl import Trainer
-from driftrl.build import load_pipeline
 from driftrl.checks import InputError, RunFailedError
 from driftrl.cli.evaluate import Lines, _progress
 from driftrl.config import dump_config, load_config
@@ -23,6 +22,7 @@ from driftrl.evaluation.evaluate import FILE, Asked, evaluate, in_words, load_ev
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.evaluation.measures import unsuited
 from driftrl.evaluation.studio import Instruments, Readings, _asked, measure
+from driftrl.pipelines import load_pipeline
 
 
 @pytest.fixture(scope="session")

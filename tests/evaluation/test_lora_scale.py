@@ -11,13 +11,14 @@ import torch
 
 from conftest import run_command
 from driftrl import Trainer, noise
-from driftrl.build import build_policy, load_pipeline
+from driftrl.build import build_policy
 from driftrl.checks import InputError
 from driftrl.config import load_config
 from driftrl.evaluation.comparison import find, write_comparison
 from driftrl.evaluation.evaluate import SCALED, evaluate, in_words, load_evaluation
 from driftrl.evaluation.generate import EVALUATION, generate, open_policy
 from driftrl.evaluation.report import write_picture, write_report
+from driftrl.pipelines import load_pipeline
 from driftrl.policies.lora import scale_lora
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from driftrl import Trainer, noise
-from driftrl.build import GuidanceWarning, build_encoder, build_loop, build_policy, load_pipeline
+from driftrl.build import GuidanceWarning, build_encoder, build_loop, build_policy
 from driftrl.checks import InputError
 from driftrl.cli.sample import sample
 from driftrl.config import ModelConfig
@@ -25,6 +25,7 @@ from driftrl.diversity.encoders import encode_latents
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.objectives.negative_aware import NegativeAware
 from driftrl.pictures import grid
+from driftrl.pipelines import load_pipeline
 from driftrl.policies.kohya import write_kohya
 from driftrl.policies.long_prompts import LongPromptWarning
 from driftrl.ratio import replay_untouched

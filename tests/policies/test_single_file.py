@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from conftest import driftrl, run_command
 from driftrl import Trainer, hub, single_file
-from driftrl.build import _demand_reachable, load_pipeline, of_hub, usual_sampling
+from driftrl.build import _demand_reachable
 from driftrl.checks import InputError
 from driftrl.config import ModelConfig, dump_config, load_config
 from driftrl.evaluation.card import export
 from driftrl.evaluation.evaluate import load_evaluation
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.files import write_json
+from driftrl.hub import of_hub
+from driftrl.pipelines import load_pipeline, usual_sampling
 
 PROMPTS = ["a cat", "a dog"]
 BIG_G = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"

@@ -12,7 +12,6 @@ from typing import Any
 from safetensors import safe_open
 
 from driftrl import __version__, checkpoint, hub, single_file
-from driftrl.build import PIPELINES, of_hub
 from driftrl.checks import InputError, counted
 from driftrl.config import ModelConfig, TrainConfig, flat, load_config
 from driftrl.evaluation.evaluate import FILE, Evaluation, Point, formula, load_evaluation
@@ -20,6 +19,8 @@ from driftrl.evaluation.generate import run_of
 from driftrl.evaluation.measures import describe, too_few
 from driftrl.evaluation.page import minus
 from driftrl.files import new_folder, read_json, write_text
+from driftrl.hub import of_hub
+from driftrl.pipelines import PIPELINES
 from driftrl.policies.kohya import write_kohya
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -171,7 +172,7 @@ def _use(config: TrainConfig, network: str) -> str:
     half = config.model.dtype if config.model.dtype != "float32" else "bfloat16" if flow else "float16"
     load = f'DiffusionPipeline.from_pretrained("{_bare(base)}", torch_dtype=torch.{half})'
     if base == "tiny-animals":
-        lines = ["from driftrl import TrainConfig", "from driftrl.build import load_pipeline", ""]
+        lines = ["from driftrl import TrainConfig", "from driftrl.pipelines import load_pipeline", ""]
         lines += [f"from diffusers import {network}"] * (not lora)
         load = "load_pipeline(TrainConfig().model)"
     if single_file.named(base):
@@ -223,7 +224,7 @@ def _from_file(model: ModelConfig, half: str) -> tuple[list[str], str]:
     named = "" if model.config is None else f', config="{base}"'
     lines = [
         "import torch",
-        "from driftrl.build import load_pipeline",
+        "from driftrl.pipelines import load_pipeline",
         "from driftrl.config import ModelConfig",
         "",
     ]

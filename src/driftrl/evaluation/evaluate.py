@@ -22,12 +22,10 @@ from torch import Tensor
 
 from driftrl import checkpoint, objects
 from driftrl.build import (
-    TINY_ANIMALS,
     Towers,
     build_encoder,
     build_reward,
     default_batch,
-    of_hub,
     parts_of,
     tower_of,
 )
@@ -39,7 +37,9 @@ from driftrl.evaluation.generate import open_policy, run_of
 from driftrl.evaluation.pareto import bootstrap_interval
 from driftrl.evaluation.studio import NEIGHBOURS, Instruments, Progress, Readings, Studio, measure
 from driftrl.files import make_folder, read_json, sha256, write_json, write_text
+from driftrl.hub import of_hub
 from driftrl.mixture import mixed
+from driftrl.pipelines import TINY_ANIMALS
 from driftrl.policies.lora import lora_scale, scale_lora
 from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.prompts import evaluated

@@ -17,12 +17,11 @@ from driftrl.build import (
     build_policy,
     default_batch,
     demand_second_branch,
-    load_pipeline,
     prompt_noise_of,
-    usual_sampling,
 )
 from driftrl.checks import InputError, one_of
 from driftrl.config import ModelConfig, TrainConfig, load_config
+from driftrl.pipelines import load_pipeline, usual_sampling
 from driftrl.policies.lora import scale_lora
 from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.policies.start import Start
