@@ -63,7 +63,7 @@ def settings(config, tmp_path):
         ("reward=tiny-animal", "did you mean 'tiny-animals'"),
         ("reward=no_such_module:reward", "cannot be imported"),
         ("adapter.targets=[to_k, to_z]", "to_z"),
-        ("prompts.per_iteration=1000", "at most the 45 prompts"),
+        ("prompts.per_iteration=1000", "at most 45, the prompts of animals"),
         ("sampling.eta=0", "more than 0"),
         ("model.dtype=fp16", "did you mean 'float16'"),
         ("optimizer.learning_rate=2", "less than or equal to 1"),

@@ -131,7 +131,7 @@ def test_rewards_with_weights_are_one_value():
         ({"evaluation": {"checkpoints": "some"}}, "evaluation.checkpoints: expected a count"),
         ({"evaluation": {"checkpoints": 0}}, "evaluation.checkpoints: expected a count"),
         ({"evaluation": {"prompts": "animals4"}}, "did you mean 'animals"),
-        ({"set": {"prompts.per_iteration": 9}}, "at most the 8 prompts of animals8"),
+        ({"set": {"prompts.per_iteration": 9}}, "at most 8, the prompts of animals8"),
         ({"methods": []}, "methods: expected at least one; got []"),
         ({"seeds": []}, "seeds: expected at least one; got []"),
         ({"grid": {"reward": ["tiny-animals", "compressibility"]}}, "reward: expected the same in all runs"),
