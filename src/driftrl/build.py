@@ -657,6 +657,8 @@ def objective_of(config: TrainConfig, device: torch.device) -> Objective:
         divergence=config.objective.divergence,
         kl_schedule=config.objective.kl_schedule,
         contrast=contrast,
+        trust_region=config.objective.trust_region,
+        max_kl=config.objective.max_kl,
     )
 
 

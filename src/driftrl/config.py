@@ -366,8 +366,14 @@ class ObjectiveConfig(Section):
     paper has 0.001 and 0.5."""
     nft_decay_max: float = Field(default=0.9, ge=0, lt=1)
     """See `nft_decay`. The more it keeps, the steadier, and slower, training is."""
+    trust_region: Literal["ratio", "normalized", "divergence"] = "ratio"
+    """What keeps the clipped surrogate near the policy that drew: PPO's clipped ratio; the ratio without its drift, on the same scale at
+    every step (`normalized`, GRPO-Guard); or the exact divergence of the two policies (`divergence`, Flow-DPPO). It counts from the
+    second optimiser step of an iteration on."""
     clip_range: float = Field(default=1e-4, gt=0)
     """Of the clipped surrogate's ratio, for log-probabilities that are means over latent dimensions."""
+    max_kl: float = Field(default=1e-5, gt=0)
+    """Of `divergence`: the KL, a mean over latent dimensions, beyond which no pair leads the policy farther away."""
     kl_weight: float = Field(default=0.0, ge=0)
     """Beta: weight of the divergence from the reference: the base model, unless it moves."""
     divergence: Literal["kl", "wasserstein"] = "kl"
@@ -598,6 +604,11 @@ class TrainConfig(Section):
         return self
 
     def _check_nft(self) -> None:
+        if self.objective.loss == "nft" and self.objective.trust_region != "ratio":
+            raise ValueError(
+                f"objective.trust_region: {self.objective.trust_region!r} is for the clipped surrogate; objective.loss 'nft' has no "
+                "ratio, and is held by objective.nft_decay"
+            )
         if self.objective.loss == "nft" and self.shaping.potential == "stepwise":
             raise ValueError(
                 "shaping.potential: 'stepwise' is of the steps that were drawn, and objective.loss 'nft' learns from others; use "

@@ -40,6 +40,8 @@ class Plan:
     """Denoising steps whose gradients are taken while images are drawn (`driftrl.one_pass`); 0 replays them."""
     path: bool = True
     """Whether every latent on the way to an image is kept, or the last one alone."""
+    means: bool = False
+    """Whether the mean of every step is kept too."""
 
     @property
     def images(self) -> int:
@@ -136,6 +138,7 @@ def stored_bytes(
         gradients: numbers of a candidate's gradient; 0 where they are not taken in one pass.
     """
     latents = plan.steps + 1 if plan.path else 1
+    latents += plan.steps * plan.means
     path = latents * math.prod(latent) + (plan.steps + 1) * clean + plan.steps
     return FLOAT * plan.images * (path + math.prod(image) + (math.prod(noise) if noise else 0) + gradients)
 

@@ -32,17 +32,22 @@ def refusal(objective: Objective, potential: str) -> str | None:
         objective: of the update.
         potential: `Shaping.potential`: stepwise advantages belong to single steps, whose gradients are summed up here.
     """
-    if objective.updates > 1 or objective.epochs > 1:
-        return "optimizer.updates and optimizer.epochs must be 1: later steps are taken by another policy"
-    if objective.contrast is not None:
-        return "objective.loss must be clipped_surrogate: nft learns from other latents than those that are drawn"
-    if objective.kl_weight > 0:
-        return "objective.kl_weight must be 0: the divergence asks the reference too"
-    if objective.timesteps < 1 and objective.timestep_choice != "noisiest":
-        return "objective.timestep_choice must be noisiest: all samples are trained on the same steps"
-    if potential != "terminal":
-        return "shaping.potential must be terminal"
-    return None
+    elsewhere = objective.timesteps < 1 and objective.timestep_choice != "noisiest"
+    reasons = {
+        "optimizer.updates and optimizer.epochs must be 1: later steps are taken by another policy": (
+            objective.updates > 1 or objective.epochs > 1
+        ),
+        "objective.loss must be clipped_surrogate: nft learns from other latents than those that are drawn": (
+            objective.contrast is not None
+        ),
+        "objective.trust_region must be ratio: the others ask for the means of what was drawn": (
+            objective.asks_for_means
+        ),
+        "objective.kl_weight must be 0: the divergence asks the reference too": objective.kl_weight > 0,
+        "objective.timestep_choice must be noisiest: all samples are trained on the same steps": elsewhere,
+        "shaping.potential must be terminal": potential != "terminal",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def pays(candidates: int, keep: int, rescored: bool, held: int = 0) -> bool:

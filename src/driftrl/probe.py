@@ -81,6 +81,7 @@ def plan_of(loop: TrainingLoop) -> Plan:
         judges=len(loop.judges),
         backward=int(noisiest_steps(policy.scored, objective.timesteps).sum()) if loop.in_one_pass else 0,
         path=loop.replays,
+        means=loop.objective.asks_for_means,
     )
 
 

@@ -123,6 +123,7 @@ def rollout(
     score_gradients: ScoreGradients | None = None,
     first: Sequence[int] | None = None,
     keep_path: bool = True,
+    keep_means: bool = False,
 ) -> Rollout:
     """Draw ``candidates`` images for each of P prompts.
 
@@ -141,6 +142,7 @@ def rollout(
         score_gradients: gradients of log-probabilities to take on the way.
         first: P numbers of the first candidate, 0 by default: what tells rows with the same key apart.
         keep_path: keep the latents of every step, which replay wants; else x_0 alone, a T-th of the memory.
+        keep_means: keep every transition's mean too, for trust regions that ask how far it has moved.
 
     Returns:
         Trajectories, log-probabilities and images of all P x N candidates.
@@ -166,6 +168,7 @@ def rollout(
             keep_clean,
             score_gradients,
             keep_path,
+            keep_means,
         )
         for name, part in parts.items():
             if len(part) == len(flat):
@@ -197,6 +200,7 @@ def _denoise(
     keep_clean: bool,
     score_gradients: ScoreGradients | None,
     keep_path: bool,
+    keep_means: bool,
 ) -> dict[str, Tensor]:
     """One batch of n candidates, from noise to image: the fields of a `Rollout`, each [n, ...]."""
     device, shape = policy.device, policy.latent_shape
@@ -209,6 +213,7 @@ def _denoise(
     # In place, for stacking them in the end would take twice the memory.
     path = x.new_empty(len(keys), len(scored) + 1 if keep_path else 1, *shape)
     path[:, 0] = x
+    means = x.new_empty(len(keys), len(scored), *shape) if keep_means else None
     scores, clean = [], []
     with nullcontext() if score_gradients is None else policy.sample_gradients(len(keys)) as gradients:
         for step, counts in enumerate(scored):
@@ -225,6 +230,8 @@ def _denoise(
                 score = gaussian.log_prob(x, move.mean, move.std) if counts else x.new_zeros(len(keys))
                 if scale is not None:
                     (scale * score.sum()).backward()
+            if means is not None:
+                means[:, step] = move.mean
             if keep_clean:
                 clean.append(latent_features(move.x0))
             scores.append(score.detach())
@@ -236,6 +243,8 @@ def _denoise(
     }
     if eps is not None:
         parts["prompt_noise"] = eps
+    if means is not None:
+        parts["means"] = means
     if gradients is not None:
         parts["gradients"] = gradients
     if keep_clean:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from driftrl import noise
-from driftrl.objectives.clipped_surrogate import clipped_surrogate
+from driftrl.objectives.clipped_surrogate import ClippedSurrogate, clipped_surrogate
 from driftrl.objectives.negative_aware import NegativeAware, negative_aware
+from driftrl.objectives.trust_region import divergence_surrogate, normalized_surrogate
 from driftrl.rollout import PromptNoise, score_step
 from driftrl.transitions import gaussian
 from driftrl.types import Conditioning, Policy, Rollout, Transition
@@ -70,10 +71,21 @@ class Terms(Protocol):
 class Surrogate:
     """The clipped surrogate of transitions that are replayed (design 2.5)."""
 
-    def __init__(self, replay: Replay, rollout: Rollout, advantages: Tensor, clip_range: float) -> None:
-        """Of samples P x G with advantages [P * G, T]."""
+    def __init__(
+        self,
+        replay: Replay,
+        rollout: Rollout,
+        advantages: Tensor,
+        clip_range: float,
+        trust_region: str = "ratio",
+        max_kl: float = 1e-5,
+        weights: Tensor | None = None,
+    ) -> None:
+        """Of samples P x G with advantages [P * G, T]; ``weights`` [T] are those of the ``normalized`` trust region."""
         self._replay, self._advantages, self._clip_range = replay, advantages, clip_range
+        self._region, self._max_kl, self._weights = trust_region, max_kl, weights
         self._path = rollout.latents.flatten(0, 1)
+        self._means = None if rollout.means is None else rollout.means.flatten(0, 1)
 
     def begin(self, sample: Tensor, step: Tensor, epoch: int) -> None:
         """Nothing to do."""
@@ -87,14 +99,36 @@ class Surrogate:
         move = self._replay(latents, sample, step)
         return move, gaussian.log_prob(self._path[sample, step + 1], move.mean, move.std)
 
+    def remember(self, sample: Tensor, step: Tensor, means: Tensor) -> None:
+        """The means [n, C, H, W] of the policy that drew, as the update's own batches have them."""
+        if self._means is not None:
+            self._means[sample, step] = means
+
     def __call__(self, latents: Tensor, sample: Tensor, step: Tensor, before: Tensor) -> Term:
         """Replay of the pairs."""
         move, log_prob = self.log_prob(latents, sample, step)
         old = before[sample, step]
-        surrogate = clipped_surrogate(log_prob, old, self._advantages[sample, step], self._clip_range)
+        found = self._near(log_prob, old, self._advantages[sample, step], move, sample, step)
         with torch.no_grad():
             deviation = ((log_prob - old).exp() - 1).abs().max()
-        return Term(surrogate.loss, move, surrogate.approx_kl, surrogate.clip_fraction, deviation)
+        return Term(found.loss, move, found.approx_kl, found.clip_fraction, deviation)
+
+    def _near(
+        self,
+        log_prob: Tensor,
+        old: Tensor,
+        advantages: Tensor,
+        move: Transition,
+        sample: Tensor,
+        step: Tensor,
+    ) -> ClippedSurrogate:
+        if self._means is None:
+            return clipped_surrogate(log_prob, old, advantages, self._clip_range)
+        both = (move.mean, self._means[sample, step], move.std)
+        if self._region == "divergence":
+            return divergence_surrogate(log_prob, old, advantages, *both, self._max_kl)
+        found = normalized_surrogate(log_prob, old, advantages, *both, self._clip_range)
+        return found if self._weights is None else found._replace(loss=self._weights[step] * found.loss)
 
 
 class Contrast:

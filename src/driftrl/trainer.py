@@ -404,7 +404,7 @@ class TrainingLoop:
         with self.memory.drawing(self.policy):
             return rollout(
                 self.policy, conditioning, keys, count, batch, noise, self.on_sampled, stepwise, scoring.add,
-                score_gradients, first, self.replays,
+                score_gradients, first, self.replays, self.objective.asks_for_means,
             )  # fmt: skip
 
     def _learn(

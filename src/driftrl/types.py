@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -79,6 +79,8 @@ class Rollout:
     clean: Tensor | None = None
     """float32 [P, N, T + 1, F]: features of the predicted clean latent at x_T, ..., x_1, and of x_0 itself; None
     unless asked for."""
+    means: Tensor | None = None
+    """float32 [P, N, T, C, H, W]: of each transition; None unless asked for."""
     gradients: Tensor | None = None
     """float32 [P, N, W]: of each candidate, the gradient of its log-probabilities in the policy's W parameters; None
     unless asked for (`driftrl.one_pass`)."""
@@ -86,17 +88,8 @@ class Rollout:
     def keep(self, indices: Tensor) -> Rollout:
         """Only the candidates ``indices`` [P, G] of each prompt."""
         p = torch.arange(len(indices), device=indices.device)[:, None]
-        noise = None if self.prompt_noise is None else self.prompt_noise[p, indices]
-        clean = None if self.clean is None else self.clean[p, indices]
-        gradients = None if self.gradients is None else self.gradients[p, indices]
-        return Rollout(
-            self.latents[p, indices],
-            self.log_probs[p, indices],
-            self.images[p, indices],
-            noise,
-            clean,
-            gradients,
-        )
+        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Rollout(**{name: None if part is None else part[p, indices] for name, part in own.items()})
 
     def path(self) -> Rollout:
         """What replay needs: without images [0] and clean latents."""

@@ -17,6 +17,7 @@ from driftrl.checks import NotFiniteError
 from driftrl.distributed import ALONE, Team, in_parts, whole
 from driftrl.objectives.kl import divergence, step_weights
 from driftrl.objectives.negative_aware import NegativeAware
+from driftrl.objectives.trust_region import time_weights
 from driftrl.rollout import NO_NOISE, PromptNoise
 from driftrl.terms import Contrast, Replay, Surrogate, Term, Terms
 from driftrl.types import Conditioning, Policy, Rollout, UpdateStats
@@ -45,6 +46,16 @@ class Objective:
     kl_schedule: str = "uniform"
     contrast: NegativeAware | None = None
     """The negative-aware loss, in place of the clipped surrogate."""
+    trust_region: str = "ratio"
+    """What keeps a step near the policy that drew: the clipped ratio, or, of `driftrl.objectives.trust_region`, the ``normalized``
+    one or the ``divergence``."""
+    max_kl: float = 1e-5
+    """Of ``divergence``: how far it may go."""
+
+    @property
+    def asks_for_means(self) -> bool:
+        """Whether the means of what drew are wanted beside its log-probabilities."""
+        return self.trust_region != "ratio" and self.contrast is None
 
     def trainable(self, scored: Tensor) -> Tensor:
         """Which of the denoising steps [T] pairs are of: those with a density, where one is asked for."""
@@ -169,7 +180,10 @@ def update(
     batch = batch or BatchSize(objective.batch_size, "optimizer.batch_size")
     turns = _Turns(team, policy.scored, any(map(in_parts, parameters)))
     replay = Replay(policy, rollout, conditioning, prompt_noise)
-    surrogate = Surrogate(replay, rollout, per_step, objective.clip_range)
+    surrogate = Surrogate(
+        replay, rollout, per_step, objective.clip_range, objective.trust_region, objective.max_kl,
+        time_weights(policy.timesteps, policy.scored),
+    )  # fmt: skip
     terms: Terms = (
         Contrast(replay, rollout, per_step, objective.contrast, policy.noised, behavior, key, first)
         if objective.contrast
@@ -286,9 +300,10 @@ class _Scores:
             for sample, step, counts in self._turns(pairs, size):
                 with torch.set_grad_enabled(self._compiled):
                     latents = self._replay.latents(sample, step)
-                    score = self._replay.log_prob(latents, sample, step)[1].detach()
+                    move, score = self._replay.log_prob(latents, sample, step)
                 if counts:
-                    before[sample, step] = score
+                    before[sample, step] = score.detach()
+                    self._replay.remember(sample, step, move.mean.detach())
         return before
 
 

@@ -1,0 +1,145 @@
+"""What keeps an update near the policy that drew the samples: PPO's clipped ratio, or rivals that look at the means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from driftrl.checks import InputError, has_shape, same_shape
+from driftrl.objectives.clipped_surrogate import LARGEST_LOG_RATIO, ClippedSurrogate, clipped_surrogate
+from driftrl.objectives.kl import kl_equal_variance
+
+
+def normalized_surrogate(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    mean: Tensor,
+    old_mean: Tensor,
+    std: Tensor,
+    clip_range: float = 1e-4,
+) -> ClippedSurrogate:
+    """The clipped surrogate of a normalised ratio: ``log r' = std (log r + |mean - old_mean|^2 / (2 std^2))``, squares averaged
+    over latent dimensions.
+
+    Of a sample ``old_mean + std eps`` the log-ratio has the mean ``-|mean - old_mean|^2 / (2 std^2)``, below 0 whatever the policy
+    has become, so good samples hardly reach the upper end of the clip range; and its spread grows as std falls. What is left
+    is ``(mean - old_mean) eps`` averaged over dimensions: around 0, at every step on the same scale.
+
+    Args:
+        log_prob: [B], of the policy being trained, with gradient; a mean over latent dimensions.
+        old_log_prob: [B], of the policy that drew the samples.
+        advantages: [B].
+        mean: [B, ...], of the policy's transition, with gradient.
+        old_mean: [B, ...], of the one that drew.
+        std: [B, 1, ..., 1], of both; above 0.
+        clip_range: of the normalised ratio, above 0.
+
+    Returns:
+        Loss per pair and diagnostics, of the normalised ratio.
+
+    Raises:
+        InputError: if the shapes do not agree or ``clip_range`` is not above 0.
+
+    Source: RatioNorm of GRPO-Guard (arXiv 2510.22319, eq. 8).
+
+    Example:
+        >>> import torch
+        >>> from driftrl.objectives.trust_region import normalized_surrogate
+        >>> zero, std = torch.zeros(1), torch.full((1, 1), 0.5)
+        >>> normalized_surrogate(zero - 2, zero, zero + 1, torch.ones(1, 4), torch.zeros(1, 4), std).ratio_mean
+        tensor(1.)
+    """
+    kl = kl_equal_variance(mean, old_mean, std)
+    for name, other in (("old_log_prob", old_log_prob), ("divergence", kl)):
+        same_shape(name, other, "log_prob", log_prob)
+    scale = std.detach().flatten(1)[:, 0].to(kl.dtype)
+    log_ratio = scale * (log_prob.to(kl.dtype) - old_log_prob.detach().to(kl.dtype) + kl)
+    return clipped_surrogate(log_ratio, torch.zeros_like(log_ratio), advantages, clip_range)
+
+
+def divergence_surrogate(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    mean: Tensor,
+    old_mean: Tensor,
+    std: Tensor,
+    max_kl: float = 1e-5,
+) -> ClippedSurrogate:
+    """``loss = -A r``, without gradient for a pair whose policy is farther than ``max_kl`` from the one that drew, and would be led
+    farther: A > 0 and r > 1, or A < 0 and r < 1.
+
+    The divergence of two Gaussians is exact, where the ratio is of one sample.
+
+    Args:
+        log_prob: [B], of the policy being trained, with gradient; a mean over latent dimensions.
+        old_log_prob: [B], of the policy that drew the samples.
+        advantages: [B].
+        mean: [B, ...], of the policy's transition; no gradient flows into it.
+        old_mean: [B, ...], of the one that drew.
+        std: [B, 1, ..., 1], of both; above 0.
+        max_kl: above 0, in nats per latent dimension.
+
+    Returns:
+        Loss per pair and diagnostics; ``clip_fraction`` is the share of pairs without gradient.
+
+    Raises:
+        InputError: if the shapes do not agree or ``max_kl`` is not above 0.
+
+    Source: Flow-DPPO (arXiv 2606.11025), its asymmetric mask.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.objectives.trust_region import divergence_surrogate
+        >>> far, old = torch.full((2, 4), 0.1), torch.zeros(2, 4)
+        >>> new = torch.zeros(2, requires_grad=True)
+        >>> loss = divergence_surrogate(new, torch.tensor([-0.1, 0.1]), torch.ones(2), far, old, torch.ones(2, 1)).loss
+        >>> torch.autograd.grad(loss.sum(), new)
+        (tensor([-0.0000, -0.9048]),)
+    """
+    if not max_kl > 0:
+        raise InputError(f"max_kl: expected more than 0; got {max_kl}")
+    has_shape("log_prob", log_prob, "[B]")
+    kl = kl_equal_variance(mean.detach(), old_mean, std)
+    for name, other in (("old_log_prob", old_log_prob), ("advantages", advantages), ("divergence", kl)):
+        same_shape(name, other, "log_prob", log_prob)
+    weights = advantages.detach().to(kl.dtype)
+    log_ratio = log_prob.to(kl.dtype) - old_log_prob.detach().to(kl.dtype)
+    blocked = (kl > max_kl) & (weights * log_ratio.detach() > 0)
+    # A constant where blocked, so that its gradient is 0 and its value the surrogate's.
+    ratio = torch.where(blocked, log_ratio.detach(), log_ratio).clamp(max=LARGEST_LOG_RATIO).exp()
+    with torch.no_grad():
+        share, drift = blocked.to(kl.dtype).mean(), 0.5 * log_ratio.square().mean()
+    return ClippedSurrogate(-weights * ratio, ratio.detach().mean(), share, drift)
+
+
+def time_weights(timesteps: Tensor, scored: Tensor) -> Tensor:
+    """What the normalised surrogate weighs at each step: one over the time that the step takes; the mean over scored steps is 1.
+
+    A step's mean moves with the network's output in proportion to that time, so without weights the long steps would have
+    nearly all of the gradient.
+
+    Args:
+        timesteps: [T], training timesteps of the denoising steps, falling.
+        scored: bool [T].
+
+    Returns:
+        float32 [T]; 0 at steps that are not scored.
+
+    Raises:
+        InputError: if the shapes do not agree.
+
+    Source: the gradient's weights of GRPO-Guard (arXiv 2510.22319), 1/dt; that diffusion models' timesteps stand for time is ours.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.objectives.trust_region import time_weights
+        >>> time_weights(torch.tensor([1000.0, 700.0, 100.0]), torch.tensor([True, True, False]))
+        tensor([1.3333, 0.6667, 0.0000])
+    """
+    has_shape("scored", scored, "[T]")
+    same_shape("timesteps", timesteps, "scored", scored)
+    ends = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
+    weights = scored / (timesteps - ends).float().clamp(min=1e-6)
+    return weights * scored.sum() / weights.sum().clamp(min=1e-12)
