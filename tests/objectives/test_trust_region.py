@@ -35,15 +35,17 @@ def test_it_has_no_drift_and_the_same_scale_at_every_step():
     """The plain log-ratio has the mean -KL, and a spread that grows as the step's noise falls."""
     spreads = []
     for std in (0.05, 0.5):
-        _, x, mean, old, deviation, _ = drawn(4096, std, 0.05)
+        _, x, mean, old, deviation, _ = drawn(4096, std, 0.005)
         new, before = scores(x, mean, old, deviation)
         plain = new - before
         kl = kl_equal_variance(mean, old, deviation)
-        assert float(plain.mean()) == pytest.approx(-float(kl.mean()), rel=0.2)
+        assert abs(plain.mean() + kl.mean()) < 4 * plain.std() / 64
         one = torch.ones(4096).double()
         free = torch.log(-normalized_surrogate(new, before, one, mean, old, deviation, clip_range=1e9).loss)
         assert abs(free.mean()) < 4 * free.std() / 64
         spreads.append((plain.std(), free.std()))
+        if std == 0.05:
+            assert plain.mean() < -10 * plain.std() / 64
     (sharp, sharp_free), (soft, soft_free) = spreads
     assert float(sharp / soft) == pytest.approx(10, rel=0.1)
     assert float(sharp_free / soft_free) == pytest.approx(1, rel=0.05)
