@@ -889,6 +889,7 @@ _ELSEWHERE = {
     "train_adv_clip_max": "advantage.clip",
     "adv_clip_max": "advantage.clip",
     "train_beta": "objective.kl_weight",
+    "kl_mask_threshold": "objective.max_kl",
     "per_prompt_stat_tracking": "advantage.baseline",
     "buffer_size": "advantage.history",
     "per_prompt_stat_tracking_buffer_size": "advantage.history",

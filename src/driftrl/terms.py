@@ -32,6 +32,15 @@ class Term(NamedTuple):
     """Largest |ratio - 1|."""
 
 
+class Drawn(NamedTuple):
+    """What the policy that drew says of its samples: in the rollout, or asked again in the update's own batches."""
+
+    log_probs: Tensor
+    """float32 [P * G, T]."""
+    means: Tensor | None
+    """float32 [P * G, T, C, H, W], where a trust region asks for them."""
+
+
 class Replay:
     """The policy, asked at latents under the prompts, and the noise on them, that a rollout's samples were drawn with."""
 
@@ -63,8 +72,8 @@ class Terms(Protocol):
         """Where the policy is asked: [n, C, H, W]."""
         ...
 
-    def __call__(self, latents: Tensor, sample: Tensor, step: Tensor, before: Tensor) -> Term:
-        """The loss there; ``before`` [P * G, T] are log-probabilities of the policy that drew."""
+    def __call__(self, latents: Tensor, sample: Tensor, step: Tensor, before: Drawn) -> Term:
+        """The loss there; ``before`` is of the policy that drew."""
         ...
 
 
@@ -77,15 +86,14 @@ class Surrogate:
         rollout: Rollout,
         advantages: Tensor,
         clip_range: float,
-        trust_region: str = "ratio",
-        max_kl: float = 1e-5,
-        weights: Tensor | None = None,
+        trust_region: str,
+        max_kl: float,
+        weights: Tensor,
     ) -> None:
         """Of samples P x G with advantages [P * G, T]; ``weights`` [T] are those of the ``normalized`` trust region."""
         self._replay, self._advantages, self._clip_range = replay, advantages, clip_range
         self._region, self._max_kl, self._weights = trust_region, max_kl, weights
         self._path = rollout.latents.flatten(0, 1)
-        self._means = None if rollout.means is None else rollout.means.flatten(0, 1)
 
     def begin(self, sample: Tensor, step: Tensor, epoch: int) -> None:
         """Nothing to do."""
@@ -99,36 +107,26 @@ class Surrogate:
         move = self._replay(latents, sample, step)
         return move, gaussian.log_prob(self._path[sample, step + 1], move.mean, move.std)
 
-    def remember(self, sample: Tensor, step: Tensor, means: Tensor) -> None:
-        """The means [n, C, H, W] of the policy that drew, as the update's own batches have them."""
-        if self._means is not None:
-            self._means[sample, step] = means
-
-    def __call__(self, latents: Tensor, sample: Tensor, step: Tensor, before: Tensor) -> Term:
+    def __call__(self, latents: Tensor, sample: Tensor, step: Tensor, before: Drawn) -> Term:
         """Replay of the pairs."""
         move, log_prob = self.log_prob(latents, sample, step)
-        old = before[sample, step]
-        found = self._near(log_prob, old, self._advantages[sample, step], move, sample, step)
+        advantages, old = self._advantages[sample, step], before.log_probs[sample, step]
+        if before.means is None:
+            found = clipped_surrogate(log_prob, old, advantages, self._clip_range)
+        else:
+            far = (move.mean, before.means[sample, step], move.std)
+            found = self._by_means(log_prob, old, advantages, far, self._weights[step])
         with torch.no_grad():
             deviation = ((log_prob - old).exp() - 1).abs().max()
         return Term(found.loss, move, found.approx_kl, found.clip_fraction, deviation)
 
-    def _near(
-        self,
-        log_prob: Tensor,
-        old: Tensor,
-        advantages: Tensor,
-        move: Transition,
-        sample: Tensor,
-        step: Tensor,
-    ) -> ClippedSurrogate:
-        if self._means is None:
-            return clipped_surrogate(log_prob, old, advantages, self._clip_range)
-        both = (move.mean, self._means[sample, step], move.std)
+    def _by_means(
+        self, log_prob: Tensor, old: Tensor, advantages: Tensor, far: tuple[Tensor, Tensor, Tensor], weights: Tensor
+    ) -> ClippedSurrogate:  # fmt: skip
         if self._region == "divergence":
-            return divergence_surrogate(log_prob, old, advantages, *both, self._max_kl)
-        found = normalized_surrogate(log_prob, old, advantages, *both, self._clip_range)
-        return found if self._weights is None else found._replace(loss=self._weights[step] * found.loss)
+            return divergence_surrogate(log_prob, old, advantages, *far, self._max_kl)
+        found = normalized_surrogate(log_prob, old, advantages, *far, self._clip_range)
+        return found._replace(loss=weights * found.loss)
 
 
 class Contrast:
@@ -168,7 +166,7 @@ class Contrast:
         clean = self._clean[sample]
         return self._noised(clean, noise.placed(noise.normal(draws, clean.shape[1:]), clean.device), step)
 
-    def __call__(self, latents: Tensor, sample: Tensor, step: Tensor, before: Tensor) -> Term:
+    def __call__(self, latents: Tensor, sample: Tensor, step: Tensor, before: Drawn) -> Term:
         """What the policy predicts there, and the one that drew."""
         with (
             torch.no_grad(),

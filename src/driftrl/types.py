@@ -88,8 +88,9 @@ class Rollout:
     def keep(self, indices: Tensor) -> Rollout:
         """Only the candidates ``indices`` [P, G] of each prompt."""
         p = torch.arange(len(indices), device=indices.device)[:, None]
-        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Rollout(**{name: None if part is None else part[p, indices] for name, part in own.items()})
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept: dict[str, Any] = {k: None if part is None else part[p, indices] for k, part in parts.items()}
+        return Rollout(**kept)
 
     def path(self) -> Rollout:
         """What replay needs: without images [0] and clean latents."""

@@ -19,7 +19,7 @@ from driftrl.objectives.kl import divergence, step_weights
 from driftrl.objectives.negative_aware import NegativeAware
 from driftrl.objectives.trust_region import time_weights
 from driftrl.rollout import NO_NOISE, PromptNoise
-from driftrl.terms import Contrast, Replay, Surrogate, Term, Terms
+from driftrl.terms import Contrast, Drawn, Replay, Surrogate, Term, Terms
 from driftrl.types import Conditioning, Policy, Rollout, UpdateStats
 
 
@@ -164,6 +164,7 @@ def update(
     first = mine.start * group  # of the samples in ``rollout``, which are numbered from 0 here
     per_step = _per_step(advantages[mine], rollout.log_probs)
     old = rollout.log_probs.flatten(0, 1)
+    drawn = Drawn(old, None if rollout.means is None else rollout.means.flatten(0, 1))
     parameters = policy.parameters()
     reference = reference or policy.reference
     held = _held(step_weights(policy.scored, objective.kl_schedule), old, gate, mine)
@@ -190,7 +191,7 @@ def update(
         else surrogate
     )
     compiled = bool(getattr(policy, "compiled", False))
-    scores = _Scores(surrogate, old, passes, turns, objective.rescore, compiled)
+    scores = _Scores(surrogate, drawn, passes, turns, objective.rescore, compiled)
 
     def learn(pairs: Pairs, count: int, epoch: int, moved: bool, size: int) -> _Sums:
         """The gradient of one optimiser step, ``size`` pairs at a time."""
@@ -265,12 +266,12 @@ class _Turns:
 
 
 class _Scores:
-    """The log-probabilities that ratios are taken to: the rollout's, or those of the update's own micro-batches."""
+    """What ratios and divergences are taken to: the rollout's figures, or those of the update's own micro-batches."""
 
     def __init__(
         self,
         replay: Surrogate,
-        old: Tensor,
+        old: Drawn,
         passes: Sequence[Sequence[tuple[Pairs, int]]],
         turns: _Turns,
         rescore: bool,
@@ -280,8 +281,8 @@ class _Scores:
         self._rescore, self._compiled = rescore, compiled
         self._before, self._size = [old] * len(passes), 0
 
-    def before(self, epoch: int, size: int, moved: bool) -> Tensor:
-        """[P * G, T] for one pass, scored again ``size`` at a time if that is asked for and the policy has not
+    def before(self, epoch: int, size: int, moved: bool) -> Drawn:
+        """Those for one pass, scored again ``size`` at a time if that is asked for and the policy has not
         ``moved`` yet.
         """
         if self._rescore and not moved and size != self._size:
@@ -291,19 +292,21 @@ class _Scores:
 
     def rescored_by(self) -> Tensor:
         """The largest change."""
-        return torch.stack([(before - self._old).abs().max() for before in self._before]).max()
+        return torch.stack([(own.log_probs - self._old.log_probs).abs().max() for own in self._before]).max()
 
-    def _rescored(self, parts: Sequence[tuple[Pairs, int]], size: int) -> Tensor:
-        """Log-probabilities [samples, T], those of one pass scored in its very micro-batches."""
-        before = self._old.clone()
+    def _rescored(self, parts: Sequence[tuple[Pairs, int]], size: int) -> Drawn:
+        """All samples' figures, those of one pass computed in its very micro-batches."""
+        means = None if self._old.means is None else self._old.means.clone()
+        before = Drawn(self._old.log_probs.clone(), means)
         for pairs, _ in parts:
             for sample, step, counts in self._turns(pairs, size):
                 with torch.set_grad_enabled(self._compiled):
                     latents = self._replay.latents(sample, step)
                     move, score = self._replay.log_prob(latents, sample, step)
                 if counts:
-                    before[sample, step] = score.detach()
-                    self._replay.remember(sample, step, move.mean.detach())
+                    before.log_probs[sample, step] = score.detach()
+                    if means is not None:
+                        means[sample, step] = move.mean.detach()
         return before
 
 

@@ -487,10 +487,11 @@ def test_the_ratio_of_an_untouched_policy_in_half_precision(settings, family, dt
     assert found.log_ratio < 1e-5
 
 
+@pytest.mark.parametrize("region", ["ratio", "divergence"])
 @pytest.mark.parametrize("batch", [pytest.param(4, marks=pytest.mark.slow), 3])
-def test_rescoring_makes_up_for_a_network_that_depends_on_its_batch(settings, batch):
-    """Without it the first step's ratios are off by more than the clip range; with it they are 1, also where the last
-    batch of an optimiser step is smaller and pairs without advantage are left out.
+def test_rescoring_makes_up_for_a_network_that_depends_on_its_batch(settings, batch, region):
+    """Without it the first step's ratios are off by more than the clip range, and divergences beyond their limit; with it they
+    are 1 and 0, also where the last batch of an optimiser step is smaller and pairs without advantage are left out.
     """
 
     class Moody:
@@ -508,13 +509,16 @@ def test_rescoring_makes_up_for_a_network_that_depends_on_its_batch(settings, ba
     for rescore in (False, True):
         policy = Moody(build_policy(settings("sd")))
         conditioning = policy.encode(PROMPTS)
-        drawn = rollout(policy, conditioning, KEYS, 4, 8)
+        drawn = rollout(policy, conditioning, KEYS, 4, 8, keep_means=region == "divergence")
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
         advantages = torch.tensor([[1.0, -1, 2, 0], [0.5, -1, 1, -0.5]])
-        objective = Objective(batch_size=batch, updates=2, epochs=2, rescore=rescore)
+        objective = Objective(
+            batch_size=batch, updates=2, epochs=2, rescore=rescore, trust_region=region, max_kl=1e-9
+        )
         found[rescore] = update(policy, optimizer, drawn, advantages, conditioning, objective, (0, 0))
     assert found[False].ratio_deviation > 1e-3 > 1e-6 > found[True].ratio_deviation
     assert found[True].rescored_by > 1e-3 and found[False].rescored_by == 0
+    assert found[True].clip_fraction == 0 < found[False].clip_fraction
 
 
 def test_the_loss_scale_changes_no_gradient(settings):
