@@ -118,7 +118,6 @@ def test_one_iteration(method, tmp_path, name):
             [],
         ),
         ("entropy", ["shaping.ratio=0.0"], "grpo", []),
-        ("grpo-guard", ["objective.trust_region=ratio"], "grpo", []),
         ("flow-dppo", ["objective.max_kl=1e9"], "grpo", ["objective.clip_range=1e9"]),  # neither holds anything
         (
             "mixgrpo",

@@ -73,7 +73,7 @@ def test_a_list_has_no_metadata():
 
 
 def test_a_prompt_in_place_of_a_list_is_told_how():
-    with pytest.raises(InputError, match=r"a prompt itself is given in a list, \[a red cat\]"):
+    with pytest.raises(InputError, match=r"a list in a configuration: --set 'prompts.set=\[a red cat\]'"):
         load_prompts("a red cat")
     with pytest.raises(InputError, match="expected text in UTF-8; got 3"):
         load_prompts(["a cat", 3])

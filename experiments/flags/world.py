@@ -221,6 +221,11 @@ class FlagPolicy:
         """bool [T]."""
         return self.tables.scored & self.window
 
+    @property
+    def durations(self) -> Tensor:
+        """[T]: all alike."""
+        return torch.full((len(self.timesteps),), 1 / len(self.timesteps))
+
     def add_noise_in(self, steps: range | None) -> None:
         """Only in these; None: in all."""
         self.window = torch.full_like(self.tables.scored, steps is None)

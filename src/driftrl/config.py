@@ -50,7 +50,7 @@ Callee = Annotated[Place, BeforeValidator(named)]
 
 def _as_prompts(value: Any) -> Any:
     """A prompt set's name or file as it is, prompts themselves as a list without spaces around them."""
-    if value is None or isinstance(value, str):
+    if isinstance(value, str):
         return value
     several = value if isinstance(value, list | tuple) else []
     if not several or not all(isinstance(each, str) and each.strip() for each in several):
@@ -368,8 +368,8 @@ class ObjectiveConfig(Section):
     """See `nft_decay`. The more it keeps, the steadier, and slower, training is."""
     trust_region: Literal["ratio", "normalized", "divergence"] = "ratio"
     """What keeps the clipped surrogate near the policy that drew: PPO's clipped ratio; the ratio without its drift, on the same scale at
-    every step (`normalized`, GRPO-Guard); or the exact divergence of the two policies (`divergence`, Flow-DPPO). It counts from the
-    second optimiser step of an iteration on."""
+    every step (`normalized`, GRPO-Guard), which also weighs the steps anew; or the exact divergence of the two policies (`divergence`,
+    Flow-DPPO), which like the clipped ratio does nothing in an iteration's first optimiser step."""
     clip_range: float = Field(default=1e-4, gt=0)
     """Of the clipped surrogate's ratio, for log-probabilities that are means over latent dimensions."""
     max_kl: float = Field(default=1e-5, gt=0)
@@ -434,7 +434,7 @@ class OptimizerConfig(Section):
     one_pass: bool | Literal["auto"] = "auto"
     """Take gradients while the candidates are drawn, batch_size at once, in place of replaying them: the same optimiser step,
     up to rounding, for fewer passes over the network. It needs updates and epochs of 1, the clipped surrogate, a LoRA on linear layers, the noisiest
-    steps (or all), and neither objective.kl_weight nor a stepwise potential. 'auto': where that is given and it pays, which it does
+    steps (or all), objective.trust_region `ratio`, and neither objective.kl_weight nor a stepwise potential. 'auto': where that is given and it pays, which it does
     with fewer than 2 candidates for each that is kept (3 in half precision) and 1 GiB of gradients at most."""
 
 

@@ -138,7 +138,7 @@ def stored_bytes(
         gradients: numbers of a candidate's gradient; 0 where they are not taken in one pass.
     """
     latents = plan.steps + 1 if plan.path else 1
-    latents += plan.steps * plan.means
+    latents += plan.steps * plan.means * (1 + plan.rescored)  # asked again, beside those of the rollout
     path = latents * math.prod(latent) + (plan.steps + 1) * clean + plan.steps
     return FLOAT * plan.images * (path + math.prod(image) + (math.prod(noise) if noise else 0) + gradients)
 

@@ -84,7 +84,7 @@ def _imported(name: str, key: str) -> Any:
     if "/" in module or module.endswith(".py"):
         raise InputError(
             f"{key}: expected module:function, as Python imports it; got the path {name!r}; for mine.py in this folder: "
-            f"driftrl train --set {key}=mine:function"
+            f"--set {key}=mine:function"
         )
     here = str(Path.cwd())
     if here not in sys.path:  # at the end: what is installed is found first

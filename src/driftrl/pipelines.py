@@ -85,7 +85,8 @@ def load_pipeline(model: ModelConfig) -> Any:
         return _load_file(model)
     if model.config is not None:
         raise InputError(
-            f"model.config: is for a model.path that is one safetensors file; {model.path} has a configuration of its own: leave it out"
+            f"model.config: expected none, for {model.path} is no safetensors file and has a configuration of its own; got "
+            f"{model.config!r}: leave it out"
         )
     path = str(TINY_ANIMALS / "pipeline") if model.path == "tiny-animals" else model.path
     folder = Path(path)
@@ -147,7 +148,8 @@ def _load_file(model: ModelConfig) -> Any:
             parts = {policy.component: network}
         else:
             pipeline = getattr(diffusers, kind).from_single_file(
-                str(file), config=base, revision=model.revision, dtype=dtype, **dict.fromkeys(lacking), **unasked
+                str(file), config=base, revision=model.revision, dtype=dtype,
+                **dict.fromkeys(lacking) | _left_out(folder) | unasked,
             )  # fmt: skip
             parts = {name: getattr(pipeline, name) for name in held}
     _demand_given(file, parts, base)

@@ -353,6 +353,7 @@ class _Work:
         return rollout(
             self.policy, self._one, [(loop.seed, 0, 0)], count, _firm(count), loop.method.prompt_noise,
             keep_clean=loop.method.shaping.potential == "stepwise", score_gradients=score_gradients,
+            keep_means=self._objective.asks_for_means,
         )  # fmt: skip
 
     def draw_with_gradients(self, count: int) -> Rollout:
@@ -395,6 +396,7 @@ class _Brief:
         self._policy, self._which = policy, trainable.nonzero()[:2, 0]
         self.count = len(self._which)
         self.timesteps, self.scored = policy.timesteps[self._which], policy.scored[self._which]
+        self.durations = policy.durations[self._which]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)

@@ -60,7 +60,8 @@ def load_prompts(name: str | Sequence[str]) -> tuple[str, ...]:
         if not path.is_file():
             what = f"expected a prompt set ({', '.join(prompt_sets())}) or a TXT or JSONL file; got {name!r}"
             where = f"; there is no {path.absolute()}" if path.suffix or len(path.parts) > 1 else ""
-            where = f"; a prompt itself is given in a list, [{name}]" if " " in name and not where else where
+            if " " in name and not where:
+                where = f"; prompts themselves are a list in a configuration: --set 'prompts.set=[{name}]'"
             where = ", which is a folder" if path.is_dir() else where
             raise InputError(f"prompts: {what}{where}{nearest(name, prompt_sets())}")
         try:

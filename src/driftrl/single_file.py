@@ -18,6 +18,7 @@ from driftrl.config import ModelConfig
 
 OTHERS = (".ckpt", ".pt", ".pth", ".bin", ".gguf")
 """Ends of names of files that are not read: pickles, which may run anything, and weights of a few bits."""
+ENDS = (".safetensors", *OTHERS)
 KINDS = (
     "v1", "v2", "xl_base", "sd3", "sd35_medium", "sd35_large", "flux-dev", "flux-schnell", "sana", "z-image-turbo",
 )  # fmt: skip
@@ -54,7 +55,7 @@ def named(path: str) -> bool:
         (True, False, False)
     """
     place = Path(path)
-    return not place.is_dir() and (place.suffix.lower() in (".safetensors", *OTHERS) or place.is_file())
+    return not place.is_dir() and (place.suffix.lower() in ENDS or place.is_file())
 
 
 def contents(file: Path) -> dict[str, Tensor]:

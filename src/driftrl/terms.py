@@ -88,7 +88,7 @@ class Surrogate:
         clip_range: float,
         trust_region: str,
         max_kl: float,
-        weights: Tensor,
+        weights: Tensor | None,
     ) -> None:
         """Of samples P x G with advantages [P * G, T]; ``weights`` [T] are those of the ``normalized`` trust region."""
         self._replay, self._advantages, self._clip_range = replay, advantages, clip_range
@@ -111,22 +111,24 @@ class Surrogate:
         """Replay of the pairs."""
         move, log_prob = self.log_prob(latents, sample, step)
         advantages, old = self._advantages[sample, step], before.log_probs[sample, step]
-        if before.means is None:
+        if self._region == "ratio":
             found = clipped_surrogate(log_prob, old, advantages, self._clip_range)
         else:
-            far = (move.mean, before.means[sample, step], move.std)
-            found = self._by_means(log_prob, old, advantages, far, self._weights[step])
+            assert before.means is not None, "the rollout kept no means"
+            found = self._by_means(log_prob, old, advantages, move, before.means[sample, step], step)
         with torch.no_grad():
-            deviation = ((log_prob - old).exp() - 1).abs().max()
-        return Term(found.loss, move, found.approx_kl, found.clip_fraction, deviation)
+            log_ratio = log_prob - old
+            drift, deviation = 0.5 * log_ratio.square().mean(), (log_ratio.exp() - 1).abs().max()
+        return Term(found.loss, move, drift, found.clip_fraction, deviation)
 
     def _by_means(
-        self, log_prob: Tensor, old: Tensor, advantages: Tensor, far: tuple[Tensor, Tensor, Tensor], weights: Tensor
-    ) -> ClippedSurrogate:  # fmt: skip
+        self, log_prob: Tensor, old: Tensor, advantages: Tensor, move: Transition, mean: Tensor, step: Tensor
+    ) -> ClippedSurrogate:
+        moved = (move.mean, mean, move.std)
         if self._region == "divergence":
-            return divergence_surrogate(log_prob, old, advantages, *far, self._max_kl)
-        found = normalized_surrogate(log_prob, old, advantages, *far, self._clip_range)
-        return found._replace(loss=weights * found.loss)
+            return divergence_surrogate(log_prob, old, advantages, *moved, self._max_kl)
+        found = normalized_surrogate(log_prob, old, advantages, *moved, self._clip_range)
+        return found if self._weights is None else found._replace(loss=self._weights[step] * found.loss)
 
 
 class Contrast:

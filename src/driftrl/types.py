@@ -150,6 +150,11 @@ class Policy(Protocol):
         """bool [T]: which steps have a density."""
         ...
 
+    @property
+    def durations(self) -> Tensor:
+        """float [T]: the time of each denoising step; all of them are 1. Asked for only by the normalised surrogate."""
+        ...
+
     def add_noise_in(self, steps: range | None) -> None:
         """From now on add noise in these denoising steps only, and score no others; None: in all. Asked for only with a
         window.

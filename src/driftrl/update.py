@@ -183,7 +183,7 @@ def update(
     replay = Replay(policy, rollout, conditioning, prompt_noise)
     surrogate = Surrogate(
         replay, rollout, per_step, objective.clip_range, objective.trust_region, objective.max_kl,
-        time_weights(policy.timesteps, policy.scored),
+        _weights(policy, objective),
     )  # fmt: skip
     terms: Terms = (
         Contrast(replay, rollout, per_step, objective.contrast, policy.noised, behavior, key, first)
@@ -230,6 +230,16 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     total = sum(count for _, _, count in every)
     return _stats(totals, torch.stack([deviation, scores.rescored_by()]), norms, total, team)
+
+
+def _weights(policy: Policy, objective: Objective) -> Tensor | None:
+    """What the surrogate weighs at each step [T], where that is not the same."""
+    if not objective.asks_for_means or objective.trust_region != "normalized":
+        return None
+    chosen = objective.timestep_choice == "noisiest"
+    return time_weights(
+        policy.durations, noisiest_steps(policy.scored, objective.timesteps) if chosen else policy.scored
+    )
 
 
 def _per_step(advantages: Tensor, like: Tensor) -> Tensor:

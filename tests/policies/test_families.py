@@ -429,6 +429,22 @@ def test_prompt_noise_is_kept_off_padding(settings, family, schedule):
             assert float(share) == pytest.approx(0.05, rel=0.05)
 
 
+@pytest.mark.parametrize("negative", ["", "a dog"])
+@pytest.mark.parametrize("family", ["flux2", "klein"])
+def test_a_chat_template_is_no_part_of_the_prompt(settings, family, negative):
+    negative = negative if family == "klein" else ""  # the other has no branch that would read it
+    policy = build_policy(settings(family, sampling__negative_prompt=negative))
+    words = getattr(policy.pipeline.tokenizer, "tokenizer", policy.pipeline.tokenizer)
+    tokens = policy.encode(["a cat", "an ant"]).extra["tokens"]
+    spelled = [words(text, add_special_tokens=False).input_ids for text in ("a cat", "an ant")]
+    assert tokens.sum(1).tolist() == [len(each) for each in spelled]
+    first = tokens.int().argmax(1)
+    assert (
+        all(bool(row[at : at + row.sum()].all()) for row, at in zip(tokens, first, strict=True))
+        and first.min() > 0
+    )
+
+
 @mostly("sd", "sd3")
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_in_half_precision_a_lora_computes_in_it_too(settings, family, dtype):
@@ -519,6 +535,30 @@ def test_rescoring_makes_up_for_a_network_that_depends_on_its_batch(settings, ba
     assert found[False].ratio_deviation > 1e-3 > 1e-6 > found[True].ratio_deviation
     assert found[True].rescored_by > 1e-3 and found[False].rescored_by == 0
     assert found[True].clip_fraction == 0 < found[False].clip_fraction
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_the_normalized_ratio_s_first_gradient_is_the_plain_one_s_weighed_by_noise_over_time(
+    settings, family
+):
+    """Of one step at a time: GRPO-Guard's std / dt, with the mean of 1 / dt over the trained steps taken out."""
+    policy = build_policy(settings(family))
+    conditioning = policy.encode(PROMPTS)
+    drawn = rollout(policy, conditioning, KEYS, 4, 8, keep_means=True)
+    steps = policy.scored.nonzero()[:, 0]
+    std = policy.transition(drawn.latents[0, :1, 0], steps[:1], conditioning.rows(torch.tensor([0]))).std
+    norms, optimizer = {}, torch.optim.SGD(policy.parameters(), lr=0.0)
+    for region in ("ratio", "normalized"):
+        advantages = torch.zeros(2, 4, len(policy.timesteps))
+        advantages[..., steps[0]] = torch.tensor([[1.0, -1, 2, -2], [0.5, -1, 1, -0.5]])
+        objective = Objective(trust_region=region, max_grad_norm=1e9)
+        norms[region] = update(
+            policy, optimizer, drawn, advantages, conditioning, objective, (0, 0)
+        ).grad_norm
+    inverse = 1 / policy.durations[steps]
+    expected = float(std.flatten()[0]) * float(inverse[0] / inverse.mean())
+    assert norms["normalized"] / norms["ratio"] == pytest.approx(expected, rel=1e-3)
+    assert float(policy.durations.sum()) == pytest.approx(1)
 
 
 def test_the_loss_scale_changes_no_gradient(settings):

@@ -312,7 +312,11 @@ def _check_alike(a: Run, b: Run) -> None:
     for key in ALIKE:
         x, y = getattr(one, key), getattr(two, key)
         if x != y:
-            shown = (one.prompt_set, two.prompt_set) if key == "prompts" else (x, y)
+            shown = (x, y) if key != "prompts" else (one.prompt_set, two.prompt_set)
+            if shown[0] == shown[1]:  # of lists, how many prompts they have
+                shown = next(
+                    (pair for pair in zip(x, y, strict=False) if pair[0] != pair[1]), (len(x), len(y))
+                )
             differing.append(f"{key} ({shown[0]!r} and {shown[1]!r})")
     if one.rewards[0] != two.rewards[0]:
         differing.append(f"reward ({one.rewards[0]!r} and {two.rewards[0]!r})")

@@ -73,7 +73,7 @@ def _demand_source(source: str) -> None:
         at_iteration(run, path.name)  # which says what there is
     inside = path if path.is_dir() else path.parent
     runs = sorted(p.parent.name for p in inside.glob("*/config.yaml")) if inside.is_dir() else []
-    if single_file.named(source):
+    if single_file.named(source) and path.suffix.lower() in single_file.ENDS:
         return
     if path.exists() and not (path / "model_index.json").is_file():
         problem = "this is none"

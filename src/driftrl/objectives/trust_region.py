@@ -114,32 +114,31 @@ def divergence_surrogate(
     return ClippedSurrogate(-weights * ratio, ratio.detach().mean(), share, drift)
 
 
-def time_weights(timesteps: Tensor, scored: Tensor) -> Tensor:
-    """What the normalised surrogate weighs at each step: one over the time that the step takes; the mean over scored steps is 1.
+def time_weights(durations: Tensor, trained: Tensor) -> Tensor:
+    """What the normalised surrogate weighs at each step: one over the time that the step takes; the mean over trained steps is 1.
 
-    A step's mean moves with the network's output in proportion to that time, so without weights the long steps would have
-    nearly all of the gradient.
+    A flow's step moves its mean by the network's output times that time, so without weights the long steps would have nearly
+    all of the gradient.
 
     Args:
-        timesteps: [T], training timesteps of the denoising steps, falling.
-        scored: bool [T].
+        durations: [T], of the denoising steps; positive.
+        trained: bool [T], which of them are learned from.
 
     Returns:
-        float32 [T]; 0 at steps that are not scored.
+        float32 [T]; 0 at steps that are not learned from.
 
     Raises:
         InputError: if the shapes do not agree.
 
-    Source: the gradient's weights of GRPO-Guard (arXiv 2510.22319), 1/dt; that diffusion models' timesteps stand for time is ours.
+    Source: the gradient's weights of GRPO-Guard (arXiv 2510.22319), 1/dt.
 
     Example:
         >>> import torch
         >>> from driftrl.objectives.trust_region import time_weights
-        >>> time_weights(torch.tensor([1000.0, 700.0, 100.0]), torch.tensor([True, True, False]))
+        >>> time_weights(torch.tensor([0.3, 0.6, 0.1]), torch.tensor([True, True, False]))
         tensor([1.3333, 0.6667, 0.0000])
     """
-    has_shape("scored", scored, "[T]")
-    same_shape("timesteps", timesteps, "scored", scored)
-    ends = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
-    weights = scored / (timesteps - ends).float().clamp(min=1e-6)
-    return weights * scored.sum() / weights.sum().clamp(min=1e-12)
+    has_shape("trained", trained, "[T]")
+    same_shape("durations", durations, "trained", trained)
+    weights = trained / durations.float()
+    return weights * trained.sum() / weights.sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,11 @@ class FlowPolicy(PipelinePolicy):
     def timesteps(self) -> Tensor:
         """float [T]: the training timestep of each denoising step."""
         return self.times[:-1] * self.num_train_timesteps
+
+    @property
+    def durations(self) -> Tensor:
+        """float [T]: the time of each denoising step."""
+        return self.times[:-1] - self.times[1:]
 
     def _with_density(self) -> Tensor:
         return self._scored
@@ -213,8 +219,8 @@ class Flux2Policy(FlowPolicy):
 
     A latent here is a token of the network: 2 x 2 of the autoencoder's, normalised by the statistics of its batch norm.
     Guidance of klein is of two branches, unless it was distilled to few steps, and its pipeline ignores the scale; dev's
-    scale goes in as an embedding. Prompts are padded to 512 tokens, and the network attends to all of them; noise goes
-    onto the prompt's own.
+    scale goes in as an embedding. Prompts stand in a chat template, padded to 512 tokens, and the network attends to all of it; noise
+    goes onto the prompt's own words.
     """
 
     blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
@@ -263,23 +269,25 @@ class Flux2Policy(FlowPolicy):
         return shift
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
-        embeds, tokens = self._read(list(prompts))
-        null, _ = self._read([self.negative_prompt])
-        return Conditioning(embeds, null, {"tokens": tokens})
+        embeds, numbers, shown = self._read(list(prompts))
+        null, *empty = self._read([self.negative_prompt])
+        template, there = self._read([""])[1:] if self.negative_prompt else empty
+        words = _words(numbers, shown, template[there].tolist())
+        return Conditioning(embeds, null, {"tokens": words.to(embeds.device)})
 
-    def _read(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings float32 [n, L, D] and which tokens are the prompt's, bool [n, L], which the pipeline tells nobody but
-        its text encoder.
+    def _read(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings float32 [n, L, D], and the numbers of the tokens [n, L] with which of them are no padding, bool [n, L], which
+        the pipeline tells nobody but its text encoder.
         """
-        masks: list[Tensor] = []
+        asked: list[dict[str, Tensor]] = []
         hook = self.pipeline.text_encoder.register_forward_pre_hook(
-            lambda module, inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
+            lambda module, inputs, named: asked.append(named), with_kwargs=True
         )
         try:
             embeds, _ = self.pipeline.encode_prompt(prompts, device=self.device)
         finally:
             hook.remove()
-        return embeds.float(), masks[0].bool().to(embeds.device)
+        return embeds.float(), asked[0]["input_ids"].cpu(), asked[0]["attention_mask"].bool().cpu()
 
     @cached_property
     def _image_ids(self) -> Tensor:
@@ -456,6 +464,28 @@ class ZImagePolicy(FlowPolicy):
             return_dict=False,
         )[0]
         return -torch.stack(output)[:, :, 0]
+
+
+def _words(numbers: Tensor, shown: Tensor, template: list[int]) -> Tensor:
+    """Which tokens are a prompt's own words, bool [n, L]: no padding, and not of the chat template, which is ``template`` around nothing.
+
+    Args:
+        numbers: int64 [n, L], of the tokens.
+        shown: bool [n, L]: which are no padding.
+        template: the numbers of the template's tokens.
+    """
+    own = torch.zeros_like(shown)
+    for row, there in enumerate(shown):
+        places, said = there.nonzero()[:, 0], numbers[row, there].tolist()
+        before = _alike(said, template)
+        after = _alike(said[before:][::-1], template[before:][::-1])
+        own[row, places[before : len(places) - after]] = True
+    return own
+
+
+def _alike(one: list[int], two: list[int]) -> int:
+    """How many numbers two lists begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
 
 
 def _even(steps: int) -> list[float]:

@@ -173,6 +173,11 @@ class PipelinePolicy:
         scored = self._with_density()
         return scored if self._window is None else scored & self._window
 
+    @property
+    def durations(self) -> Tensor:
+        """float [T]: the time of each denoising step."""
+        raise NotImplementedError
+
     def _with_density(self) -> Tensor:
         """bool [T]: which steps have one where noise is added in all."""
         raise NotImplementedError

@@ -67,6 +67,11 @@ class StableDiffusionPolicy(PipelinePolicy):
         """[T]: the training timestep of each denoising step."""
         return self.tables.timesteps
 
+    @property
+    def durations(self) -> Tensor:
+        """float [T]: the time of each denoising step, of all the same: DDIM's timesteps are evenly spaced."""
+        return torch.full((len(self.timesteps),), 1 / len(self.timesteps), device=self.device)
+
     def _with_density(self) -> Tensor:
         return self.tables.scored & (self.tables.std >= SHARPEST)
 
