@@ -259,7 +259,7 @@ def test_files_and_configurations_that_do_not_fit(made, tmp_path):
     refused(made["sdxl"][2], folder, "cannot be loaded: .* expected shape .*, but got")
     refused(file, tmp_path, "model.config: .* no diffusers pipeline folder: it has no model_index.json")
     refused(file, file, "model.config: .* no diffusers pipeline folder")
-    refused(folder, small, "model.config: is for a model.path that is one safetensors file")
+    refused(folder, small, "model.config: expected none, for .* is no safetensors file")
     bare = without_weights(folder, tmp_path / "bare")
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         (bare / "tokenizer" / name).unlink(missing_ok=True)
@@ -331,3 +331,38 @@ def test_only_its_name_tells_turbo(tmp_path, monkeypatch, called, usual):
     kind = {"pretrained_model_name_or_path": str(folder)}
     monkeypatch.setitem(DIFFUSERS_DEFAULT_PIPELINE_PATHS, "z-image-turbo", kind)
     assert usual_sampling(load_pipeline(ModelConfig(path=str(tmp_path / f"{called}.safetensors")))) == usual
+
+
+def test_a_file_of_sd3_without_t5_asks_for_none(tmp_path, monkeypatch):
+    """Its folder was saved without that encoder too, which diffusers wants to be told."""
+    folder = tmp_path / "sd3"
+    parts = {
+        "text_encoder": "CLIPTextModelWithProjection", "text_encoder_2": "CLIPTextModelWithProjection", "transformer": "SD3Transformer2DModel",
+        "vae": "AutoencoderKL",
+    }  # fmt: skip
+    for name in parts:
+        (folder / name).mkdir(parents=True)
+    index = {name: ["diffusers", kind] for name, kind in parts.items()}
+    index |= {
+        "_class_name": "StableDiffusion3Pipeline",
+        "text_encoder_3": [None, None],
+        "tokenizer_3": [None, None],
+    }
+    write_json(folder / "model_index.json", index)
+    names = (
+        "model.diffusion_model.a",
+        "text_encoders.clip_l.a",
+        "text_encoders.clip_g.a",
+        "first_stage_model.a",
+    )
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "sd3.safetensors")
+    asked = {}
+
+    def stopped(file, **settings):
+        asked.update(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("diffusers.StableDiffusion3Pipeline.from_single_file", stopped)
+    with pytest.raises(InputError, match="enough"):
+        load_pipeline(ModelConfig(path=str(tmp_path / "sd3.safetensors"), config=str(folder)))
+    assert asked.keys() - {"config", "revision", "dtype"} == {"text_encoder_3", "tokenizer_3"}
