@@ -31,10 +31,13 @@ from driftrl.evaluation.picture import COLOURS
 
 DOCS = Path(__file__).resolve().parents[1]
 README = {
-    "grpo": "GRPO",
+    "grpo": "GRPO, one spread for the batch (`advantage.scale: global`)",
+    "grpo-group-std": "GRPO, each group's own spread (`experiments/methods/grpo.yaml`)",
     "dancegrpo": "DanceGRPO",
     "grpo-kl-0.1": "GRPO + KL 0.1 (not tuned)",
     "diversegrpo": "DiverseGRPO",
+    "gardo": "GARDO",
+    "entropy": "entropy bonus (`experiments/methods/entropy.yaml`)",
     "drift": "DRIFT, λ 0.2 (`experiments/drift.yaml`)",
     "shaped-0.75": "DRIFT without selection, λ 0.75 (`experiments/shaped.yaml`)",
     "shaped-kl-0.02": "**the same and a KL of 0.02** (`experiments/shaped-kl.yaml`)",
