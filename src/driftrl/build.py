@@ -114,7 +114,7 @@ def _demand_reachable(config: TrainConfig) -> None:
     if missing:
         keys = [f"{key}{'' if key.endswith('@') else '='}FOLDER" for key, _ in missing]
         raise InputError(
-            f"the hub {'is switched off by HF_HUB_OFFLINE' if hub.off() else 'does not answer'}, and here are neither folders nor copies in its cache of "
+            f"the hub {hub.silence()}, and here are neither folders nor copies in its cache of "
             f"{', '.join(name for _, name in missing)}. Where there is a network: hf download NAME --local-dir FOLDER, "
             f"for each (docs/rewards.md has what to do for rewards that are converted); then --set "
             f"{' --set '.join(keys)}"

@@ -54,6 +54,11 @@ def off() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
 
 
+def silence() -> str:
+    """Why it does not answer, behind "the hub", in messages."""
+    return "is switched off by HF_HUB_OFFLINE" if off() else "does not answer"
+
+
 def of_hub(name: str) -> bool:
     """Whether it has the form of a hub name and is not there as a path."""
     formed = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not single_file.named(name)

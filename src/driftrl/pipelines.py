@@ -210,9 +210,8 @@ def _demand_base(file: Path, base: str, revision: str | None) -> None:
     if not hub.of_hub(base):
         raise InputError(f"model.config: expected a pipeline folder or a hub name; {base!r} is none")
     raise InputError(
-        f"model.path: {file} is one file, whose tokenizer and settings are those of {base}, and the hub "
-        f"{'is switched off by HF_HUB_OFFLINE' if hub.off() else 'does not answer'}, and this machine's cache has no copy. Where there "
-        f"is a network: hf download {base} --include '*.json' --include '*.txt' --include '*.model' --local-dir FOLDER, which is "
+        f"model.path: {file} is one file, whose tokenizer and settings are those of {base}, and the hub {hub.silence()}, and this "
+        f"machine's cache has no copy. Where there is a network: hf download {base} --include '*.json' --include '*.txt' --include '*.model' --local-dir FOLDER, which is "
         "small, or all of it where the file has the network alone; then --set model.config=FOLDER"
     )
 

@@ -117,9 +117,8 @@ class Surrogate:
             assert before.means is not None, "the rollout kept no means"
             found = self._by_means(log_prob, old, advantages, move, before.means[sample, step], step)
         with torch.no_grad():
-            log_ratio = log_prob - old
-            drift, deviation = 0.5 * log_ratio.square().mean(), (log_ratio.exp() - 1).abs().max()
-        return Term(found.loss, move, drift, found.clip_fraction, deviation)
+            deviation = ((log_prob - old).exp() - 1).abs().max()
+        return Term(found.loss, move, found.approx_kl, found.clip_fraction, deviation)
 
     def _by_means(
         self, log_prob: Tensor, old: Tensor, advantages: Tensor, move: Transition, mean: Tensor, step: Tensor

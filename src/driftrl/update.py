@@ -234,12 +234,12 @@ def update(
 
 def _weights(policy: Policy, objective: Objective) -> Tensor | None:
     """What the surrogate weighs at each step [T], where that is not the same."""
-    if not objective.asks_for_means or objective.trust_region != "normalized":
+    if objective.trust_region != "normalized":
         return None
-    chosen = objective.timestep_choice == "noisiest"
-    return time_weights(
-        policy.durations, noisiest_steps(policy.scored, objective.timesteps) if chosen else policy.scored
-    )
+    trained = policy.scored
+    if objective.timestep_choice == "noisiest":
+        trained = noisiest_steps(trained, objective.timesteps)
+    return time_weights(policy.durations, trained)
 
 
 def _per_step(advantages: Tensor, like: Tensor) -> Tensor:

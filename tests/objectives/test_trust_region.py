@@ -41,7 +41,9 @@ def test_it_has_no_drift_and_the_same_scale_at_every_step():
         kl = kl_equal_variance(mean, old, deviation)
         assert abs(plain.mean() + kl.mean()) < 4 * plain.std() / 64
         one = torch.ones(4096).double()
-        free = torch.log(-normalized_surrogate(new, before, one, mean, old, deviation, clip_range=1e9).loss)
+        found = normalized_surrogate(new, before, one, mean, old, deviation, clip_range=1e9)
+        free = torch.log(-found.loss)
+        assert float(found.approx_kl) == pytest.approx(0.5 * float(plain.square().mean()))
         assert abs(free.mean()) < 4 * free.std() / 64
         spreads.append((plain.std(), free.std()))
         if std == 0.05:

@@ -36,7 +36,7 @@ def normalized_surrogate(
         clip_range: of the normalised ratio, above 0.
 
     Returns:
-        Loss per pair and diagnostics, of the normalised ratio.
+        Loss per pair and diagnostics, of the normalised ratio; but ``approx_kl`` is of the plain one, as everywhere.
 
     Raises:
         InputError: if the shapes do not agree or ``clip_range`` is not above 0.
@@ -54,8 +54,10 @@ def normalized_surrogate(
     for name, other in (("old_log_prob", old_log_prob), ("divergence", kl)):
         same_shape(name, other, "log_prob", log_prob)
     scale = std.detach().flatten(1)[:, 0].to(kl.dtype)
-    log_ratio = scale * (log_prob.to(kl.dtype) - old_log_prob.detach().to(kl.dtype) + kl)
-    return clipped_surrogate(log_ratio, torch.zeros_like(log_ratio), advantages, clip_range)
+    plain = log_prob.to(kl.dtype) - old_log_prob.detach().to(kl.dtype)
+    log_ratio = scale * (plain + kl)
+    found = clipped_surrogate(log_ratio, torch.zeros_like(log_ratio), advantages, clip_range)
+    return found._replace(approx_kl=0.5 * plain.detach().square().mean())
 
 
 def divergence_surrogate(
