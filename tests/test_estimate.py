@@ -41,6 +41,12 @@ CHANGES = [
         "model__dtype": "bfloat16",
     },
     {"sampling__window": 2, "objective__timesteps": 1.0},
+    {
+        "objective__loss": "awm",
+        "objective__timesteps": 1.0,
+        "optimizer__updates": 3,
+        "optimizer__batch_size": 5,
+    },
 ]
 
 
@@ -67,7 +73,8 @@ def test_the_network_is_called_as_often_as_estimated(config, tmp_path, changes):
     assert len(rows) == expected.forward
     assert len(steps) == expected.optimizer
     replayed = 0 if plan.backward else plan.pairs * plan.epochs * (1 + plan.reference + plan.rescored)
-    assert sum(rows) == plan.branches * (plan.images * plan.steps + replayed)
+    spared = plan.parts[0] if plan.spared else 0
+    assert sum(rows) == plan.branches * (plan.images * plan.steps + replayed - spared)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +103,7 @@ def test_bytes_are_those_of_a_real_iteration(config, tmp_path, monkeypatch, chan
     parts = [loop.policy.pipeline.vae, loop.policy.pipeline.text_encoder]
     rest = sum(t.numel() * t.element_size() for m in parts for t in (*m.parameters(), *m.buffers()))
     behavior = (
-        sum(p.numel() * 4 for p in loop.policy.parameters()) if loop.objective.contrast else 0
+        sum(p.numel() * 4 for p in loop.policy.parameters()) if loop.objective.denoising else 0
     )  # a copy
     assert standing.model == sum(network.values()) + rest + behavior
     assert standing.instruments == sum(

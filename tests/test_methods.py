@@ -128,6 +128,8 @@ def test_one_iteration(method, tmp_path, name):
         ("mixgrpo", ["sampling.window_every=null"], "grpo", ["objective.timesteps=1.0"]),  # the three with noise
         ("nft", ["objective.loss=clipped_surrogate", "objective.timestep_choice=noisiest"], "grpo", []),
         ("nft-shaped", ["shaping.ratio=0.0"], "nft", []),
+        ("awm", ["objective.loss=clipped_surrogate", "objective.timestep_choice=noisiest"], "grpo", []),
+        ("awm-shaped", ["shaping.ratio=0.0"], "awm", []),
         ("drift", ["selection.strategy=random", "prompt_noise.eta=0.0", "shaping.ratio=0.0"], "grpo", []),
         ("drift-no-shaping", ["selection.strategy=random", "prompt_noise.eta=0.0"], "grpo", []),
         ("drift-no-selection", ["selection.strategy=nearest_neighbor"], "drift", []),

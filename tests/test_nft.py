@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_drawn_images_noised_anew(config):
             total += float(negative_aware(new, old, clean, advantages[p, g][None], 0.7, 2.0))
     stats = update(
         policy, torch.optim.SGD(policy.parameters(), lr=0.0), drawn.path(), advantages, conditioning,
-        Objective(contrast=contrast, batch_size=5), (4, 9), SPEC, behavior=lambda: memory.drawing(policy),
+        Objective(denoising=contrast, batch_size=5), (4, 9), SPEC, behavior=lambda: memory.drawing(policy),
     )  # fmt: skip
     assert stats.pairs == 6 * steps > 6 * int(policy.scored.sum())
     assert stats.loss == stats.surrogate == pytest.approx(total / stats.pairs, rel=1e-4)

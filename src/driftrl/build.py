@@ -20,6 +20,7 @@ from driftrl.config import AdapterConfig, ModelConfig, RewardPart, TrainConfig
 from driftrl.distributed import ALONE, Team, join
 from driftrl.loading import reason
 from driftrl.mixture import Part
+from driftrl.objectives.advantage_weighted import AdvantageWeighted
 from driftrl.objectives.gate import Anchor
 from driftrl.objectives.negative_aware import NegativeAware
 from driftrl.pipelines import PIPELINES, TINY_ANIMALS, load_pipeline, usual_sampling
@@ -35,6 +36,7 @@ from driftrl.rewards.tower import CLIPTower
 from driftrl.rollout import PromptNoise, Window
 from driftrl.schedule import rate_share
 from driftrl.shaping import Shaping
+from driftrl.terms import DenoisingLoss
 from driftrl.trainer import Method, TrainingLoop
 from driftrl.types import Encoder, Policy, Reward
 from driftrl.update import Objective
@@ -639,26 +641,28 @@ def method_of(config: TrainConfig) -> Method:
 
 def objective_of(config: TrainConfig, device: torch.device) -> Objective:
     """What the update minimises."""
-    contrast = None
-    if config.objective.loss == "nft":
-        spec = config.objective
-        contrast = NegativeAware(spec.nft_beta, config.advantage.clip, spec.nft_decay, spec.nft_decay_max)
+    spec = config.objective
+    denoising: DenoisingLoss | None = None
+    if spec.loss == "nft":
+        denoising = NegativeAware(spec.nft_beta, config.advantage.clip, spec.nft_decay, spec.nft_decay_max)
+    elif spec.loss == "awm":
+        denoising = AdvantageWeighted(spec.awm_power, spec.awm_proximal, spec.awm_clip_range)
     return Objective(
-        clip_range=config.objective.clip_range,
-        kl_weight=config.objective.kl_weight,
-        timesteps=config.objective.timesteps,
-        timestep_choice=config.objective.timestep_choice,
+        clip_range=spec.clip_range,
+        kl_weight=spec.kl_weight,
+        timesteps=spec.timesteps,
+        timestep_choice=spec.timestep_choice,
         updates=config.optimizer.updates,
         epochs=config.optimizer.epochs,
         batch_size=config.optimizer.batch_size or (48 if device.type == "cpu" else 96),
         max_grad_norm=config.optimizer.max_grad_norm,
-        rescore=contrast is None and rounds_by_batch(config.model, device),
+        rescore=denoising is None and rounds_by_batch(config.model, device),
         loss_scale=2.0**14 if config.model.dtype == "float16" else 1.0,
-        divergence=config.objective.divergence,
-        kl_schedule=config.objective.kl_schedule,
-        contrast=contrast,
-        trust_region=config.objective.trust_region,
-        max_kl=config.objective.max_kl,
+        divergence=spec.divergence,
+        kl_schedule=spec.kl_schedule,
+        denoising=denoising,
+        trust_region=spec.trust_region,
+        max_kl=spec.max_kl,
     )
 
 

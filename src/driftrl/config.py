@@ -354,9 +354,10 @@ class ShapingConfig(Section):
 class ObjectiveConfig(Section):
     """What is minimised."""
 
-    loss: Literal["clipped_surrogate", "nft"] = "clipped_surrogate"
-    """The clipped surrogate of the steps that were drawn; or (`nft`, DiffusionNFT) a contrast of good and bad images, noised
-    anew, which asks for no density, so that any sampler may draw them."""
+    loss: Literal["clipped_surrogate", "nft", "awm"] = "clipped_surrogate"
+    """The clipped surrogate of the steps that were drawn; or, of images noised anew, a contrast of good and bad ones (`nft`, DiffusionNFT)
+    or the pretraining loss weighed by advantages (`awm`, advantage weighted matching). The last two ask for no density, so that any
+    sampler may draw."""
     nft_beta: float = Field(default=1.0, gt=0)
     """Of `nft`: how far its two implicit policies stand from the one that drew. 1 makes the positive one the policy itself;
     less makes larger steps."""
@@ -366,6 +367,13 @@ class ObjectiveConfig(Section):
     paper has 0.001 and 0.5."""
     nft_decay_max: float = Field(default=0.9, ge=0, lt=1)
     """See `nft_decay`. The more it keeps, the steadier, and slower, training is."""
+    awm_power: float = Field(default=0.25, gt=0, le=1)
+    """Of `awm`: of the squared error; 1 is the pretraining loss as it is, less makes large errors count less."""
+    awm_proximal: float = Field(default=5.0, ge=0)
+    """Of `awm`: weight of the squared distance of velocities from those of the policy that drew, which holds an iteration's later optimiser
+    steps."""
+    awm_clip_range: float = Field(default=1.0, gt=0)
+    """Of `awm`'s ratio; 1 hardly ever clips."""
     trust_region: Literal["ratio", "normalized", "divergence"] = "ratio"
     """What keeps the clipped surrogate near the policy that drew: PPO's clipped ratio; the ratio without its drift, on the same scale at
     every step (`normalized`, GRPO-Guard), which also weighs the steps anew; or the exact divergence of the two policies (`divergence`,
@@ -392,8 +400,8 @@ class ObjectiveConfig(Section):
     reference_every: Positive | None = None
     """The reference moves to the current policy after so many iterations."""
     timesteps: float = Field(default=0.34, gt=0, le=1)
-    """Share of the scored denoising steps that each sample is trained on; of all steps with `loss` `nft`, unless `kl_weight` wants
-    those with a density."""
+    """Share of the scored denoising steps that each sample is trained on; of all steps with `loss` `nft` or `awm`, unless `kl_weight`
+    wants those with a density."""
     timestep_choice: Literal["noisiest", "random"] = "noisiest"
     """Which steps: the first ones, which decide what the picture shows, or others for each sample, drawn anew in
     each iteration (docs/log.md has the measurement)."""
@@ -401,7 +409,7 @@ class ObjectiveConfig(Section):
     @property
     def asks_for_density(self) -> bool:
         """Whether steps without noise cannot be learned from."""
-        return self.loss != "nft" or self.kl_weight > 0
+        return self.loss == "clipped_surrogate" or self.kl_weight > 0
 
 
 class OptimizerConfig(Section):
@@ -595,23 +603,27 @@ class TrainConfig(Section):
             )
         self._check_shard()
         self._check_start()
-        self._check_nft()
+        self._check_denoising()
         if self.sampling.eta == 0 and self.objective.asks_for_density:
             raise ValueError(
                 "sampling.eta: expected more than 0 to train, for without noise nothing is scored (which objective.loss 'nft' "
-                "with objective.kl_weight 0 does not ask for); got 0"
+                "and 'awm' with objective.kl_weight 0 do not ask for); got 0"
             )
         return self
 
-    def _check_nft(self) -> None:
-        if self.objective.loss == "nft" and self.objective.trust_region != "ratio":
+    def _check_denoising(self) -> None:
+        loss = self.objective.loss
+        if loss == "clipped_surrogate":
+            return
+        if self.objective.trust_region != "ratio":
+            held = {"nft": "nft_decay", "awm": "awm_proximal"}[loss]
             raise ValueError(
-                f"objective.trust_region: {self.objective.trust_region!r} is for the clipped surrogate; objective.loss 'nft' has no "
-                "ratio, and is held by objective.nft_decay"
+                f"objective.trust_region: {self.objective.trust_region!r} is for the clipped surrogate; objective.loss {loss!r} is held "
+                f"by objective.{held}"
             )
-        if self.objective.loss == "nft" and self.shaping.potential == "stepwise":
+        if self.shaping.potential == "stepwise":
             raise ValueError(
-                "shaping.potential: 'stepwise' is of the steps that were drawn, and objective.loss 'nft' learns from others; use "
+                f"shaping.potential: 'stepwise' is of the steps that were drawn, and objective.loss {loss!r} learns from others; use "
                 "'terminal'"
             )
 
@@ -631,9 +643,9 @@ class TrainConfig(Section):
             raise ValueError(
                 "adapter.shard: does not go with a reference that moves (objective.reference_...)"
             )
-        if self.objective.loss == "nft":
+        if self.objective.loss != "clipped_surrogate":
             raise ValueError(
-                "adapter.shard: does not go with objective.loss 'nft', whose samples a copy draws"
+                f"adapter.shard: does not go with objective.loss {self.objective.loss!r}, which keeps a copy of the policy that drew"
             )
         if self.optimizer.ema_decay is not None:
             raise ValueError(

@@ -31,7 +31,7 @@ class Plan:
     epochs: int
     update_batch: int
     reference: int
-    """How many other policies the update asks of each pair: the reference (KL), the one that drew (nft)."""
+    """How many other policies the update asks of each pair: the reference (KL), the one that drew (nft, awm)."""
     rescored: bool
     """Whether samples are scored again before the update (half precision)."""
     judges: int
@@ -42,6 +42,8 @@ class Plan:
     """Whether every latent on the way to an image is kept, or the last one alone."""
     means: bool = False
     """Whether the mean of every step is kept too."""
+    spared: bool = False
+    """Whether the first optimiser step does without asking the one that drew, which it then still is."""
 
     @property
     def images(self) -> int:
@@ -108,7 +110,8 @@ def calls(plan: Plan) -> Calls:
     return Calls(
         rollout=drawn * plan.steps,
         update=update,
-        reference=update * plan.reference,
+        reference=update * plan.reference
+        - (len(batches(plan.parts[0], plan.update_batch)) if plan.spared else 0),
         rescoring=update if plan.rescored else 0,
         optimizer=plan.epochs * len(plan.parts),
     )

@@ -37,8 +37,8 @@ def refusal(objective: Objective, potential: str) -> str | None:
         "optimizer.updates and optimizer.epochs must be 1: later steps are taken by another policy": (
             objective.updates > 1 or objective.epochs > 1
         ),
-        "objective.loss must be clipped_surrogate: nft learns from other latents than those that are drawn": (
-            objective.contrast is not None
+        "objective.loss must be clipped_surrogate: the others learn from other latents than those that are drawn": (
+            objective.denoising is not None
         ),
         "objective.trust_region must be ratio: the others ask for the means of what was drawn": (
             objective.asks_for_means

@@ -76,12 +76,13 @@ def plan_of(loop: TrainingLoop) -> Plan:
         updates=objective.updates,
         epochs=objective.epochs,
         update_batch=loop.update_batch.now,
-        reference=(objective.kl_weight > 0) + (objective.contrast is not None),
+        reference=(objective.kl_weight > 0) + (objective.denoising is not None),
         rescored=objective.rescore,
         judges=len(loop.judges),
         backward=int(noisiest_steps(policy.scored, objective.timesteps).sum()) if loop.in_one_pass else 0,
         path=loop.replays,
         means=loop.objective.asks_for_means,
+        spared=objective.denoising is not None and objective.denoising.own_behavior,
     )
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from driftrl import noise
 from driftrl.objectives.clipped_surrogate import ClippedSurrogate, clipped_surrogate
-from driftrl.objectives.negative_aware import NegativeAware, negative_aware
 from driftrl.objectives.trust_region import divergence_surrogate, normalized_surrogate
 from driftrl.rollout import PromptNoise, score_step
 from driftrl.transitions import gaussian
@@ -64,8 +63,10 @@ class Replay:
 class Terms(Protocol):
     """How an update asks for the loss of pairs."""
 
-    def begin(self, sample: Tensor, step: Tensor, epoch: int) -> None:
-        """Told of all pairs of an optimiser step, which are then asked for in this order, a few at a time."""
+    def begin(self, sample: Tensor, step: Tensor, epoch: int, moved: bool) -> None:
+        """Told of all pairs of an optimiser step, which are then asked for in this order, a few at a time; ``moved`` after the
+        iteration's first.
+        """
         ...
 
     def latents(self, sample: Tensor, step: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ class Surrogate:
         self._region, self._max_kl, self._weights = trust_region, max_kl, weights
         self._path = rollout.latents.flatten(0, 1)
 
-    def begin(self, sample: Tensor, step: Tensor, epoch: int) -> None:
+    def begin(self, sample: Tensor, step: Tensor, epoch: int, moved: bool) -> None:
         """Nothing to do."""
 
     def latents(self, sample: Tensor, step: Tensor) -> Tensor:
@@ -130,15 +131,36 @@ class Surrogate:
         return found if self._weights is None else found._replace(loss=self._weights[step] * found.loss)
 
 
-class Contrast:
-    """The negative-aware loss: images that were drawn are noised again, and the policy predicts them from there."""
+class DenoisingLoss(Protocol):
+    """What images that were drawn and noised again are learned from by: a loss of predictions of them."""
+
+    @property
+    def own_behavior(self) -> bool:
+        """Whether samples are drawn by the trained policy itself, not by a copy that lags behind."""
+        ...
+
+    def kept(self, iteration: int) -> float:
+        """What the copy that draws keeps of itself after ``iteration``, counted from 0."""
+        ...
+
+    def __call__(
+        self, x0_hat: Tensor, x0_old: Tensor, x0: Tensor, sigma: Tensor, advantages: Tensor
+    ) -> ClippedSurrogate:
+        """Of clean latents [n, C, H, W]: predicted with gradient, predicted by what drew, drawn; the noise's share and advantages
+        [n].
+        """
+        ...
+
+
+class Denoising:
+    """A loss of denoising: images that were drawn are noised again, and the policy predicts them from there."""
 
     def __init__(
         self,
         replay: Replay,
         rollout: Rollout,
         advantages: Tensor,
-        settings: NegativeAware,
+        settings: DenoisingLoss,
         noised: Callable[[Tensor, Tensor, Tensor], Tensor],
         behavior: Callable[[], AbstractContextManager[None]],
         key: tuple[int, int],
@@ -153,9 +175,11 @@ class Contrast:
         self._noised, self._behavior, self._key, self._first = noised, behavior, key, first
         self._clean = rollout.latents[:, :, -1].flatten(0, 1)
         self._ahead: list[tuple[int, int, int, int]] = []
+        self._same = False
 
-    def begin(self, sample: Tensor, step: Tensor, epoch: int) -> None:
+    def begin(self, sample: Tensor, step: Tensor, epoch: int, moved: bool) -> None:
         """The keys of their noise, so that the host asks the device only here."""
+        self._same = self._settings.own_behavior and not moved
         seed, iteration = self._key[0], self._key[1] + epoch * 2**32
         pairs = torch.stack([self._first + sample, step], 1).tolist()
         self._ahead = [(seed, iteration, i, t) for i, t in pairs]
@@ -169,16 +193,17 @@ class Contrast:
 
     def __call__(self, latents: Tensor, sample: Tensor, step: Tensor, before: Drawn) -> Term:
         """What the policy predicts there, and the one that drew."""
-        with (
-            torch.no_grad(),
-            self._behavior(),
-        ):  # first, for the policy's gradient wants its own weights in place
-            old = self._replay(latents, sample, step).x0
+        clean, old = self._clean[sample], None
+        if not self._same:
+            # First, for the policy's gradient wants its own weights in place.
+            with torch.no_grad(), self._behavior():
+                old = self._replay(latents, sample, step).x0
         move = self._replay(latents, sample, step)
-        loss = negative_aware(
-            move.x0, old, self._clean[sample], self._advantages[sample, step],
-            self._settings.beta, self._settings.bound,
-        )  # fmt: skip
-        with torch.no_grad():
-            drift = 0.5 * (move.x0 - old).square().mean()
-        return Term(loss, move, drift, torch.zeros_like(drift), torch.zeros_like(drift))
+        found = self._settings(
+            move.x0,
+            move.x0.detach() if old is None else old,
+            clean,
+            self._noised(torch.zeros_like(clean), torch.ones_like(clean), step)[:, 0, 0, 0],
+            self._advantages[sample, step],
+        )
+        return Term(found.loss, move, found.approx_kl, found.clip_fraction, torch.zeros_like(found.approx_kl))

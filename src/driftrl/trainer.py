@@ -160,7 +160,7 @@ class TrainingLoop:
             method.advantage,
             len(prompt_set),
             policy,
-            own_behavior=objective.contrast is not None,
+            own_behavior=objective.denoising is not None,
             averaged=ema_decay is not None,
         )
         self._saved: int | None = None
@@ -185,7 +185,7 @@ class TrainingLoop:
     @property
     def replays(self) -> bool:
         """Whether the update goes the way of the drawn latents again."""
-        return not self.in_one_pass and self.objective.contrast is None
+        return not self.in_one_pass and self.objective.denoising is None
 
     def sizes(self) -> Tensor:
         """Batch sizes of rollout and update in each process: int64 [processes, 2]."""

@@ -171,7 +171,7 @@ class Policy(Protocol):
 
     def noised(self, x0: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """Clean latents [n, C, H, W] with as much of ``noise`` as there is at step numbers [n]. Asked for only by the
-        negative-aware objective.
+        objectives that learn from drawn images noised anew.
         """
         ...
 

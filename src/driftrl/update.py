@@ -16,10 +16,9 @@ from driftrl.batches import BatchSize
 from driftrl.checks import NotFiniteError
 from driftrl.distributed import ALONE, Team, in_parts, whole
 from driftrl.objectives.kl import divergence, step_weights
-from driftrl.objectives.negative_aware import NegativeAware
 from driftrl.objectives.trust_region import time_weights
 from driftrl.rollout import NO_NOISE, PromptNoise
-from driftrl.terms import Contrast, Drawn, Replay, Surrogate, Term, Terms
+from driftrl.terms import Denoising, DenoisingLoss, Drawn, Replay, Surrogate, Term, Terms
 from driftrl.types import Conditioning, Policy, Rollout, UpdateStats
 
 
@@ -44,8 +43,8 @@ class Objective:
     divergence: str = "kl"
     """Its kind, and what it weighs at each step: `driftrl.objectives.kl`."""
     kl_schedule: str = "uniform"
-    contrast: NegativeAware | None = None
-    """The negative-aware loss, in place of the clipped surrogate."""
+    denoising: DenoisingLoss | None = None
+    """A loss of drawn images noised anew, in place of the clipped surrogate."""
     trust_region: str = "ratio"
     """What keeps a step near the policy that drew: the clipped ratio, or, of `driftrl.objectives.trust_region`, the ``normalized``
     one or the ``divergence``."""
@@ -55,15 +54,15 @@ class Objective:
     @property
     def asks_for_means(self) -> bool:
         """Whether the means of what drew are wanted beside its log-probabilities."""
-        return self.trust_region != "ratio" and self.contrast is None
+        return self.trust_region != "ratio" and self.denoising is None
 
     def trainable(self, scored: Tensor) -> Tensor:
         """Which of the denoising steps [T] pairs are of: those with a density, where one is asked for."""
-        return scored if self.contrast is None or self.kl_weight > 0 else torch.ones_like(scored)
+        return scored if self.denoising is None or self.kl_weight > 0 else torch.ones_like(scored)
 
     def kept(self, iteration: int) -> float:
         """The share of itself that what draws keeps after ``iteration``, where it is no longer the policy itself."""
-        return 0.0 if self.contrast is None else self.contrast.kept(iteration)
+        return 0.0 if self.denoising is None else self.denoising.kept(iteration)
 
 
 @dataclass(frozen=True)
@@ -186,8 +185,8 @@ def update(
         _weights(policy, objective),
     )  # fmt: skip
     terms: Terms = (
-        Contrast(replay, rollout, per_step, objective.contrast, policy.noised, behavior, key, first)
-        if objective.contrast
+        Denoising(replay, rollout, per_step, objective.denoising, policy.noised, behavior, key, first)
+        if objective.denoising
         else surrogate
     )
     compiled = bool(getattr(policy, "compiled", False))
@@ -198,7 +197,7 @@ def update(
         optimizer.zero_grad(set_to_none=True)
         before = scores.before(epoch, size, moved)
         sums = _Sums.none(old.device)
-        terms.begin(pairs.sample, pairs.step, epoch)
+        terms.begin(pairs.sample, pairs.step, epoch, moved)
         for sample, step, counts in turns(pairs, size):
             latents = terms.latents(sample, step)
             if objective.kl_weight > 0:  # first, for the policy's gradient wants its own weights in place
@@ -249,7 +248,7 @@ def _per_step(advantages: Tensor, like: Tensor) -> Tensor:
 
 def _used(pairs: Pairs, advantages: Tensor, objective: Objective) -> Pairs:
     """The pairs to replay: without KL one of zero advantage has no gradient of the surrogate, and is left out."""
-    if objective.kl_weight > 0 or objective.contrast is not None:
+    if objective.kl_weight > 0 or objective.denoising is not None:
         return pairs
     used = advantages[pairs.sample, pairs.step].nonzero()[:, 0]
     return Pairs(pairs.sample[used], pairs.step[used])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from driftrl.checks import InputError, has_shape, same_shape
+from driftrl.objectives.clipped_surrogate import ClippedSurrogate
 
 SMALLEST = 1e-5
 """Of the error that a loss is divided by."""
@@ -25,9 +26,23 @@ class NegativeAware:
     """The policy that draws keeps ``min(decay * iteration, decay_max)`` of what it was after each update."""
     decay_max: float = 0.9
 
+    @property
+    def own_behavior(self) -> bool:
+        """Whether samples are drawn by the trained policy itself."""
+        return self.decay * self.decay_max == 0
+
     def kept(self, iteration: int) -> float:
         """What the policy that draws keeps of itself after ``iteration``, counted from 0 (eta_i in the paper)."""
         return min(self.decay * iteration, self.decay_max)
+
+    def __call__(
+        self, x0_hat: Tensor, x0_old: Tensor, x0: Tensor, sigma: Tensor, advantages: Tensor
+    ) -> ClippedSurrogate:
+        """`negative_aware` by these settings, which has no ratio; as its drift half the mean squared distance of the predictions."""
+        loss = negative_aware(x0_hat, x0_old, x0, advantages, self.beta, self.bound)
+        with torch.no_grad():
+            drift = 0.5 * (x0_hat - x0_old).square().mean()
+        return ClippedSurrogate(loss, torch.ones_like(drift), torch.zeros_like(drift), drift)
 
 
 def negative_aware(
