@@ -129,7 +129,7 @@ def test_one_iteration(method, tmp_path, name):
         ("nft", ["objective.loss=clipped_surrogate", "objective.timestep_choice=noisiest"], "grpo", []),
         ("nft-shaped", ["shaping.ratio=0.0"], "nft", []),
         ("awm", ["objective.loss=clipped_surrogate", "objective.timestep_choice=noisiest"], "grpo", []),
-        ("awm-shaped", ["shaping.ratio=0.0"], "awm", []),
+        ("awm-shaped", ["shaping.ratio=0.0"], "awm", ["objective.awm_proximal=50.0"]),
         ("drift", ["selection.strategy=random", "prompt_noise.eta=0.0", "shaping.ratio=0.0"], "grpo", []),
         ("drift-no-shaping", ["selection.strategy=random", "prompt_noise.eta=0.0"], "grpo", []),
         ("drift-no-selection", ["selection.strategy=nearest_neighbor"], "drift", []),

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from driftrl.build import method_of, objective_of, prompt_noise_of, schedule_of
-from driftrl.checks import InputError
+from driftrl.checks import InputError, NotFiniteError
 from driftrl.config import TrainConfig, merged, parse_config
 from driftrl.evaluation.evaluate import REFERENCE
 from driftrl.evaluation.pareto import hypervolume
@@ -174,14 +174,16 @@ def base_model() -> world.Denoiser:
 
 
 def one(job: Job) -> dict[str, Any]:
-    """One run, as it goes into the file."""
+    """One run, as it goes into the file; one that comes apart has the points until then."""
     name, config, points, scales = job
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # a collapse is what is looked for
-    curve = [
-        [at, *(float(f"{value:.4g}") for value in figures)]
-        for at, figures, _ in train(base_model(), config, points, scales)
-    ]
+    curve: list[list[float]] = []
+    try:
+        for at, figures, _ in train(base_model(), config, points, scales):
+            curve.append([at, *(float(f"{value:.4g}") for value in figures)])
+    except NotFiniteError:
+        scales = ()
     run = {"name": name, "seed": config.seed, "rate": config.optimizer.learning_rate}
     path = len(curve) - len(scales)
     return run | {"points": curve[:path]} | ({"scaled": curve[path:]} if scales else {})

@@ -305,6 +305,21 @@ def test_what_was_found_goes_to_stdout_and_where_it_lies_to_stderr(tmp_path):
     assert (status, "--json: has no meaning with --blind" in told) == (2, True)
 
 
+def test_no_figure_is_cut_off_in_eighty_columns(tmp_path, monkeypatch):
+    """Also where names are long: that of the rival is no column's title."""
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ("grpo-with-each-group-s-own-standard-deviation", "shaped-0.5-kl-0.03", "drift")
+    runs = [make_run(tmp_path / n, n, loss=0.2 / (i + 1), prompts=MANY) for i, n in enumerate(names)]
+    shown = driftrl("compare", *runs, "--against", names[0], "--out", tmp_path / "page.html").stdout
+    heading, titles, *rows = shown.splitlines()
+    assert heading.endswith(f"gain: of diversity over {names[0]} at equal reward")
+    assert titles.split() == ["method", "seeds", "reward", "diversity", "Vendi", "score", "gain"]
+    drift = next(row for row in rows if row.startswith("drift"))
+    assert len(drift) <= 80
+    assert [*map(float, drift.split()[1:5])] == pytest.approx([1, 3.1, 0.533, 3.078], abs=1e-3)
+    assert drift.split()[5].endswith("%")
+
+
 def test_a_comparison_is_never_written_over_a_run_s_own_report(tmp_path):
     runs = [make_run(tmp_path / n, n, loss=loss) for n, loss in (("grpo", 0.2), ("drift", 0.05))]
     before = [write_report(runs[0]).read_text(), write_picture(runs[0]).read_bytes()]

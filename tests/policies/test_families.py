@@ -727,9 +727,10 @@ def test_refuses_to_train_without_noise(settings, tmp_path):
 @pytest.mark.filterwarnings(
     "ignore::driftrl.trainer.RewardWarning"
 )  # of JPEG's sizes, which are whole numbers
-def test_without_noise_the_negative_aware_loss_trains(settings, tmp_path):
+@pytest.mark.parametrize("loss", ["nft", "awm"])
+def test_without_noise_a_loss_of_images_noised_anew_trains(settings, tmp_path, loss):
     config = settings(
-        "sd3", sampling__noise_level=0.0, objective__loss="nft", objective__timesteps=1.0, iterations=1
+        "sd3", sampling__noise_level=0.0, objective__loss=loss, objective__timesteps=1.0, iterations=1
     )
     (line,) = (Trainer(config, tmp_path / "run").run() / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["policy/grad_norm"] > 0

@@ -53,8 +53,11 @@ def compare(
 
 def show(console: Console, findings: Findings) -> None:
     """What a comparison found, in a table and in words."""
-    heading = "last checkpoints, mean over seeds; in the last column at equal reward"
-    console.print(heading, highlight=False, soft_wrap=True, style="italic")
+    from driftrl.evaluation.measures import METRICS
+
+    first = METRICS[findings.metrics[0]].title
+    heading = f"last checkpoints, mean over seeds; gain: of {first} over {findings.rival} at equal reward"
+    console.print(heading, highlight=False, soft_wrap=True, markup=False, style="italic")
     console.print(_table(findings))
     for sentence in findings.verdict():
         console.print(sentence, highlight=False, soft_wrap=True, markup=False)
@@ -124,11 +127,7 @@ def _table(findings: Findings) -> Table:
         pad_edge=False,
     )
     table.add_column("method", overflow="fold")
-    titles = (
-        "seeds",
-        *(METRICS[name].title for name in shown),
-        f"{METRICS[first].title} beside {escape(findings.rival)}",
-    )
+    titles = ("seeds", *(METRICS[name].title for name in shown), "gain")
     for title in titles:
         table.add_column(title, justify="right", min_width=max(map(len, title.split())))
     for row in findings.summary():
