@@ -407,7 +407,7 @@ def test_masks_and_lengths_are_not_rounded(settings, family):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cads"])
-@pytest.mark.parametrize("family", ["flux2", "klein", "qwen", "zimage"])
+@pytest.mark.parametrize("family", ["flux2", "klein", "qwen", "sana", "zimage"])
 def test_prompt_noise_is_kept_off_padding(settings, family, schedule):
     """Whether padding is all zeros, or attended to and something else; and its strength is a matter of the prompt alone."""
     policy, seen = build_policy(settings(family, sampling__guidance_scale=0.0)), []
@@ -430,9 +430,9 @@ def test_prompt_noise_is_kept_off_padding(settings, family, schedule):
 
 
 @pytest.mark.parametrize("negative", ["", "a dog"])
-@pytest.mark.parametrize("family", ["flux2", "klein"])
+@pytest.mark.parametrize("family", ["flux2", "klein", "zimage"])
 def test_a_chat_template_is_no_part_of_the_prompt(settings, family, negative):
-    negative = negative if family == "klein" else ""  # the other has no branch that would read it
+    negative = "" if family == "flux2" else negative  # which has no branch that would read it
     policy = build_policy(settings(family, sampling__negative_prompt=negative))
     words = getattr(policy.pipeline.tokenizer, "tokenizer", policy.pipeline.tokenizer)
     tokens = policy.encode(["a cat", "an ant"]).extra["tokens"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
@@ -276,17 +277,9 @@ class Flux2Policy(FlowPolicy):
         return Conditioning(embeds, null, {"tokens": words.to(embeds.device)})
 
     def _read(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings float32 [n, L, D], and the numbers of the tokens [n, L] with which of them are no padding, bool [n, L], which
-        the pipeline tells nobody but its text encoder.
-        """
-        asked: list[dict[str, Tensor]] = []
-        hook = self.pipeline.text_encoder.register_forward_pre_hook(
-            lambda module, inputs, named: asked.append(named), with_kwargs=True
-        )
-        try:
+        """Embeddings float32 [n, L, D]; the numbers of the tokens [n, L] and which of them are no padding, bool [n, L]."""
+        with _asked(self.pipeline.text_encoder) as asked:
             embeds, _ = self.pipeline.encode_prompt(prompts, device=self.device)
-        finally:
-            hook.remove()
         return embeds.float(), asked[0]["input_ids"].cpu(), asked[0]["attention_mask"].bool().cpu()
 
     @cached_property
@@ -320,8 +313,9 @@ class Flux2Policy(FlowPolicy):
 class SanaPolicy(FlowPolicy):
     """`diffusers.SanaPipeline`: SANA and SANA 1.5, whose latents are a thirty-second of the image's sides.
 
-    Prompts get the instruction that the pipeline puts before them, the negative one does not. Attention to the prompt is
-    masked, so noise on padding does nothing. It is published with a DPM-Solver, whose times are kept, and the whole
+    Prompts get the instruction that the pipeline puts before them, the negative one does not. Of the instruction the network sees
+    the first token, which says that a text begins, and of which such encoders make huge activations; it gets no noise, nor does
+    padding, attention to which is masked. It is published with a DPM-Solver, whose times are kept, and the whole
     numbers that its network is told of them; without noise a step is that solver's of first order.
     """
 
@@ -348,7 +342,9 @@ class SanaPolicy(FlowPolicy):
             list(prompts), negative_prompt=self.negative_prompt, device=self.device,
             complex_human_instruction=usual["complex_human_instruction"].default,
         )  # fmt: skip
-        extra = {"mask": mask.long(), "null_mask": null_mask.long()}
+        own = mask.bool()
+        own[:, 0] = False
+        extra = {"mask": mask.long(), "null_mask": null_mask.long(), "tokens": own}
         return Conditioning(embeds.float(), null[:1].float(), extra)
 
     def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
@@ -422,7 +418,8 @@ class ZImagePolicy(FlowPolicy):
     """`diffusers.ZImagePipeline`: Z-Image and Z-Image-Turbo.
 
     The guidance scale is the pipeline's: what goes beyond the branch with the prompt, so 0 is no guidance and 1 is what
-    others call 2. The network wants prompts without padding, each of its own length.
+    others call 2. The network wants prompts without padding, each of its own length, in a chat template; noise goes onto the prompt's own
+    words.
     """
 
     blocks = ("ZImageTransformerBlock",)
@@ -439,17 +436,29 @@ class ZImagePolicy(FlowPolicy):
         return _even(steps)
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
-        found, null = self._read(list(prompts)), self._read([self.negative_prompt])
+        (found, numbers), (null, empty) = self._read(list(prompts)), self._read([self.negative_prompt])
+        (template,) = self._read([""])[1] if self.negative_prompt else empty
         lengths = [torch.tensor([len(own) for own in one], device=self.device) for one in (found, null)]
-        extra = {"length": lengths[0], "null_length": lengths[1].repeat(len(found))}
+        said = torch.stack([F.pad(own, (0, self.longest - len(own))) for own in numbers])
+        shown = torch.arange(self.longest) < lengths[0].cpu()[:, None]
+        extra = {
+            "length": lengths[0],
+            "null_length": lengths[1].repeat(len(found)),
+            "tokens": _words(said, shown, template.tolist()).to(self.device),
+        }
         return Conditioning(self._padded(found), self._padded(null), extra)
 
-    def _read(self, prompts: list[str]) -> list[Tensor]:
-        """Embeddings [length, D] of each prompt."""
-        found, _ = self.pipeline.encode_prompt(
-            prompts, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.longest
-        )
-        return list(found)
+    def _read(self, prompts: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each prompt the embeddings [length, D], and the numbers of the tokens [length]."""
+        with _asked(self.pipeline.text_encoder) as asked:
+            found, _ = self.pipeline.encode_prompt(
+                prompts,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.longest,
+            )
+        numbers, shown = asked[0]["input_ids"].cpu(), asked[0]["attention_mask"].bool().cpu()
+        return list(found), [own[there] for own, there in zip(numbers, shown, strict=True)]
 
     def _padded(self, found: list[Tensor]) -> Tensor:
         """Embeddings float32 [n, `longest`, D], with zeros where a prompt has ended."""
@@ -464,6 +473,21 @@ class ZImagePolicy(FlowPolicy):
             return_dict=False,
         )[0]
         return -torch.stack(output)[:, :, 0]
+
+
+@contextmanager
+def _asked(text_encoder: Any) -> Iterator[list[dict[str, Tensor]]]:
+    """What the text encoder is asked within this context, a dictionary of each call: which tokens there are, the pipeline tells nobody
+    else.
+    """
+    calls: list[dict[str, Tensor]] = []
+    hook = text_encoder.register_forward_pre_hook(
+        lambda module, inputs, named: calls.append(named), with_kwargs=True
+    )
+    try:
+        yield calls
+    finally:
+        hook.remove()
 
 
 def _words(numbers: Tensor, shown: Tensor, template: list[int]) -> Tensor:
