@@ -145,7 +145,7 @@ def test_the_forward_process_is_the_schedulers_and_is_learned_from(settings, fam
     drawn = rollout(policy, conditioning, KEYS, 3, 6, spec).path()
     stats = update(
         policy, torch.optim.SGD(policy.parameters(), lr=1.0), drawn, torch.tensor([[1.0, -1.0, 0.5]] * 2),
-        conditioning, Objective(contrast=NegativeAware()), (0, 0), spec,
+        conditioning, Objective(denoising=NegativeAware()), (0, 0), spec,
     )  # fmt: skip
     assert stats.pairs == 6 * len(policy.timesteps) and stats.grad_norm > 0 and math.isfinite(stats.loss)
 
