@@ -41,6 +41,7 @@ README = {
     "drift": "DRIFT, λ 0.2 (`experiments/drift.yaml`)",
     "shaped-0.75": "DRIFT without selection, λ 0.75 (`experiments/shaped.yaml`)",
     "shaped-kl-0.02": "**the same and a KL of 0.02** (`experiments/shaped-kl.yaml`)",
+    "shaped-kl-guard": "and GRPO-Guard's ratio (`--set objective.trust_region=normalized`)",
 }
 """The methods of the README's table, and what they are called there."""
 LEVELS, AT = (13.5, 13.85, 14.0), ("diversity", "recall", "coverage")
