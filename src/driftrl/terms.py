@@ -174,6 +174,9 @@ class Denoising:
         self._replay, self._advantages, self._settings = replay, advantages, settings
         self._noised, self._behavior, self._key, self._first = noised, behavior, key, first
         self._clean = rollout.latents[:, :, -1].flatten(0, 1)
+        none = self._clean.new_zeros(rollout.log_probs.shape[2], *self._clean.shape[1:])
+        every = torch.arange(len(none), device=none.device)
+        self._sigma = noised(none, torch.ones_like(none), every)[:, 0, 0, 0]  # the noise's share at each step
         self._ahead: list[tuple[int, int, int, int]] = []
         self._same = False
 
@@ -203,7 +206,7 @@ class Denoising:
             move.x0,
             move.x0.detach() if old is None else old,
             clean,
-            self._noised(torch.zeros_like(clean), torch.ones_like(clean), step)[:, 0, 0, 0],
+            self._sigma[step],
             self._advantages[sample, step],
         )
         return Term(found.loss, move, found.approx_kl, found.clip_fraction, torch.zeros_like(found.approx_kl))

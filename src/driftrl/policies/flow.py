@@ -314,7 +314,7 @@ class SanaPolicy(FlowPolicy):
     """`diffusers.SanaPipeline`: SANA and SANA 1.5, whose latents are a thirty-second of the image's sides.
 
     Prompts get the instruction that the pipeline puts before them, the negative one does not. Of the instruction the network sees
-    the first token, which says that a text begins, and of which such encoders make huge activations; it gets no noise, nor does
+    the first token, which says that a text begins, and whose activations are huge in some encoders; it gets no noise, nor does
     padding, attention to which is masked. It is published with a DPM-Solver, whose times are kept, and the whole
     numbers that its network is told of them; without noise a step is that solver's of first order.
     """
@@ -342,7 +342,7 @@ class SanaPolicy(FlowPolicy):
             list(prompts), negative_prompt=self.negative_prompt, device=self.device,
             complex_human_instruction=usual["complex_human_instruction"].default,
         )  # fmt: skip
-        own = mask.bool()
+        own = mask.bool().clone()  # the mask itself still has the first token
         own[:, 0] = False
         extra = {"mask": mask.long(), "null_mask": null_mask.long(), "tokens": own}
         return Conditioning(embeds.float(), null[:1].float(), extra)
