@@ -51,6 +51,30 @@ def test_each_scale_divides_by_what_it_says():
     torch.testing.assert_close(group_relative(selected, "global"), centred / selected.std(correction=0))
 
 
+def test_dancegrpo_compares_with_all_candidates_and_picks_then():
+    """Its order: mean and standard deviation of everything that was drawn, then the best and the worst."""
+    candidates = _rewards(3, 16).exp()
+    r = candidates.numpy()
+    of_all = (r - r.mean(1, keepdims=True)) / r.std(1, keepdims=True)
+    order = r.argsort(1)
+    picked = np.concatenate([order[:, :4], order[:, -4:]], 1)
+    expected = np.take_along_axis(of_all, picked, 1)
+    kept = torch.tensor(np.take_along_axis(r, picked, 1))
+    rule = AdvantageRule(scale="candidates", center="candidates")
+    np.testing.assert_allclose(advantages_of(kept, rule, candidates), expected, rtol=1e-12)
+    assert np.abs(expected.mean(1)).min() > 0.01  # the picked ones alone have another mean
+    plain = group_relative(kept, "none", candidates, center="candidates")
+    np.testing.assert_allclose(plain, kept.numpy() - r.mean(1, keepdims=True), rtol=1e-12)
+
+
+@pytest.mark.parametrize("part", ["center", "scale"])
+def test_comparing_with_candidates_needs_them(part):
+    with pytest.raises(InputError, match=rf"candidates: {part} 'candidates' needs .* got None"):
+        group_relative(_rewards(2, 4), **{part: "candidates"})
+    with pytest.raises(InputError, match="one row per prompt, 2"):
+        group_relative(_rewards(2, 4), candidates=_rewards(3, 4), **{part: "candidates"})
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     rows=st.lists(st.lists(st.integers(-50, 50), min_size=4, max_size=4), min_size=1, max_size=4),

@@ -81,6 +81,27 @@ def test_it_moves_on_and_comes_back():
     assert Window(4, every=1).at(7, 4) == range(4)
 
 
+def test_it_may_be_anywhere():
+    """All places alike, within the first steps where that is asked for; by seed and iteration alone."""
+    window = Window(2, anywhere=True, within=4)
+    starts = [window.at(i, 7, seed=3).start for i in range(300)]
+    assert {starts.count(place) // 20 for place in (0, 1, 2)} <= {4, 5}
+    assert set(starts) == {0, 1, 2}
+    assert starts == [window.at(i, 7, seed=3).start for i in range(300)]
+    assert starts != [window.at(i, 7, seed=4).start for i in range(300)]
+    assert {Window(2, anywhere=True).at(i, 4).stop for i in range(99)} == {2, 3, 4}
+    assert {Window(2, anywhere=True, within=9).at(i, 3).stop for i in range(99)} == {2, 3}
+    assert [Window(2, every=1, within=3).at(i, 7).start for i in range(4)] == [0, 1, 0, 1]
+
+
+def test_a_run_draws_its_place_and_resumes_where_it_is(config, tmp_path):
+    changes = {"sampling__window": 1, "sampling__window_choice": "random", "objective__timesteps": 1.0}
+    whole = Trainer(config(**changes, iterations=3), tmp_path / "whole").run()
+    for stop in (1, 3):
+        parts = Trainer(config(**changes, iterations=stop), tmp_path / "parts", resume=stop > 1).run()
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+
+
 def test_a_run_moves_it_and_resumes_where_it_is(config, tmp_path):
     """Also where all of a run's iterations but the last were in another process."""
     changes = {"sampling__window": 1, "sampling__window_every": 1, "objective__timesteps": 1.0}
@@ -129,3 +150,12 @@ def test_a_window_that_cannot_be(config, tmp_path):
         build_loop(config(sampling__window=4), tmp_path)
     with pytest.raises(InputError, match=r"sampling\.window_every: there is no window to move"):
         config(sampling__window_every=4)
+    for alone in ({"sampling__window_choice": "random"}, {"sampling__window_within": 2}):
+        with pytest.raises(
+            InputError, match=r"sampling\.window_\w+: there is no window; give sampling\.window"
+        ):
+            config(**alone)
+    with pytest.raises(InputError, match=r"sampling\.window_every: .* leave it out"):
+        config(sampling__window=1, sampling__window_every=2, sampling__window_choice="random")
+    with pytest.raises(InputError, match=r"window_within: expected at least sampling\.window \(2\); got 1"):
+        config(sampling__window=2, sampling__window_within=1)

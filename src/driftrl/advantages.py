@@ -13,6 +13,8 @@ from driftrl.checks import InputError, at_least, floating, has_shape, is_finite,
 
 SCALES: tuple[str, ...] = ("selected", "candidates", "global", "none")
 
+CENTERS: tuple[str, ...] = ("selected", "candidates")
+
 BASELINES: tuple[str, ...] = ("group", "running")
 
 # A standard deviation below this many rounding errors of the largest reward is rounding, not signal.
@@ -49,6 +51,8 @@ class AdvantageRule:
     """Of ``running``: how many of a prompt's last rewards count."""
     min_history: int = 16
     """Of ``running``: with fewer rewards than this, the whole batch stands in for the prompt."""
+    center: str = "selected"
+    """What is subtracted, one of ``CENTERS``: the mean of the kept, or of all candidates of the prompt (DanceGRPO)."""
 
 
 def advantages_of(
@@ -71,7 +75,7 @@ def advantages_of(
             raise InputError("history: baseline 'running' needs each prompt's last rewards; got None")
         relative = running_relative(rewards, history, candidates, rule.min_history)
     else:
-        relative = group_relative(rewards, rule.scale, candidates=candidates)
+        relative = group_relative(rewards, rule.scale, candidates=candidates, center=rule.center)
     return relative.clamp(-rule.clip, rule.clip)
 
 
@@ -82,6 +86,7 @@ def group_relative(
     *,
     eps: float = 0.0,
     correction: int = 0,
+    center: str = "selected",
 ) -> Tensor:
     """Advantages ``(R - mean R) / (std + eps)``, the mean taken over each prompt's group.
 
@@ -107,12 +112,14 @@ def group_relative(
             are shifted or rescaled (Flow-GRPO has 1e-4, DanceGRPO 1e-8).
         correction: 0 for the population standard deviation (as DDPO and Flow-GRPO, through NumPy), 1 for the
             sample one (as DanceGRPO, through torch). For G = 8 the two differ by 7%.
+        center: whose mean is subtracted, ``selected`` or ``candidates``. DanceGRPO compares with all candidates, mean and standard
+            deviation, and picks the best and the worst then: ``center`` and ``scale`` are both ``candidates``.
 
     Returns:
         [P, G], the dtype of ``rewards`` (the default float dtype for integers).
 
     Raises:
-        InputError: for wrong shapes, values that are not finite, an unknown scale, ``scale='candidates'``
+        InputError: for wrong shapes, values that are not finite, an unknown scale or center, ``candidates`` as one of these
             without candidates, or ``eps`` below 0.
 
     Source: GRPO (arXiv 2402.03300, section 4.1.2); applied to images by arXiv 2505.05470 and 2505.07818.
@@ -125,23 +132,27 @@ def group_relative(
                 [ 0.,  0.]])
     """
     one_of("scale", scale, SCALES)
+    one_of("center", center, CENTERS)
     at_least("eps", eps, 0.0)
     is_finite("rewards", has_shape("rewards", rewards, "[P, G]"))
     if candidates is not None:
         is_finite("candidates", has_shape("candidates", candidates, "[P, N]"))
     dtype = floating(rewards).dtype
     wide = torch.float32 if rewards.device.type == "mps" else torch.float64  # MPS has no float64
-    centred = rewards.to(wide) - rewards.to(wide).mean(dim=1, keepdim=True)
+    for name, choice in (("center", center), ("scale", scale)):
+        if choice == "candidates" and candidates is None:
+            raise InputError(
+                f"candidates: {name} 'candidates' needs the rewards before selection [P, N]; got None"
+            )
+        if choice == "candidates" and candidates is not None and len(candidates) != len(rewards):
+            raise InputError(
+                f"candidates: expected one row per prompt, {len(rewards)}; got {list(candidates.shape)}"
+            )
+    compared = rewards if center == "selected" or candidates is None else candidates
+    centred = rewards.to(wide) - compared.to(wide).mean(dim=1, keepdim=True)
     if scale == "none":
         return centred.to(dtype)
-
-    if scale == "candidates" and candidates is None:
-        raise InputError("candidates: scale 'candidates' needs the rewards before selection [P, N]; got None")
     spread_of = rewards if scale == "selected" or candidates is None else candidates
-    if scale == "candidates" and spread_of.shape[0] != rewards.shape[0]:
-        raise InputError(
-            f"candidates: expected one row per prompt, {rewards.shape[0]}; got {list(spread_of.shape)}"
-        )
     if scale == "global":
         spread_of = spread_of.reshape(1, -1)
     if spread_of.numel() == 0 or spread_of.shape[1] <= correction:

@@ -16,7 +16,7 @@ from torch import Tensor
 from driftrl import checkpoint, hub, objects, one_pass, single_file
 from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
-from driftrl.config import AdapterConfig, ModelConfig, RewardPart, TrainConfig
+from driftrl.config import AdapterConfig, ModelConfig, RewardPart, SamplingConfig, TrainConfig
 from driftrl.distributed import ALONE, Team, join
 from driftrl.loading import reason
 from driftrl.mixture import Part
@@ -635,7 +635,17 @@ def method_of(config: TrainConfig) -> Method:
             every=config.objective.reference_every,
         ),
         rewards=parts_of(config.reward),
-        window=Window(window, config.sampling.window_every) if (window := config.sampling.window) else None,
+        window=window_of(config.sampling),
+        same_latent=config.sampling.same_latent,
+    )
+
+
+def window_of(sampling: SamplingConfig) -> Window | None:
+    """The denoising steps that have noise in training; None where all have."""
+    if sampling.window is None:
+        return None
+    return Window(
+        sampling.window, sampling.window_every, sampling.window_choice == "random", sampling.window_within
     )
 
 

@@ -186,10 +186,14 @@ class SamplingConfig(Section):
     branch, at a guidance scale up to 1 or in a model that is distilled for guidance (FLUX.1 dev), there is no place for it."""
     eta: float = Field(default=1.0, ge=0, le=1)
     """Noise of the DDIM sampler: 1 is ancestral sampling, 0 leaves nothing to score."""
-    flow_sampler: Literal["sde", "cps"] = "sde"
-    """How flow models (SD3, FLUX.1, FLUX.2, SANA, Qwen-Image, Z-Image) are made stochastic: Flow-GRPO's SDE, or coefficients-preserving sampling."""
+    flow_sampler: Literal["sde", "dance", "cps"] = "sde"
+    """How flow models (SD3, FLUX.1, FLUX.2, SANA, Qwen-Image, Z-Image) are made stochastic: Flow-GRPO's SDE; DanceGRPO's (`dance`), the
+    same with equal noise at all times; or coefficients-preserving sampling."""
     noise_level: float = Field(default=0.7, ge=0)
-    """How much noise the flow sampler adds; diffusion models have eta instead."""
+    """How much noise the flow sampler adds (DanceGRPO's eta, of which it has 0.3, with `dance`); diffusion models have eta instead."""
+    same_latent: bool = False
+    """In training begin all candidates of a prompt at the same initial latent, so that they differ by the noise of the steps alone, as
+    DanceGRPO and MixGRPO have it. What is drawn after training has latents of its own."""
     window: Positive | None = None
     """Add noise in so many denoising steps in training, one after the other; the others are those of the deterministic sampler
     (MixGRPO). `objective.timesteps` is then a share of these: 1.0 learns from all. Null: in all steps. What is drawn after
@@ -197,6 +201,11 @@ class SamplingConfig(Section):
     window_every: Positive | None = None
     """Iterations after which the window moves on by one step, from the noisiest to the last with noise and over again; null
     leaves it at the noisiest."""
+    window_choice: Literal["first", "random"] = "first"
+    """Where it is: `first`, at the noisiest steps or moving on from there by `window_every`; or `random`, anywhere, drawn anew in each
+    iteration (Flow-GRPO-Fast)."""
+    window_within: Positive | None = None
+    """The window stays within so many of the noisiest steps; null: all that have noise."""
     height: Positive | None = None
     """Pixels; null is the size that the model was made for."""
     width: Positive | None = None
@@ -215,6 +224,17 @@ class SamplingConfig(Section):
         if self.window_every is not None and self.window is None:
             raise ValueError(
                 "sampling.window_every: there is no window to move; give sampling.window, such as 3"
+            )
+        if self.window is None and (self.window_within is not None or self.window_choice != "first"):
+            name = "window_choice" if self.window_within is None else "window_within"
+            raise ValueError(f"sampling.{name}: there is no window; give sampling.window, such as 2")
+        if self.window_choice == "random" and self.window_every is not None:
+            raise ValueError(
+                "sampling.window_every: is of a window that moves on; with sampling.window_choice 'random' leave it out"
+            )
+        if self.window is not None and self.window_within is not None and self.window > self.window_within:
+            raise ValueError(
+                f"sampling.window_within: expected at least sampling.window ({self.window}); got {self.window_within}"
             )
         return self
 
@@ -308,6 +328,9 @@ class PromptNoiseConfig(Section):
 class AdvantageConfig(Section):
     """How rewards become advantages."""
 
+    center: Literal["selected", "candidates"] = "selected"
+    """What is subtracted: the mean of the kept group, or of all candidates of the prompt, as DanceGRPO has it; then the advantages of a
+    group need not add up to 0."""
     scale: Literal["selected", "candidates", "global", "none"] = "selected"
     """What divides: the standard deviation of the kept group, of all candidates of the prompt, of the whole
     batch, or nothing."""
@@ -489,6 +512,9 @@ class EvaluationConfig(Section):
     Vendi score beside the base model's go into metrics.jsonl and the trackers, pictures into images/. Null: never."""
     images_meanwhile: int = Field(default=4, ge=2)
     """Images per prompt then."""
+    deterministic: bool = False
+    """Draw what is measured without noise on the way (DDIM with eta 0, a flow's plain steps), as stock pipelines and most projects'
+    evaluations do, in place of the sampler that training draws with; of the base model too."""
     clip: str | None = None
     """The CLIP model that CLIP diversity and prompt-image similarity are measured with: a folder or a hub name, such as
     openai/clip-vit-base-patch32. Null is the embedded one for the embedded model; for other models both are left out."""
@@ -563,8 +589,45 @@ class TrainConfig(Section):
             raise ValueError(
                 "selection.keep: expected at least 2, for advantages are relative to a group; got 1"
             )
+        shaping = self.shaping
+        self._check_advantage()
+        if shaping.measure in ("nearest", "entropy") and shaping.neighbors >= keep:
+            raise ValueError(
+                f"shaping.neighbors: expected less than selection.keep ({keep}); got {shaping.neighbors}"
+            )
+        if shaping.measure == "entropy" and shaping.level == "multiply":
+            raise ValueError(
+                "shaping.level: 'multiply' needs a measure that is not negative; 'entropy' is a logarithm"
+            )
+        if shaping.potential == "stepwise" and shaping.level != "advantage":
+            raise ValueError(
+                f"shaping.level: potential 'stepwise' gives each step its own advantage, so level must be "
+                f"'advantage'; got {shaping.level!r}"
+            )
+        self._check_same_latent()
+        self._check_shard()
+        self._check_start()
+        self._check_denoising()
+        if self.sampling.eta == 0 and self.objective.asks_for_density:
+            raise ValueError(
+                "sampling.eta: expected more than 0 to train, for without noise nothing is scored (which objective.loss 'nft' "
+                "and 'awm' with objective.kl_weight 0 do not ask for); got 0"
+            )
+        return self
+
+    def _check_advantage(self) -> None:
         advantage, shaping = self.advantage, self.shaping
+        if advantage.center == "candidates" and shaping.ratio > 0 and shaping.level == "reward":
+            raise ValueError(
+                "advantage.center: 'candidates' does not go with shaping.level 'reward', for those that are dropped have no diversity; "
+                "leave it at 'selected'"
+            )
         if advantage.baseline == "running":
+            if advantage.center != "selected":
+                raise ValueError(
+                    f"advantage.center: baseline 'running' subtracts the history's mean; got {advantage.center!r}; leave it at "
+                    "'selected'"
+                )
             if advantage.scale != "selected":
                 raise ValueError(
                     f"advantage.scale: baseline 'running' divides by the history's standard deviation; got "
@@ -588,28 +651,14 @@ class TrainConfig(Section):
                     "shaping.level: 'reward' does not go with advantage.baseline 'running', whose history holds plain "
                     "rewards; use 'advantage'"
                 )
-        if shaping.measure in ("nearest", "entropy") and shaping.neighbors >= keep:
+
+    def _check_same_latent(self) -> None:
+        still = "eta" if self.sampling.eta == 0 else "noise_level" if self.sampling.noise_level == 0 else ""
+        if self.sampling.same_latent and still:
             raise ValueError(
-                f"shaping.neighbors: expected less than selection.keep ({keep}); got {shaping.neighbors}"
+                f"sampling.same_latent: with sampling.{still} 0 the candidates of a prompt would be one image, or differ by prompt noise "
+                "alone; switch it off, or add noise to the steps"
             )
-        if shaping.measure == "entropy" and shaping.level == "multiply":
-            raise ValueError(
-                "shaping.level: 'multiply' needs a measure that is not negative; 'entropy' is a logarithm"
-            )
-        if shaping.potential == "stepwise" and shaping.level != "advantage":
-            raise ValueError(
-                f"shaping.level: potential 'stepwise' gives each step its own advantage, so level must be "
-                f"'advantage'; got {shaping.level!r}"
-            )
-        self._check_shard()
-        self._check_start()
-        self._check_denoising()
-        if self.sampling.eta == 0 and self.objective.asks_for_density:
-            raise ValueError(
-                "sampling.eta: expected more than 0 to train, for without noise nothing is scored (which objective.loss 'nft' "
-                "and 'awm' with objective.kl_weight 0 do not ask for); got 0"
-            )
-        return self
 
     def _check_denoising(self) -> None:
         loss = self.objective.loss
@@ -916,6 +965,10 @@ _ELSEWHERE = {
     "global_std": "advantage.scale",
     "sde_type": "sampling.flow_sampler",
     "sde_window_size": "sampling.window",
+    "sde_window_range": "sampling.window_within",
+    "same_latent": "sampling.same_latent",
+    "init_same_noise": "sampling.same_latent",
+    "eval_num_steps": "evaluation.deterministic",
     "lora_path": "adapter.start",
     "activation_checkpointing": "model.gradient_checkpointing",
     "lr_scheduler": "optimizer.schedule",

@@ -31,6 +31,7 @@ def matches(
     candidates: int,
     batch: BatchSize,
     first: Sequence[int],
+    same_latent: bool = False,
 ) -> Tensor:
     """How well some candidates match their prompts with the noise on the prompt, without it, and how well they match
     another prompt then.
@@ -45,14 +46,16 @@ def matches(
         candidates: of each prompt, at most, that are drawn again.
         batch: candidates denoised at once.
         first: p numbers of the first candidate, as in the rollout.
+        same_latent: likewise.
 
     Returns:
         float32 [n, 3], for `driftrl.conditioning.noise_cost`.
     """
     count, total = min(images.shape[1], candidates), len(prompt_set)
-    clean = rollout(policy, conditioning, keys, count, batch, first=first, keep_path=False).images.flatten(
-        0, 1
+    again = rollout(
+        policy, conditioning, keys, count, batch, first=first, keep_path=False, same_latent=same_latent
     )
+    clean = again.images.flatten(0, 1)
     noised = images[:, :count].flatten(0, 1)
     places = [place for _, _, place in keys for _ in range(count)]
     own = [prompt_set[place] for place in places]

@@ -34,16 +34,25 @@ class Window:
     size: int
     every: int | None = None
     """Iterations after which it moves on by a step, and from the end back to the start; None leaves it at the start."""
+    anywhere: bool = False
+    """Whether each iteration draws a place for it (Flow-GRPO-Fast)."""
+    within: int | None = None
+    """So many of the first steps it stays in; None: all."""
 
-    def at(self, iteration: int, steps: int) -> range:
-        """Those of an iteration, counted from 0, among the first ``steps``, which have a density.
+    def at(self, iteration: int, steps: int, seed: int = 0) -> range:
+        """Those of an iteration, counted from 0, among the first ``steps``, which have a density; ``seed`` is the run's, for a place
+        that is drawn.
 
         Example:
             >>> from driftrl.rollout import Window
             >>> [Window(2, every=5).at(i, 4) for i in (0, 5, 10, 15)]
             [range(0, 2), range(1, 3), range(2, 4), range(0, 2)]
         """
-        start = 0 if self.every is None else iteration // self.every % (steps - self.size + 1)
+        places = min(steps, self.within or steps) - self.size + 1
+        start = 0 if self.every is None else iteration // self.every % places
+        if self.anywhere:
+            draw = noise.generator(seed, iteration, 0, 0, "window")
+            start = int(torch.randint(places, (), generator=draw))
         return range(start, start + self.size)
 
 
@@ -124,6 +133,7 @@ def rollout(
     first: Sequence[int] | None = None,
     keep_path: bool = True,
     keep_means: bool = False,
+    same_latent: bool = False,
 ) -> Rollout:
     """Draw ``candidates`` images for each of P prompts.
 
@@ -143,6 +153,7 @@ def rollout(
         first: P numbers of the first candidate, 0 by default: what tells rows with the same key apart.
         keep_path: keep the latents of every step, which replay wants; else x_0 alone, a T-th of the memory.
         keep_means: keep every transition's mean too, for trust regions that ask how far it has moved.
+        same_latent: begin all candidates of a row at one initial latent.
 
     Returns:
         Trajectories, log-probabilities and images of all P x N candidates.
@@ -152,6 +163,9 @@ def rollout(
     scored = policy.scored.tolist()
     start = [0] * prompts if first is None else first
     flat = [(*keys[p], start[p] + n) for p in range(prompts) for n in range(candidates)]
+    origins = (
+        [(*keys[p], start[p]) for p in range(prompts) for _ in range(candidates)] if same_latent else None
+    )
     kept: dict[str, Tensor] = {}
     done = 0
 
@@ -169,6 +183,7 @@ def rollout(
             score_gradients,
             keep_path,
             keep_means,
+            None if origins is None else origins[done : done + len(chunk)],
         )
         for name, part in parts.items():
             if len(part) == len(flat):
@@ -201,6 +216,7 @@ def _denoise(
     score_gradients: ScoreGradients | None,
     keep_path: bool,
     keep_means: bool,
+    origins: Sequence[tuple[int, int, int, int]] | None,
 ) -> dict[str, Tensor]:
     """One batch of n candidates, from noise to image: the fields of a `Rollout`, each [n, ...]."""
     device, shape = policy.device, policy.latent_shape
@@ -209,7 +225,8 @@ def _denoise(
     if prompt_noise.eta > 0:
         own = [noise.generator(*key, "prompt") for key in keys]
         eps = noise.placed(noise.normal(own, rows.embeds.shape[1:]), device)
-    x = noise.placed(noise.normal(draws, shape), device)
+    begin = draws if origins is None else [noise.generator(*key, "initial") for key in origins]
+    x = noise.placed(noise.normal(begin, shape), device)
     # In place, for stacking them in the end would take twice the memory.
     path = x.new_empty(len(keys), len(scored) + 1 if keep_path else 1, *shape)
     path[:, 0] = x

@@ -291,6 +291,7 @@ class Trainer:
             batch=loop.rollout_batch.now,
             team=self.team,
             noise=prompt_noise_of(self.config, "test"),
+            deterministic=self.config.evaluation.deterministic,
         )
 
     def _began(self) -> bool:

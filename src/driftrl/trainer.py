@@ -62,6 +62,8 @@ class Method:
     """How several rewards become one; empty where there is only one."""
     window: Window | None = None
     """The steps that have noise; None for all."""
+    same_latent: bool = False
+    """Whether all candidates of a prompt begin at one initial latent."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,10 @@ class TrainingLoop:
             optimizer,
             checkpoints,
         )
-        self._move_window(0)
         self.schedule, self.ema_decay = schedule, ema_decay
         self.learning_rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.seed, self.prompts_per_iteration = seed, prompts_per_iteration
+        self._move_window(0)
         self.overlap_reward, self.in_one_pass = overlap_reward, in_one_pass
         # Processes that hold parts of the weights call the network equally often, so none may try again on its own.
         self.in_parts = any(map(in_parts, policy.parameters()))
@@ -173,7 +175,7 @@ class TrainingLoop:
         if self.method.window is not None:
             self.policy.add_noise_in(None)
             noisy = int(self.policy.scored.sum())
-            self.policy.add_noise_in(self.method.window.at(number, noisy))
+            self.policy.add_noise_in(self.method.window.at(number, noisy, self.seed))
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint."""
@@ -391,12 +393,13 @@ class TrainingLoop:
         scoring: Scoring,
     ) -> Rollout:
         keys = [(self.seed, number, prompt) for prompt in which]
-        noise, count = self.method.prompt_noise, self.method.candidates
-        stepwise = self.method.shaping.potential == "stepwise"
+        method = self.method
+        noise, count = method.prompt_noise, method.candidates
+        stepwise = method.shaping.potential == "stepwise"
         batch, score_gradients = self.rollout_batch, None
         self._move_window(number)
         if self.in_one_pass:
-            samples = self.prompts_per_iteration * self.method.keep
+            samples = self.prompts_per_iteration * method.keep
             batch, score_gradients = (
                 self.update_batch,
                 one_pass.score_gradients(self.policy.scored, self.objective, samples),
@@ -404,7 +407,7 @@ class TrainingLoop:
         with self.memory.drawing(self.policy):
             return rollout(
                 self.policy, conditioning, keys, count, batch, noise, self.on_sampled, stepwise, scoring.add,
-                score_gradients, first, self.replays, self.objective.asks_for_means,
+                score_gradients, first, self.replays, self.objective.asks_for_means, method.same_latent,
             )  # fmt: skip
 
     def _learn(
@@ -474,7 +477,7 @@ class TrainingLoop:
         with self.team.together(), self.memory.drawing(self.policy):
             found = noise_check.matches(
                 self.policy, self.similarity, images, conditioning, keys, self.prompt_set, count, self.rollout_batch,
-                first,
+                first, self.method.same_latent,
             )  # fmt: skip
         cost = noise_cost(*self.team.gather(found).unbind(1))
         if cost.falls:

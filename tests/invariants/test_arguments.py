@@ -34,6 +34,7 @@ CALLS = {
     ddim.ddim_transition: (A, B, ONE, TWO),
     ddim.ddim_noised: (A, B, ONE),
     flow_sde.flow_sde_transition: (A, B, TWO, ONE),
+    flow_sde.dance_sde_transition: (A, B, TWO, ONE),
     flow_sde.cps_transition: (A, B, TWO, ONE),
     flow_sde.flow_noised: (A, B, ONE),
     clipped_surrogate.clipped_surrogate: (A[0], B[0], C[0]),

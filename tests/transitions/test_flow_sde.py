@@ -7,9 +7,14 @@ import pytest
 import torch
 
 from driftrl.checks import InputError
-from driftrl.transitions.flow_sde import cps_transition, flow_noised, flow_sde_transition
+from driftrl.transitions.flow_sde import (
+    cps_transition,
+    dance_sde_transition,
+    flow_noised,
+    flow_sde_transition,
+)
 
-TRANSITIONS = [flow_sde_transition, cps_transition]
+TRANSITIONS = [flow_sde_transition, dance_sde_transition, cps_transition]
 
 
 def _normal(*shape: int, seed: int, dtype=torch.float64) -> torch.Tensor:
@@ -35,6 +40,24 @@ def test_flow_sde_is_equation_9_of_flow_grpo():
         torch.testing.assert_close(mean[i], x[i] - drift * dt)
         assert float(std[i]) == pytest.approx(sigma * math.sqrt(dt))
         torch.testing.assert_close(x0[i], x[i] - now * v[i])
+
+
+def test_dance_sde_is_the_reverse_sde_with_constant_noise():
+    """The flow's drift and half of eta squared times the score of x_t given the predicted x_0, as DanceGRPO writes it."""
+    x, v, t, t_prev = (
+        _normal(3, 4, seed=0),
+        _normal(3, 4, seed=1),
+        _times(1.0, 0.5, 0.2),
+        _times(0.8, 0.3, 0.0),
+    )
+    mean, std, x0 = dance_sde_transition(v, x, t, t_prev, noise_level=0.3)
+    for i in range(3):
+        now, dt = float(t[i]), float(t[i] - t_prev[i])
+        clean = x[i] - now * v[i]
+        score = -(x[i] - (1 - now) * clean) / now**2
+        torch.testing.assert_close(mean[i], x[i] - v[i] * dt + 0.5 * 0.3**2 * score * dt)
+        assert float(std[i]) == pytest.approx(0.3 * math.sqrt(dt))
+        torch.testing.assert_close(x0[i], clean)
 
 
 def test_flow_sde_at_pure_noise_takes_the_next_time():

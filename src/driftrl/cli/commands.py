@@ -314,6 +314,14 @@ def register(app: typer.Typer) -> None:
             float | None, typer.Option(help="By default that of the run.", min=0)
         ] = None,
         negative_prompt: NegativePrompt = None,
+        deterministic: Annotated[
+            bool,
+            _flag(
+                "--deterministic",
+                help="No noise on the way (DDIM with eta = 0, the plain flow), as stock pipelines draw; by default as the run "
+                "says.",
+            ),
+        ] = False,
         lora_scale: Annotated[
             str | None,
             typer.Option(
@@ -348,6 +356,8 @@ def register(app: typer.Typer) -> None:
           driftrl evaluate runs/mine --prompts compositions --reward compressibility
 
           driftrl evaluate runs/mine --lora-scale 0.2,0.4,0.6,0.8
+
+          driftrl evaluate runs/mine --deterministic --steps 40
 
           driftrl evaluate tiny-animals --images 40
 
@@ -389,6 +399,7 @@ def register(app: typer.Typer) -> None:
                 steps=steps,
                 guidance_scale=guidance_scale,
                 negative_prompt=negative_prompt,
+                deterministic=deterministic or None,
                 lora_scales=scales(lora_scale),
                 lora=lora,
                 model_config=model_config,

@@ -255,6 +255,7 @@ class Asked(TypedDict, total=False):
     steps: int | None
     guidance_scale: float | None
     negative_prompt: str | None
+    deterministic: bool | None
     batch_size: int | None
     dtype: str | None
     device: str | None
@@ -278,6 +279,7 @@ def evaluate(
     steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
+    deterministic: bool | None = None,
     batch_size: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
@@ -310,6 +312,8 @@ def evaluate(
         steps: denoising steps; by default those of the run.
         guidance_scale: by default that of the run.
         negative_prompt: likewise; of a model none.
+        deterministic: whether images are drawn without noise on the way, the base model's too; by default the run's
+            ``evaluation.deterministic``.
         batch_size: images drawn at once; by default what suits the device.
         dtype: float32, bfloat16 or float16, of the model; by default that of the run.
         device: by default that of the run.
@@ -344,7 +348,8 @@ def evaluate(
     named = list(dict.fromkeys([*first, *(name for name in rewards if name not in parts)]))
 
     policy, noise = open_policy(
-        source, steps, guidance_scale, dtype=dtype, device=device, lora=lora, negative_prompt=negative_prompt,
+        source, steps, guidance_scale,
+        config.evaluation.deterministic if deterministic is None else deterministic, dtype=dtype, device=device, lora=lora, negative_prompt=negative_prompt,
         model_config=model_config,
     )  # fmt: skip
     if lora is not None:

@@ -35,6 +35,7 @@ class Meanwhile:
         batch: int,
         team: Team,
         noise: PromptNoise = NO_NOISE,
+        deterministic: bool = False,
     ) -> None:
         """Measure ``policy``, which is one of a diffusers pipeline.
 
@@ -47,10 +48,12 @@ class Meanwhile:
             batch: images drawn at once; changes no figure beyond rounding.
             team: the processes; all must ask.
             noise: on the tuned policy's prompts, never on the base model's.
+            deterministic: whether images are drawn without noise on the way.
         """
         from driftrl.diversity.encoders import LatentEncoder
 
         self.policy, self.noise = policy, noise
+        self.window = range(0) if deterministic else None
         bench = Instruments(rewards, encoder, None, LatentEncoder(policy.pipeline.vae, side=LATENT_SIDE))
         self.studio = Studio(policy, bench, prompts, images, batch=batch, progress=None, models=1, team=team)
         self._base: dict[str, float] | None = None
@@ -63,11 +66,14 @@ class Meanwhile:
             InputError: if something is not finite.
             RunFailedError: if a reward fails.
         """
-        self.policy.add_noise_in(None)  # in training there may be steps without
-        if self._base is None:
-            with self.policy.reference():
-                self._base = self._shot("base", NO_NOISE)
-        now = self._shot("tuned", self.noise)
+        self.policy.add_noise_in(self.window)  # in training other steps may have some
+        try:
+            if self._base is None:
+                with self.policy.reference():
+                    self._base = self._shot("base", NO_NOISE)
+            now = self._shot("tuned", self.noise)
+        finally:
+            self.policy.add_noise_in(None)
         found = {f"{PREFIX}{name}": value for name, value in now.items()}
         return found | {f"{PREFIX}{name}/base": value for name, value in self._base.items()}
 

@@ -1,4 +1,4 @@
-"""Flow-matching models as policies: SD3, FLUX.1, FLUX.2, SANA, Qwen-Image and Z-Image, with the SDE of Flow-GRPO or the steps of CPS."""
+"""Flow-matching models as policies: SD3, FLUX.1, FLUX.2, SANA, Qwen-Image and Z-Image, with the SDE of Flow-GRPO or DanceGRPO, or the steps of CPS."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from torch import Tensor
 
 from driftrl.checks import InputError, one_of
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
-from driftrl.transitions.flow_sde import cps_transition, flow_noised, flow_sde_transition
+from driftrl.transitions.flow_sde import (
+    cps_transition,
+    dance_sde_transition,
+    flow_noised,
+    flow_sde_transition,
+)
 from driftrl.types import Conditioning, Transition
 
 SHARPEST = 0.01
 """Steps with a smaller std are taken but not scored: the network's rounding would decide their ratio."""
-FLOW_SAMPLERS = {"sde": flow_sde_transition, "cps": cps_transition}
+FLOW_SAMPLERS = {"sde": flow_sde_transition, "dance": dance_sde_transition, "cps": cps_transition}
 
 
 class FlowPolicy(PipelinePolicy):

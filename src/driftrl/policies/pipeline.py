@@ -34,7 +34,7 @@ class Sampler:
     eta: float = 1.0
     """Of DDIM, for diffusion models."""
     flow_sampler: str = "sde"
-    """For flow models: 'sde' or 'cps'."""
+    """For flow models: 'sde', 'dance' or 'cps'."""
     noise_level: float = 0.7
     """Of the flow samplers."""
     height: int | None = None

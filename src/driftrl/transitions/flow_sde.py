@@ -1,4 +1,4 @@
-"""Flow-matching models as Gaussian policies: two ways to put noise into the deterministic flow.
+"""Flow-matching models as Gaussian policies: three ways to put noise into the deterministic flow.
 
 The rectified flow is ``x_t = (1 - t) x_0 + t noise`` with t from 1 (noise) to 0 (image); the network predicts
 the velocity ``v = noise - x_0``. diffusers calls t ``sigma``.
@@ -56,18 +56,45 @@ def flow_sde_transition(
         (tensor([[0.3750, 0.3750]]), tensor([[0.5000]]), tensor([[0.5000, 0.5000]]))
     """
     at_least("noise_level", noise_level, 0.0)
-    now, after, dtype = _times(velocity, x_t, t, t_prev)
+    now, after, _ = _times(velocity, x_t, t, t_prev)
     room = torch.where(now > NOISE, 1.0 - after, 1.0 - now)
-    sigma_squared = noise_level**2 * now / room
-    dt = after - now
+    return _euler_maruyama(velocity, x_t, t, t_prev, noise_level**2 * now / room)
 
-    def column(coefficient: Tensor) -> Tensor:
-        return coefficient.to(dtype).view(-1, *[1] * (x_t.dim() - 1))
 
-    x, v = x_t.to(dtype), velocity.to(dtype)
-    score_part = sigma_squared / (2.0 * now)
-    mean = column(1.0 + score_part * dt) * x + column((1.0 + score_part * (1.0 - now)) * dt) * v
-    return mean, column((sigma_squared * -dt).sqrt()), x - column(now) * v
+def dance_sde_transition(
+    velocity: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor, noise_level: float = 0.3
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One Euler-Maruyama step of DanceGRPO's SDE: that of Flow-GRPO with the same noise at all times, ``sigma_t = noise_level``.
+
+    ``mean = x_t + (v + sigma_t^2 / (2 t) (x_t + (1 - t) v)) dt`` and ``std = sigma_t sqrt(-dt)`` with ``dt = t_prev - t < 0``; the bracket
+    is minus t times the score. Less noise than Flow-GRPO's early on and more near the image; the last step adds noise too.
+
+    Args:
+        velocity: [N, ...], after guidance.
+        x_t: [N, ...].
+        t: [N], in (0, 1].
+        t_prev: [N], in [0, t).
+        noise_level: eta, at least 0; 0 is the plain Euler step of the flow.
+
+    Returns:
+        As `flow_sde_transition`.
+
+    Raises:
+        InputError: for shapes that do not agree or a noise level below 0.
+
+    Source: DanceGRPO, arXiv 2505.07818, whose eta is 0.3 for FLUX.1.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.transitions.flow_sde import dance_sde_transition
+        >>> t, t_prev = torch.tensor([0.5]), torch.tensor([0.25])
+        >>> mean, std, _ = dance_sde_transition(torch.ones(1, 2), torch.ones(1, 2), t, t_prev, 1.0)
+        >>> mean, std
+        (tensor([[0.3750, 0.3750]]), tensor([[0.5000]]))
+    """
+    at_least("noise_level", noise_level, 0.0)
+    now, _, _ = _times(velocity, x_t, t, t_prev)
+    return _euler_maruyama(velocity, x_t, t, t_prev, torch.full_like(now, noise_level**2))
 
 
 def cps_transition(
@@ -121,6 +148,22 @@ def cps_transition(
     # sqrt(t_prev^2 - std^2) = t_prev cos(angle), without the cancellation.
     mean = column(1.0 - after) * x0 + column(after * math.cos(angle)) * x1
     return mean, column(after * math.sin(angle)), x0
+
+
+def _euler_maruyama(
+    velocity: Tensor, x_t: Tensor, t: Tensor, t_prev: Tensor, sigma_squared: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A step of the SDE that has the flow's marginals, with ``sigma_squared`` [N] noise a unit of time."""
+    now, after, dtype = _times(velocity, x_t, t, t_prev)
+    dt = after - now
+
+    def column(coefficient: Tensor) -> Tensor:
+        return coefficient.to(dtype).view(-1, *[1] * (x_t.dim() - 1))
+
+    x, v = x_t.to(dtype), velocity.to(dtype)
+    score_part = sigma_squared / (2.0 * now)
+    mean = column(1.0 + score_part * dt) * x + column((1.0 + score_part * (1.0 - now)) * dt) * v
+    return mean, column((sigma_squared * -dt).sqrt()), x - column(now) * v
 
 
 def flow_noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
