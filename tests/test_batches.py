@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from driftrl import Trainer, probe, trainer
-from driftrl.batches import BatchSize, MemoryWarning
+from driftrl.batches import BatchSize, MemoryWarning, in_batches, out_of_memory
 from driftrl.build import build_loop
 from driftrl.checks import InputError, RunFailedError
 from driftrl.config import parse_config
@@ -233,3 +233,29 @@ def test_candidates_that_were_not_chosen_are_gone_during_the_update(config, tmp_
     assert len(set(sizes.values())) == len(sizes), "or else the sizes tell nothing"
     assert found["diversity"] >= {"images", "kept images"}, "or else the search finds nothing"
     assert found["update"] == {"images"}
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+     "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if", "DefaultCPUAllocator: can't allocate memory: you tried"],
+)  # fmt: skip
+def test_what_libraries_say_where_memory_does_not_suffice(message):
+    assert out_of_memory(RuntimeError(message))
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_rows_come_in_order_whatever_fits():
+    seen = []
+
+    def work(rows):
+        seen.append(rows.stop - rows.start)
+        if seen[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.arange(rows.start, rows.stop)
+
+    size = BatchSize(10, "images at once:")
+    with pytest.warns(MemoryWarning, match="images at once: 10: it is 2 from here on"):
+        found = in_batches(size, 7, work)
+    assert found.tolist() == list(range(7)) and seen == [7, 5, 2, 2, 2, 1]
+    assert len(in_batches(size, 0, work)) == 0

@@ -4,14 +4,18 @@ import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import diffusers
 import pytest
 from huggingface_hub import constants, is_offline_mode
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from driftrl import Trainer, hub
 from driftrl.build import _demand_reachable
 from driftrl.checks import InputError
-from driftrl.config import load_config
+from driftrl.config import ModelConfig, load_config
+from driftrl.pipelines import _files, load_pipeline
 from test_cli import apart
 
 PAPER = Path(__file__).parents[1] / "experiments" / "paper"
@@ -53,7 +57,7 @@ def test_what_is_here_is_not_asked_for(config, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="clipscore cannot be loaded"):  # for in truth the cache has no copy
         Trainer(config(**changes), tmp_path / "other")
     assert asked == [
-        ("owner/model", "model_index.json", "v1"), ("openai/clip-vit-base-patch32", "config.json", None)
+        ("owner/model", "model_index.json", "v1"), ("openai/clip-vit-large-patch14", "config.json", None)
     ]  # fmt: skip
 
 
@@ -101,3 +105,60 @@ def test_a_hub_that_is_switched_off_is_said_to_be(monkeypatch):
     monkeypatch.setattr(hub, "answers", lambda: False)
     with pytest.raises(InputError, match="the hub is switched off by HF_HUB_OFFLINE, and here are neither"):
         _demand_reachable(load_config(PAPER / "sd15-pickscore.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("files", "dtype", "wanted"),
+    [
+        (["unet/a.fp16.safetensors", "vae/b.fp16.safetensors"], "bfloat16", "fp16"),
+        (["unet/a.bf16-00001-of-00002.safetensors", "vae/b.safetensors", "vae/b.bf16.safetensors"], "float32", "bf16"),
+        (["unet/a.fp16.safetensors", "unet/a.safetensors", "vae/b.fp16.safetensors", "vae/b.safetensors"], "float32", None),
+        (["unet/a.fp16.safetensors", "unet/a.safetensors", "vae/b.fp16.safetensors", "vae/b.safetensors"], "float16", "fp16"),
+        (["unet/a.fp16.safetensors", "unet/a.safetensors", "vae/b.safetensors"], "float16", None),
+        (["unet/a-00001-of-00002.safetensors", "vae/b.safetensors", "whole.fp16.safetensors"], "bfloat16", None),
+    ],
+)  # fmt: skip
+def test_files_of_half_precision_are_asked_for_where_there_are_no_others_or_they_suffice(
+    monkeypatch, files, dtype, wanted
+):
+    asked = {}
+
+    def from_pretrained(name, **named):
+        asked.update(named)
+        raise OSError("no more than this")
+
+    monkeypatch.setattr(hub, "answers", lambda: True)
+    monkeypatch.setattr(hub, "files", lambda name, revision: [*files, "model_index.json", "README.md"])
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
+    with pytest.raises(InputError, match="no more than this"):
+        load_pipeline(ModelConfig(path="owner/model", dtype=dtype))
+    assert asked["variant"] == wanted
+
+
+def test_without_the_hub_the_files_in_the_cache_count(monkeypatch, tmp_path):
+    for file in ("unet/a.fp16.safetensors", "vae/b.fp16.safetensors", "model_index.json"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    monkeypatch.setattr(hub, "answers", lambda: False)
+    monkeypatch.setattr(hub, "cached", lambda name, file, revision: tmp_path / file)
+    assert _files("owner/model", None) == ["unet/a.fp16.safetensors", "vae/b.fp16.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [(GatedRepoError, "it is gated: accept its terms"), (RepositoryNotFoundError, "or a private one")]
+)  # fmt: skip
+def test_a_repository_that_is_closed_is_said_to_be(monkeypatch, kind, told):
+    """Which lies below what the libraries raise."""
+
+    def from_pretrained(name, **_):
+        answer = SimpleNamespace(headers={}, request=None)
+        try:
+            raise kind("403 Client Error.\n\nCannot access it", response=answer)
+        except kind as error:
+            raise OSError("We could not load model_index.json") from error
+
+    monkeypatch.setattr(hub, "answers", lambda: True)
+    monkeypatch.setattr(hub, "files", lambda name, revision: [])
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
+    with pytest.raises(InputError, match=f"owner/model cannot be loaded: .*{told}.*hf auth login$"):
+        load_pipeline(ModelConfig(path="owner/model"))

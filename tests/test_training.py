@@ -363,7 +363,9 @@ WINDOW = {"sampling__window": 1, "sampling__window_every": 1}
 
 
 @pytest.mark.parametrize(
-    "changes", [pytest.param({}, marks=pytest.mark.slow), WINDOW], ids=["plain", "window"]
+    "changes",
+    [pytest.param({}, marks=pytest.mark.slow), WINDOW | {"evaluation__deterministic": True}],
+    ids=["plain", "window"],
 )
 def test_what_is_measured_meanwhile_is_what_evaluation_measures(config, tmp_path, changes):
     """The same images, and training goes as it would; also where only a part of its steps has noise."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from driftrl.checks import RunFailedError
 
@@ -64,6 +65,29 @@ class BatchSize:
         return result
 
 
+SHORTAGES = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_SUPPORTED",  # which cuDNN also answers where its workspace does not fit
+)
+"""What errors of other types say where memory does not suffice: of a CPU, the driver, cuBLAS and cuDNN."""
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that memory does not suffice, on a GPU or a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in SHORTAGES)
+
+
+def in_batches(size: BatchSize, count: int, work: Callable[[slice], Tensor]) -> Tensor:
+    """The rows that ``work`` makes of ``count`` rows, so many at once as memory turns out to suffice for; at least one call."""
+    parts: list[Tensor] = []
+    done = 0
+
+    def next_rows(most: int) -> Tensor:
+        return work(slice(done, min(done + most, count)))
+
+    while not parts or done < count:
+        parts.append(size.attempt(next_rows))
+        done += max(1, len(parts[-1]))
+    return torch.cat(parts)

@@ -57,7 +57,7 @@ READ_THE_PROMPT = ("tiny-animals", "pickscore", "hpsv2", "clipscore", "imagerewa
 REWARD_DTYPES = ("auto", "float32", "bfloat16")
 WEIGHTS = {
     "pickscore": "yuvalkirstain/PickScore_v1",
-    "clipscore": "openai/clip-vit-base-patch32",
+    "clipscore": "openai/clip-vit-large-patch14",
     "vqascore": "Qwen/Qwen3-VL-2B-Instruct",
 }
 """Where a reward's weights come from, unless it is asked for as NAME@FOLDER; the others are always asked so."""
@@ -451,9 +451,8 @@ def build_encoder(name: str, device: torch.device, policy: Policy | None = None)
     try:
         return TransformersEncoder(path, device)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"shaping.encoder: expected 'tiny-animals', a folder or a hub name: {reason}"
+            f"shaping.encoder: expected 'tiny-animals', a folder or a hub name: {reason(error)}"
         ) from error
 
 
@@ -506,8 +505,9 @@ def _policy_encoder(name: str, policy: Policy | None) -> Encoder:
         raise InputError(f"shaping.encoder: {name} needs a policy with {needed}")
     timestep = policy.num_train_timesteps // 10  # lightly noised: the picture is all there
     alpha = float(policy.pipeline.scheduler.alphas_cumprod[timestep])
-    null = policy.encode([""]).null_embeds
-    return MidBlockEncoder(policy.pipeline.vae, policy.network, null, alpha, timestep, policy.reference)
+    return MidBlockEncoder(
+        policy.pipeline.vae, policy.network, policy.without_prompt(), alpha, timestep, policy.reference
+    )
 
 
 def build_loop(config: TrainConfig, run: Path, team: Team = ALONE, start: bool = True) -> TrainingLoop:

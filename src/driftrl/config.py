@@ -517,7 +517,7 @@ class EvaluationConfig(Section):
     evaluations do, in place of the sampler that training draws with; of the base model too."""
     clip: str | None = None
     """The CLIP model that CLIP diversity and prompt-image similarity are measured with: a folder or a hub name, such as
-    openai/clip-vit-base-patch32. Null is the embedded one for the embedded model; for other models both are left out."""
+    openai/clip-vit-large-patch14. Null is the embedded one for the embedded model; for other models both are left out."""
 
 
 class TrainConfig(Section):

@@ -49,6 +49,15 @@ def cached(name: str, file: str, revision: str | None = None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def files(name: str, revision: str | None = None) -> list[str]:
+    """The files that the hub has of ``name``; none where it will not say."""
+    from huggingface_hub import HfApi
+
+    with suppress(Exception):  # whoever loads them is told why
+        return list(HfApi().list_repo_files(name, revision=revision))
+    return []
+
+
 def off() -> bool:
     """Whether the user has switched the hub off."""
     return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")

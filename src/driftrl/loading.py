@@ -54,13 +54,33 @@ def demand_words(tokenizer: Any, name: Path | str) -> Any:
     return tokenizer
 
 
+def closed(error: BaseException) -> str | None:
+    """What to do about a repository of the hub that is not open to everyone, which lies under what the libraries raise."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    seen: set[int] = set()
+    below: BaseException | None = error
+    while below is not None and id(below) not in seen:
+        seen.add(id(below))
+        if isinstance(below, GatedRepoError):
+            return "it is gated: accept its terms on its page at https://huggingface.co, then log in here: hf auth login"
+        if isinstance(below, RepositoryNotFoundError):
+            return "the hub has no such repository, or a private one: is the name right? If so, log in: hf auth login"
+        below = below.__cause__ or below.__context__
+    return None
+
+
 def reason(error: Exception) -> str:
     """An error's first line, without the asides of the hub's library."""
     if "processing_pixtral" in str(error) and find_spec("torchvision") is None:
         return "its tokenizer is a PixtralProcessor, which reads images too and needs torchvision: pip install torchvision"
+    if (locked := closed(error)) is not None:
+        return locked
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, KeyError):
         return f"there is no {line}"
+    if "file named model.safetensors" in line:
+        line += ": only safetensors are read, and docs/rewards.md (Weights) says how to make one"
     if "meta tensor" in line:  # where weights go that a file does not have
         return "weights are missing"
     asides = (

@@ -15,7 +15,7 @@ from driftrl import hub, single_file
 from driftrl.checks import InputError, nearest
 from driftrl.config import ModelConfig
 from driftrl.files import numbers_in, read_json
-from driftrl.loading import demand_words, reason
+from driftrl.loading import closed, demand_words, reason
 from driftrl.policies.flow import (
     Flux2Policy,
     FluxPolicy,
@@ -104,7 +104,7 @@ def load_pipeline(model: ModelConfig) -> Any:
             revision=model.revision,
             dtype=getattr(torch, model.dtype),
             use_safetensors=True,
-            variant=_variant(folder),
+            variant=_variant(_files(path, model.revision), model.dtype),
             **_left_out(folder),
         )
     kind = type(pipeline).__name__
@@ -156,8 +156,8 @@ def _load_file(model: ModelConfig) -> Any:
     if len(parts) == 1 or lacking:
         with _loading(base, _advice(base), "model.config"):
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                base, revision=model.revision, dtype=dtype, use_safetensors=True, variant=_variant(folder), **parts,
-                **_left_out(folder) | unasked,
+                base, revision=model.revision, dtype=dtype, use_safetensors=True,
+                variant=_variant(_files(base, model.revision), model.dtype), **parts, **_left_out(folder) | unasked,
             )  # fmt: skip
     if "v_pred" in found and pipeline.scheduler.config.get("prediction_type") != "v_prediction":
         raise InputError(
@@ -187,7 +187,8 @@ def _loading(path: str, advice: str, key: str = "model.path", asides: bool = Tru
     try:
         yield
     except Exception as error:  # of three libraries, on whatever the files hold
-        raise InputError(f"{key}: {path} cannot be loaded: {reason(error)}{advice}") from error
+        more = "" if closed(error) else advice
+        raise InputError(f"{key}: {path} cannot be loaded: {reason(error)}{more}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         diffusers_logging.set_verbosity(said)
@@ -276,13 +277,41 @@ def _left_out(folder: Path) -> dict[str, Any]:
     return left | ({"requires_safety_checker": False} if "safety_checker" in left else {})
 
 
-def _variant(folder: Path) -> str | None:
-    """The middle of names such as ``model.fp16.safetensors``, where a part of a folder has weights of no other name."""
-    for part in sorted(folder.iterdir()) if folder.is_dir() else ():
-        names = [re.sub(r"-\d+-of-\d+", "", file.name) for file in sorted(part.glob("*.safetensors"))]
-        if names and all(name.count(".") == 2 for name in names):
-            return names[0].split(".")[1]
-    return None
+def _files(name: str, revision: str | None) -> list[str]:
+    """The names ``PART/FILE`` of the weights in a pipeline's folder, or of a hub name's, there or in this machine's cache."""
+    folder = Path(name)
+    if not folder.exists():
+        if hub.answers():
+            found = hub.files(name, revision)
+            return sorted(file for file in found if re.fullmatch(r"[^/]+/[^/]+\.safetensors", file))
+        index = hub.cached(name, "model_index.json", revision)
+        if index is None:
+            return []
+        folder = index.parent
+    return sorted(f"{file.parent.name}/{file.name}" for file in folder.glob("*/*.safetensors"))
+
+
+def _variant(files: Sequence[str], dtype: str) -> str | None:
+    """The middle of names such as ``unet/model.fp16.safetensors``, where a part has weights of no other name, or where float16 is
+    asked for and all parts have such: they are half as large, and the same numbers.
+
+    Example:
+        >>> from driftrl.pipelines import _variant
+        >>> both = ["unet/model.fp16.safetensors", "unet/model.safetensors"]
+        >>> _variant(both, "float32"), _variant(both, "float16"), _variant(["vae/model.bf16-00001-of-00002.safetensors"], "float32")
+        (None, 'fp16', 'bf16')
+    """
+    parts: dict[str, set[str]] = {}
+    for file in files:
+        part, _, name = file.partition("/")
+        pieces = re.sub(r"-\d+-of-\d+", "", name).split(".")
+        parts.setdefault(part, set()).add(pieces[1] if len(pieces) == 3 else "")
+    for found in parts.values():
+        if "" not in found:
+            return sorted(found)[0]
+    return (
+        "fp16" if parts and dtype == "float16" and all("fp16" in found for found in parts.values()) else None
+    )
 
 
 def _demand_parts(folder: Path, key: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from driftrl import checkpoint, noise_check, one_pass, prompts
 from driftrl.advantages import AdvantageRule, History, advantages_of, constant_rewards
-from driftrl.batches import BatchSize
+from driftrl.batches import BatchSize, in_batches
 from driftrl.checkpoint import Position
 from driftrl.checks import InputError, NotFiniteError, RunFailedError
 from driftrl.conditioning import NoiseCost, noise_cost
@@ -148,6 +148,9 @@ class TrainingLoop:
         self.in_parts = any(map(in_parts, policy.parameters()))
         self.rollout_batch = BatchSize(rollout_batch, "sampling.batch_size", self.in_parts)
         self.update_batch = BatchSize(objective.batch_size, "optimizer.batch_size", self.in_parts)
+        self.encoder_batch = BatchSize(
+            prompts_per_iteration * method.keep, "shaping.encoder: images at once,"
+        )
         self.checkpoint_every, self.keep_last, self.keep_every = checkpoint_every, keep_last, keep_every
         self.max_failures, self.configuration, self.judges, self.team, self.similarity = (
             max_failures,
@@ -436,7 +439,9 @@ class TrainingLoop:
         Raises:
             NotFiniteError: if an image has no features, or such as are not finite.
         """
-        features = self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        flat = images.flatten(0, 1)
+        features = in_batches(self.encoder_batch, len(flat), lambda rows: self.encoder(flat[rows]))
+        features = features.unflatten(0, images.shape[:2])
         wrong = ~(torch.isfinite(features).all(-1) & (features != 0).any(-1))
         if bool(wrong.any()):
             prompt, candidate = wrong.nonzero()[0].tolist()

@@ -2,10 +2,14 @@
 
 import sys
 import types
+import zipfile
+from pathlib import Path
 
+import families
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from driftrl import Trainer
@@ -102,8 +106,10 @@ def test_an_autoencoder_gets_few_pixels_at_once(config, monkeypatch):
     assert counts == [2, 2, 1]
 
 
-def test_the_mid_block_of_the_policy_ignores_the_adapter(config):
-    policy = build_policy(config())
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_the_mid_block_of_the_policy_ignores_the_adapter(config, family, tmp_path):
+    changes = {"model__path": str(families.make_sdxl(tmp_path / "sdxl"))} if family == "sdxl" else {}
+    policy = build_policy(config(**changes))
     encoder = build_encoder("policy:mid-block", CPU, policy)
     assert isinstance(encoder, MidBlockEncoder)
     images = torch.rand(3, 3, 16, 16)
@@ -137,7 +143,7 @@ def test_dreamsim_is_an_extra(monkeypatch):
         build_encoder("dreamsim", CPU)
 
 
-def test_dreamsim_is_asked_as_its_package_wants(monkeypatch):
+def test_dreamsim_is_asked_as_its_package_wants(monkeypatch, tmp_path):
     """The package cannot be installed without torchvision: a stand-in records what it is asked."""
     asked = {}
 
@@ -146,15 +152,28 @@ def test_dreamsim_is_asked_as_its_package_wants(monkeypatch):
             asked["shape"], asked["range"] = tuple(images.shape), (float(images.min()), float(images.max()))
             return images.mean((2, 3))
 
-    def dreamsim(pretrained, device, dreamsim_type):
-        asked["variant"] = (pretrained, device, dreamsim_type)
+    def dreamsim(pretrained, device, dreamsim_type, cache_dir):
+        asked["variant"], asked["cache"] = (pretrained, device, dreamsim_type), Path(cache_dir)
+        with pytest.raises(Timeout), FileLock(asked["cache"] / "lock", timeout=0):
+            pass  # another process waits until the files are there
         return Model(), None
 
     monkeypatch.setitem(sys.modules, "dreamsim", types.SimpleNamespace(dreamsim=dreamsim))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
     features = build_encoder("dreamsim:dino_vitb16", CPU)(torch.rand(2, 3, 64, 64))
     assert features.shape == (2, 3)
     assert asked["variant"] == (True, "cpu", "dino_vitb16")
     assert asked["shape"] == (2, 3, 224, 224)
     assert 0 <= asked["range"][0] < asked["range"][1] <= 1
+    assert asked["cache"] == tmp_path / "torch/dreamsim"
     build_encoder("dreamsim", CPU)
     assert asked["variant"][2] == "ensemble"
+
+    def broken(**_):
+        raise zipfile.BadZipFile("File is not a zip file")
+
+    monkeypatch.setitem(sys.modules, "dreamsim", types.SimpleNamespace(dreamsim=broken))
+    with pytest.raises(
+        InputError, match="cannot be loaded: File is not a zip file; its weights come from the network"
+    ):
+        build_encoder("dreamsim", CPU)

@@ -9,12 +9,15 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from conftest import driftrl, run_command
 from driftrl import Trainer
+from driftrl.batches import BatchSize, MemoryWarning
 from driftrl.checks import InputError, RunFailedError
 from driftrl.cli.evaluate import Lines, _progress
 from driftrl.config import dump_config, load_config
@@ -145,6 +148,59 @@ def test_a_negative_prompt_is_part_of_what_figures_depend_on(run, prompts_file, 
     assert plain.settings.fingerprint() != asked.settings.fingerprint()
     assert plain.base.figures["diversity"].per_prompt != asked.base.figures["diversity"].per_prompt
     assert load_evaluation(evaluate(run, **chosen)).settings == plain.settings
+
+
+@pytest.mark.filterwarnings("error")
+def test_without_noise_on_the_way(config, run, prompts_file, clip_folder, tmp_path):
+    """By option or by the run's setting, and then the images are those of `driftrl sample --deterministic`."""
+    chosen = settings(prompts_file, clip_folder)
+    noisy = load_evaluation(evaluate(run, **chosen))
+    still = load_evaluation(evaluate(run, **chosen, deterministic=True, keep_images=True))
+    assert (noisy.settings.eta, still.settings.eta) == (1.0, 0.0)
+    for point in (still.base, still.tuned[0]):
+        assert point.figures["diversity"].per_prompt != noisy.base.figures["diversity"].per_prompt
+    policy, _ = open_policy(run, deterministic=True)
+    drawn = generate(policy, still.settings.prompts, 4)
+    (folder,) = (run / "images").glob("evaluation*/000002/000-*")
+    with Image.open(folder / "003.png") as picture:
+        written = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+    torch.testing.assert_close(written, drawn[0, 3], atol=0.5 / 255 + 1e-6, rtol=0)
+    asked = config(evaluation__deterministic=True)
+    (run / "config.yaml").write_text(dump_config(asked))
+    again = evaluate(run, **chosen, out=tmp_path / "asked")
+    assert load_evaluation(again).settings.eta == 0.0
+    assert load_evaluation(again).base.figures == still.base.figures
+    status, told = run_command("evaluate", run, "--deterministic", "--images", "4", "--prompts", prompts_file,
+                               "--clip", clip_folder, "--out", tmp_path / "typed", "-q")  # fmt: skip
+    assert status == 0, told
+    assert load_evaluation(tmp_path / "typed").settings.eta == 0.0
+
+
+def test_instruments_run_out_of_memory_and_read_fewer_images_at_once(run, prompts_file, clip_folder):
+    """As in training: what was drawn is not lost."""
+    counts = []
+
+    def hungry(images, prompts):
+        counts.append(len(images))
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return images.mean((1, 2, 3))
+
+    def hungry_encoder(images):
+        return hungry(images, None)[:, None] + images.flatten(1)[:, :5]
+
+    images, prompts = torch.rand(3, 4, 3, 8, 8), ["a", "b", "c"]
+    with pytest.warns(MemoryWarning, match="it is 3 from here on"):
+        read = Instruments({"reward": hungry}, hungry_encoder, None).read(
+            images, prompts, BatchSize(12, "images")
+        )
+    torch.testing.assert_close(read.rewards["reward"], images.mean((2, 3, 4)).double())
+    torch.testing.assert_close(read.features[..., 0], (images.mean((2, 3, 4)) + images[:, :, 0, 0, 0]))
+    assert counts[:3] == [12, 6, 3] and max(counts[3:]) == 3
+    with pytest.raises(RunFailedError, match="out of memory, though images is down to 1"):
+        Instruments(
+            {"reward": lambda images, prompts: hungry(torch.zeros(9), None)}, hungry_encoder, None
+        ).read(images, prompts, BatchSize(2, "images"))
 
 
 def test_measures_base_and_every_checkpoint_once(run, prompts_file, clip_folder, monkeypatch):

@@ -69,21 +69,31 @@ class DreamSimEncoder:
     def __init__(
         self, variant: str = "ensemble", device: torch.device | str = "cpu", batch_size: int = 64
     ) -> None:
-        """Load a variant; the package downloads its weights when first used.
+        """Load a variant; the package downloads its weights when first used, into torch's folder of such (``TORCH_HOME``).
 
         Raises:
             InputError: if the package is not installed or cannot load the variant.
         """
+        from filelock import FileLock
+
         try:
             from dreamsim import dreamsim  # type: ignore[import-not-found,unused-ignore]
         except ImportError as error:
             raise InputError(
                 f"the dreamsim encoder needs the extra: pip install '.[dreamsim]' in driftrl's folder (it brings torchvision): {error}"
             ) from error
+        cache = Path(torch.hub.get_dir()) / "dreamsim"
         try:
-            self.model: Any = dreamsim(pretrained=True, device=str(device), dreamsim_type=variant)[0]
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise InputError(f"dreamsim ({variant}) cannot be loaded: {error}") from error
+            cache.mkdir(parents=True, exist_ok=True)
+            # Processes that download and unpack the same files at once read each other's halves.
+            with FileLock(cache / "lock"):
+                self.model: Any = dreamsim(
+                    pretrained=True, device=str(device), dreamsim_type=variant, cache_dir=str(cache)
+                )[0]
+        except Exception as error:  # of several packages, on whatever their files hold
+            raise InputError(
+                f"dreamsim ({variant}) cannot be loaded: {error}; its weights come from the network, into {cache}, the first time"
+            ) from error
         self.model.eval().requires_grad_(False)
         self.device, self.batch_size = torch.device(device), batch_size
 
@@ -133,7 +143,7 @@ class MidBlockEncoder:
         self,
         vae: Any,
         unet: Any,
-        null_embeds: Tensor,
+        run: Callable[[Tensor, Tensor], Any],
         alpha: float,
         timestep: int,
         reference: Callable[[], Any],
@@ -144,13 +154,13 @@ class MidBlockEncoder:
         Args:
             vae: its autoencoder.
             unet: its `UNet2DConditionModel`.
-            null_embeds: [1, L, D], the empty prompt's.
+            run: calls it with latents [n, C, h, w] and timesteps [n], under the empty prompt.
             alpha: cumulative alpha at ``timestep``: the signal's share of the variance.
             timestep: what the UNet is told.
             reference: a context within which the adapter is off.
             batch_size: images at once.
         """
-        self.vae, self.unet, self.null, self.reference = vae, unet, null_embeds, reference
+        self.vae, self.unet, self.run, self.reference = vae, unet, run, reference
         self.alpha, self.timestep, self.batch_size = alpha, timestep, batch_size
 
     @torch.no_grad()
@@ -166,8 +176,7 @@ class MidBlockEncoder:
         hook = self.unet.mid_block.register_forward_hook(lambda module, inputs, output: found.append(output))
         try:
             with self.reference():
-                embeds = self.null.to(x).expand(len(x), -1, -1)
-                self.unet(x, torch.full((len(x),), self.timestep, device=x.device), embeds, return_dict=False)
+                self.run(x, torch.full((len(x),), self.timestep, device=x.device))
         finally:
             hook.remove()
         return found[0].float().mean((2, 3))

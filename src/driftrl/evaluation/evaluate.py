@@ -314,7 +314,7 @@ def evaluate(
         negative_prompt: likewise; of a model none.
         deterministic: whether images are drawn without noise on the way, the base model's too; by default the run's
             ``evaluation.deterministic``.
-        batch_size: images drawn at once; by default what suits the device.
+        batch_size: images drawn at once; by default those of the run, or what suits the device.
         dtype: float32, bfloat16 or float16, of the model; by default that of the run.
         device: by default that of the run.
         lora_scales: of the one checkpoint that is measured, the adapter multiplied by each of these, and as it is:
@@ -400,7 +400,7 @@ def evaluate(
         bench,
         settings.asked(),
         count,
-        batch=batch_size or default_batch(policy.device),
+        batch=batch_size or config.sampling.batch_size or default_batch(policy.device),
         progress=progress,
         models=len(todo) + 1,
         team=team,

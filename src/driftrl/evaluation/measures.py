@@ -95,7 +95,7 @@ def unsuited(settings: Settings) -> list[str]:
     if settings.encoder == "tiny-animals":
         found.append(("diversity is by", "--encoder dreamsim"))
     if settings.clip == "tiny-animals":
-        found.append(("CLIP diversity is by", "--clip openai/clip-vit-base-patch32"))
+        found.append(("CLIP diversity is by", "--clip openai/clip-vit-large-patch14"))
     told = [
         f"{what} the embedded model's own, made for drawings of 64 x 64 pixels; name another: {how}"
         for what, how in found
@@ -103,7 +103,7 @@ def unsuited(settings: Settings) -> list[str]:
     if settings.clip is None:
         told.append(
             "CLIP diversity and prompt-image similarity are left out; to have them name a CLIP model: "
-            "--clip openai/clip-vit-base-patch32"
+            "--clip openai/clip-vit-large-patch14"
         )
     return told
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from driftrl.batches import BatchSize, out_of_memory
+from driftrl.batches import BatchSize, in_batches, out_of_memory
 from driftrl.checks import InputError, RunFailedError, is_finite
 from driftrl.distributed import Team
 from driftrl.diversity.functional import manifold, mean_pairwise_distance, vendi_score
@@ -68,21 +68,27 @@ class Instruments:
     clip: Encoder | None
     latents: Encoder | None = None
 
-    def read(self, images: Tensor, prompts: Sequence[str]) -> Readings:
-        """Read images [P, N, 3, H, W] of P prompts.
+    def read(self, images: Tensor, prompts: Sequence[str], size: BatchSize | None = None) -> Readings:
+        """Read images [P, N, 3, H, W] of P prompts, so many of them at once, or all.
 
         Raises:
             InputError: if a reward gives another number of values or changes the images, or anything is not finite.
-            RunFailedError: if a reward raises an error.
+            RunFailedError: if a reward raises an error, or memory does not suffice for a single image.
         """
         shape, flat = images.shape[:2], images.flatten(0, 1)
         texts = [prompt for prompt in prompts for _ in range(shape[1])]
-        rewards = {}
-        for name, reward in self.rewards.items():
-            rewards[name] = is_finite(name, _asked(name, reward, flat, texts)).view(shape)
+        at_once = size or BatchSize(len(flat), "images read at once:")
+
+        def scores(name: str, reward: Reward) -> Tensor:
+            return in_batches(
+                at_once, len(flat), lambda rows: _asked(name, reward, flat[rows], texts[rows])
+            ).view(shape)
 
         def features(name: str, encoder: Encoder) -> Tensor:
-            return _features(name, encoder, flat).unflatten(0, shape)
+            found = in_batches(at_once, len(flat), lambda rows: _features(name, encoder, flat[rows]))
+            return found.unflatten(0, shape)
+
+        rewards = {name: is_finite(name, scores(name, reward)) for name, reward in self.rewards.items()}
 
         return Readings(
             rewards,
@@ -160,6 +166,7 @@ class Studio:
         self.policy, self.bench, self.prompts, self.images = policy, bench, list(prompts), images
         self.batch, self.progress, self.team, self.done = batch, progress, team, 0
         self.size = BatchSize(batch, "the number of images drawn at once,")
+        self.reading = BatchSize(max(batch, images), "the number of images measured at once,")
         self.mine = range(len(self.prompts))[team.share(len(self.prompts))]
         self.total = models * images * len(self.mine)
         self.conditioning = Embeddings(policy, self.prompts)
@@ -222,7 +229,7 @@ class Studio:
                 lambda n: self._tell(label, n),
                 keep_path=False,
             ).images
-            yield self.bench.read(drawn, [prompts[place] for place in places])
+            yield self.bench.read(drawn, [prompts[place] for place in places], self.reading)
             if seen is not None and self.mine:
                 for place, images in zip(places, drawn, strict=True):
                     seen(place, images)

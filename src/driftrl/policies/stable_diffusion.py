@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,23 @@ class StableDiffusionPolicy(PipelinePolicy):
     def _run(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, extra: dict[str, Tensor]) -> Tensor:
         output: Tensor = self.network(latents, timesteps, embeds, return_dict=False)[0]
         return output
+
+    def without_prompt(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network's output for latents [n, C, H, W] at timesteps [n], under the empty prompt."""
+        empty = self.encode([""])
+        extra = {
+            k: empty.extra.get(f"null_{k}", v) for k, v in empty.extra.items() if not k.startswith("null_")
+        }
+
+        def run(latents: Tensor, timesteps: Tensor) -> Tensor:
+            def rows(value: Tensor) -> Tensor:
+                return value.to(latents.dtype).expand(len(latents), *value.shape[1:])
+
+            return self._run(
+                latents, timesteps, rows(empty.null_embeds), {k: rows(v) for k, v in extra.items()}
+            )
+
+        return run
 
     def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Transition:
         """The policy at latents [n, C, H, W], step numbers [n] and n rows of conditioning."""
