@@ -67,6 +67,26 @@ def test_what_fits_is_embedded_once_and_what_does_not_when_it_is_drawn(pipeline_
     assert asked == [4, 1, 8, 1, 2, 2, 1] and lazy.held(2) == 2 * each + 2 * each + each
 
 
+def test_what_main_memory_holds_is_embedded_once_at_the_start(pipeline_folder, monkeypatch):
+    """Each on its own, a few at a time; and half precision takes half of the room, and loses nothing."""
+    monkeypatch.setattr(embeddings, "FEW", 4)
+    settings = {"model": {"path": str(pipeline_folder), "dtype": "bfloat16"}}
+    policy = build_policy(parse_config(settings), adapter=False)
+    encode, asked = policy.encode, []
+    monkeypatch.setattr(
+        policy, "encode", lambda p, at_once=None: asked.append((len(p), at_once)) or encode(p, at_once)
+    )
+    each = nbytes(encode(PROMPTS[:1]))
+    held = Embeddings(policy, PROMPTS, room=3 * each, host_room=4 * each)
+    assert asked == [(1, None), (3, 1), (3, 1), (2, 1)]
+    rows = held.rows([7, 0, 7, 3])
+    assert len(asked) == 4 and rows.embeds.dtype == torch.float32
+    assert_same(rows, encode([PROMPTS[n] for n in (7, 0, 7, 3)], 1), rtol=0, atol=0)
+    lazy = Embeddings(policy, PROMPTS, room=3 * each, host_room=4 * each - 1)
+    assert asked[4:] == [(1, None)]
+    assert_same(lazy.rows([7, 0, 7, 3]), rows, rtol=0, atol=0)
+
+
 def test_a_run_whose_prompts_do_not_fit_learns_the_same_and_resumes_to_the_bit(config, tmp_path, small_rooms):
     once = Trainer(config(iterations=4), tmp_path / "once").run()
     Trainer(config(iterations=2), tmp_path / "parts").run()

@@ -137,7 +137,8 @@ def rollout(
 ) -> Rollout:
     """Draw ``candidates`` images for each of P prompts.
 
-    Nothing in it waits for the device, so the host is ahead of it throughout; but Z-Image's network wants to know how long prompts are.
+    Nothing in it waits for the device, so the host is ahead of it throughout; but Z-Image's and Qwen-Image's networks want to know how long prompts
+    are.
 
     Args:
         policy: what is sampled from.
