@@ -312,7 +312,7 @@ def test_the_divergence_from_itself_is_nothing_and_pulls_nowhere(method):
 
 
 @pytest.mark.parametrize("kind", ["kl", "wasserstein"])
-@pytest.mark.parametrize("schedule", ["uniform", "early"])
+@pytest.mark.parametrize("schedule", ["uniform", "early", "durations"])
 def test_every_divergence_pulls_towards_the_reference(method, kind, schedule):
     objective = Objective(kl_weight=5.0, divergence=kind, kl_schedule=schedule, updates=1)
     weights, before = trained(method, torch.zeros(2, 3), objective)

@@ -403,16 +403,17 @@ class ObjectiveConfig(Section):
     Flow-DPPO), which like the clipped ratio does nothing in an iteration's first optimiser step."""
     clip_range: float = Field(default=1e-4, gt=0)
     """Of the clipped surrogate's ratio, for log-probabilities that are means over latent dimensions."""
-    max_kl: float = Field(default=1e-5, gt=0)
+    max_kl: float = Field(default=1e-6, gt=0)
     """Of `divergence`: the KL, a mean over latent dimensions, beyond which no pair leads the policy farther away."""
     kl_weight: float = Field(default=0.0, ge=0)
     """Beta: weight of the divergence from the reference: the base model, unless it moves."""
     divergence: Literal["kl", "wasserstein"] = "kl"
     """Its kind, in closed form: KL, or the squared 2-Wasserstein distance, which is the KL times twice the step's
     variance. Both are means over latent dimensions."""
-    kl_schedule: Literal["uniform", "early"] = "uniform"
-    """What it weighs along the denoising steps: the same, or falling linearly from the first scored step to the
-    last; the mean over scored steps is 1."""
+    kl_schedule: Literal["uniform", "early", "durations"] = "uniform"
+    """What it weighs along the denoising steps: the same; falling linearly from the first scored step to the last, mean 1 over them; or
+    (`durations`) the time that the step takes, of 1 for all: the KL's unit in the code of Flow-GRPO and GARDO, whose beta then carries
+    over."""
     kl_share: float = Field(default=1.0, gt=0, le=1)
     """Share of the kept samples that it applies to: those that the trained reward ranks above what `kl_judges` do."""
     kl_judges: list[Place] = Field(default=["mirrored"], min_length=1)

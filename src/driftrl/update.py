@@ -48,7 +48,7 @@ class Objective:
     trust_region: str = "ratio"
     """What keeps a step near the policy that drew: the clipped ratio, or, of `driftrl.objectives.trust_region`, the ``normalized``
     one or the ``divergence``."""
-    max_kl: float = 1e-5
+    max_kl: float = 1e-6
     """Of ``divergence``: how far it may go."""
 
     @property
@@ -166,7 +166,7 @@ def update(
     drawn = Drawn(old, None if rollout.means is None else rollout.means.flatten(0, 1))
     parameters = policy.parameters()
     reference = reference or policy.reference
-    held = _held(step_weights(policy.scored, objective.kl_schedule), old, gate, mine)
+    held = _held(step_weights(policy.scored, objective.kl_schedule, policy.durations), old, gate, mine)
     passes = [
         [(_used(pairs, per_step, objective), count) for pairs, count in parts]
         for parts in _passes(

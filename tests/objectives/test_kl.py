@@ -6,6 +6,7 @@ from torch.distributions import Normal, kl_divergence
 
 from driftrl.checks import InputError
 from driftrl.objectives.kl import divergence, kl_equal_variance, step_weights, wasserstein_equal_variance
+from driftrl.transitions.flow_sde import flow_sde_transition
 from driftrl.transitions.gaussian import log_prob, sample
 
 
@@ -89,12 +90,30 @@ def test_early_steps_weigh_more_and_the_mean_stays():
     assert float(early[scored].mean()) == pytest.approx(1.0)
 
 
+def test_weighed_by_durations_it_is_the_kl_of_flow_grpos_code():
+    """Which divides by twice sigma_t squared, without the step's time."""
+    times = torch.tensor([0.9, 0.7, 0.4], dtype=torch.float64)
+    now, after = times[:-1], times[1:]
+    x, v, u = (_normal(2, 6, seed=seed) for seed in (0, 1, 2))
+    mean, std, _ = flow_sde_transition(v, x, now, after, 0.7)
+    reference, _, _ = flow_sde_transition(u, x, now, after, 0.7)
+    sigma = 0.7 * (now / (1 - now)).sqrt()
+    code = (mean - reference).square().mean(1) / (2 * sigma.square())
+    weights = step_weights(torch.ones(2, dtype=torch.bool), "durations", now - after)
+    torch.testing.assert_close(weights * kl_equal_variance(mean, reference, std), code, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [
         (lambda: wasserstein_equal_variance(torch.zeros(2, 3), torch.zeros(2, 4)), "mean_ref"),
         (lambda: divergence("w2", torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2)), "divergence"),
         (lambda: step_weights(torch.ones(3, dtype=torch.bool), "late"), "schedule"),
+        (lambda: step_weights(torch.ones(3, dtype=torch.bool), "durations"), "durations: .* got None"),
+        (
+            lambda: step_weights(torch.ones(3, dtype=torch.bool), "durations", torch.ones(2)),
+            "durations: expected",
+        ),
     ],
 )
 def test_refuses_what_does_not_fit(call, name):

@@ -8,7 +8,7 @@ from torch import Tensor
 from driftrl.checks import InputError, has_shape, one_of, same_shape
 
 DIVERGENCES: tuple[str, ...] = ("kl", "wasserstein")
-SCHEDULES: tuple[str, ...] = ("uniform", "early")
+SCHEDULES: tuple[str, ...] = ("uniform", "early", "durations")
 
 
 def divergence(kind: str, mean: Tensor, mean_ref: Tensor, std: Tensor | float) -> Tensor:
@@ -40,7 +40,8 @@ def kl_equal_variance(mean: Tensor, mean_ref: Tensor, std: Tensor | float) -> Te
     Raises:
         InputError: if the shapes do not agree.
 
-    Source: the divergence of two Gaussians of equal covariance; used so by Flow-GRPO (arXiv 2505.05470).
+    Source: the divergence of two Gaussians of equal covariance, as in Flow-GRPO's paper (arXiv 2505.05470). Its code leaves the step's
+    duration out of the variance, so that its KL is this one times the duration: see `step_weights`.
 
     Example:
         >>> import torch
@@ -97,21 +98,23 @@ def wasserstein_equal_variance(mean: Tensor, mean_ref: Tensor) -> Tensor:
     return squared.flatten(1).mean(dim=1) if squared.dim() > 1 else squared
 
 
-def step_weights(scored: Tensor, schedule: str = "uniform") -> Tensor:
-    """What the divergence weighs at each denoising step; the mean over the scored steps is 1.
+def step_weights(scored: Tensor, schedule: str = "uniform", durations: Tensor | None = None) -> Tensor:
+    """What the divergence weighs at each denoising step.
 
-    ``uniform``: 1 everywhere. ``early``: falling linearly from the first scored step to the last, so that what is
-    decided while the picture takes its shape is held most firmly.
+    ``uniform``: 1 everywhere. ``early``: falling linearly from the first scored step to the last, mean 1, so that what is
+    decided while the picture takes its shape is held most firmly. ``durations``: the time that the step takes, which makes the KL
+    that of Flow-GRPO's and GARDO's code, whose beta then carries over.
 
     Args:
         scored: bool [T], from noise to image.
         schedule: one of ``SCHEDULES``.
+        durations: [T], of the denoising steps, whose sum is the whole way; for the schedule of that name.
 
     Returns:
         float32 [T]; 0 at steps that are not scored, for ``early``.
 
     Raises:
-        InputError: for another shape or schedule.
+        InputError: for another shape or schedule, or without the durations that it wants.
 
     Source: DiverseGRPO (arXiv 2512.21514) has stronger constraints at early steps; the line is ours.
 
@@ -124,6 +127,10 @@ def step_weights(scored: Tensor, schedule: str = "uniform") -> Tensor:
     has_shape("scored", scored, "[T]")
     if one_of("schedule", schedule, SCHEDULES) == "uniform":
         return torch.ones(len(scored), device=scored.device)
+    if schedule == "durations":
+        if durations is None:
+            raise InputError("durations: the schedule of that name needs those of the steps [T]; got None")
+        return same_shape("durations", durations, "scored", scored).float()
     mask = scored.float()
     count = mask.sum()
     return mask * (count + 1 - mask.cumsum(0)) * 2 / (count + 1)
