@@ -43,10 +43,10 @@ from driftrl.update import Objective
 
 POLICY_ENCODERS = ("policy:latents", "policy:mid-block")
 REWARDS = (
-    "tiny-animals", "pickscore", "hpsv2", "imagereward", "clipscore", "vqascore", "aesthetic", "compressibility",
+    "tiny-animals", "pickscore", "hpsv2", "imagereward", "clipscore", "vqascore", "ocr", "aesthetic", "compressibility",
     "incompressibility",
 )  # fmt: skip
-NETWORKS = ("pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward", "vqascore")
+NETWORKS = ("pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward", "vqascore", "ocr")
 """Rewards whose weights are asked for as NAME@FOLDER, or come from the hub."""
 FULL_RATE = 1e-4
 """The largest learning rate that all weights of a network are usually trained with."""
@@ -59,6 +59,7 @@ WEIGHTS = {
     "pickscore": "yuvalkirstain/PickScore_v1",
     "clipscore": "openai/clip-vit-large-patch14",
     "vqascore": "Qwen/Qwen3-VL-2B-Instruct",
+    "ocr": "Qwen/Qwen3-VL-2B-Instruct",
 }
 """Where a reward's weights come from, unless it is asked for as NAME@FOLDER; the others are always asked so."""
 Towers = dict[tuple[str, str, str, bool], CLIPTower]
@@ -320,6 +321,7 @@ def _model_reward(kind: str, weights: str, device: torch.device, dtype: str, tow
     from driftrl.rewards.aesthetic import AestheticReward, demand_head
     from driftrl.rewards.clip import CLIPReward
     from driftrl.rewards.imagereward import ImageReward
+    from driftrl.rewards.ocr import OCRScore
     from driftrl.rewards.vqascore import VQAScore
 
     if not weights:
@@ -339,6 +341,8 @@ def _model_reward(kind: str, weights: str, device: torch.device, dtype: str, tow
             return ImageReward(weights, device, dtype=dtype)
         if kind == "vqascore":
             return VQAScore(weights, device, dtype=dtype)
+        if kind == "ocr":
+            return OCRScore(weights, device, dtype=dtype)
         if kind == "aesthetic":
             demand_head(weights)
             return AestheticReward(tower_of(weights, device, dtype, towers))
