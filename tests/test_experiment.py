@@ -90,6 +90,20 @@ def test_checkpoints_are_evenly_spaced(iterations, count, wanted):
         assert all(k % every == 0 or k == iterations for k in wanted)
 
 
+def test_a_fast_method_is_measured_where_it_is_fast():
+    """At iterations of its own, of which there are checkpoints."""
+    slow, fast = expanded(
+        methods=[{"label": "slow"}, {"label": "fast", "checkpoints": [4, 8, 16, 60]}],
+        evaluation={"checkpoints": 3}, set={"iterations": 60}, grid={}, seeds=[0],
+    )  # fmt: skip
+    assert (slow.checkpoints, slow.config.logging.checkpoint_every) == ((20, 40, 60), 20)
+    assert (fast.checkpoints, fast.config.logging.checkpoint_every) == ((4, 8, 16, 60), 4)
+    (every,) = expanded(
+        methods=[{"checkpoints": "all"}], evaluation={"checkpoints": 3}, set={"iterations": 20}, grid={}, seeds=[0]
+    )  # fmt: skip
+    assert every.checkpoints == (10, 20)
+
+
 def test_settings_that_differ():
     rows = differing(expanded())
     assert {"shaping.ratio", "selection.keep", "selection.strategy"} < set(rows[0])
@@ -130,6 +144,10 @@ def test_rewards_with_weights_are_one_value():
         ({"seeds": ["a"]}, "seeds.0: expected a valid integer"),
         ({"evaluation": {"checkpoints": "some"}}, "evaluation.checkpoints: expected a count"),
         ({"evaluation": {"checkpoints": 0}}, "evaluation.checkpoints: expected a count"),
+        ({"evaluation": {"checkpoints": [8, 4]}}, "evaluation.checkpoints: expected a count of at least 1, iterations that rise"),
+        ({"methods": [{"checkpoints": []}]}, "evaluation.checkpoints: expected a count"),
+        ({"methods": [{"checkpoints": [7], "set": {"logging.checkpoint_every": 5}}]}, "got 7 among them"),
+        ({"methods": [{"checkpoints": [50, 100]}]}, "got 100 among them"),
         ({"evaluation": {"prompts": "animals4"}}, "did you mean 'animals"),
         ({"set": {"prompts.per_iteration": 9}}, "at most 8, the prompts of animals8"),
         ({"methods": []}, "methods: expected at least one; got []"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from driftrl.checks import InputError
 from driftrl.config import (
@@ -65,6 +66,20 @@ def _different(seeds: list[int]) -> list[int]:
     return seeds
 
 
+def _measured(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    several = isinstance(value, list) and value and all(type(each) is int and each >= 1 for each in value)
+    if value != "all" and not whole and not (several and value == sorted(set(value))):
+        raise ValueError(
+            f"evaluation.checkpoints: expected a count of at least 1, iterations that rise, such as [4, 8, 16], or 'all'; got {value!r}"
+        )
+    return value
+
+
+Measured = Annotated[int | str | list[int], BeforeValidator(_measured)]
+"""Which checkpoints are evaluated."""
+
+
 class PlanMethod(Section):
     """One method: a configuration file, changes to the base, or both."""
 
@@ -78,6 +93,9 @@ class PlanMethod(Section):
     """In place of the plan's."""
     seeds: list[int] | None = None
     """In place of the plan's."""
+    checkpoints: Measured | None = None
+    """In place of the plan's `evaluation.checkpoints`: a method that gains reward fast wants them closer together at first, for fronts
+    are compared where both methods were measured."""
 
     _grid = field_validator("grid")(lambda grid: None if grid is None else _axes(grid))
     _seeds = field_validator("seeds")(lambda seeds: None if seeds is None else _different(seeds))
@@ -90,23 +108,14 @@ class PlanEvaluation(Section):
     """As prompts.set of a run; null: as evaluation.prompts of a run, which follows prompts.set."""
     images: int = Field(40, ge=2)
     """Images per prompt."""
-    checkpoints: int | str = 8
-    """So many checkpoints, evenly spaced and the last among them, or `all`."""
+    checkpoints: Measured = 8
+    """So many checkpoints, evenly spaced and the last among them; those of these iterations; or `all`."""
     seed: int = Field(0, ge=0)
     """Of the images."""
     encoder: Place = "tiny-animals"
     """Whose features measure variety, whatever encoder a run was shaped with."""
     rewards: list[Place] = Field([])
     """Further rewards, scored beside the one that was trained on."""
-
-    @field_validator("checkpoints")
-    @classmethod
-    def _count(cls, value: int | str) -> int | str:
-        if value != "all" and not (isinstance(value, int) and value >= 1):
-            raise ValueError(
-                f"evaluation.checkpoints: expected a count of at least 1, or 'all'; got {value!r}"
-            )
-        return value
 
 
 class Plan(Section):
@@ -209,6 +218,7 @@ def expand(plan: Plan, path: Path) -> list[PlannedRun]:
                 own = {"name": f"{label}{suffix}", "seed": seed}
                 run = _planned(
                     plan,
+                    plan.evaluation.checkpoints if method.checkpoints is None else method.checkpoints,
                     path.parent,
                     merged(merged(data, change), own),
                     f"{path}: {label}{suffix}, from {source}",
@@ -251,16 +261,18 @@ def differing(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
     return [{key: table[key] for key in keys} for table in tables]
 
 
-def _planned(plan: Plan, folder: Path, data: dict[str, Any], source: str) -> PlannedRun:
-    """One run, checked as far as that goes without loading a model."""
-    count = plan.evaluation.checkpoints
+def _planned(
+    plan: Plan, count: int | str | list[int], folder: Path, data: dict[str, Any], source: str
+) -> PlannedRun:
+    """One run, checked as far as that goes without loading a model; ``count`` says which checkpoints are evaluated."""
     wanted: dict[str, Any] = {"images": plan.evaluation.images, "at_end": False}
     if plan.evaluation.prompts is not None:
         wanted["prompts"] = plan.evaluation.prompts
     data = _located(merged(data, {"evaluation": wanted}), folder)
     config = parse_config(data, source)
-    if isinstance(count, int) and "checkpoint_every" not in data.get("logging", {}):
-        logging = config.logging.model_copy(update={"checkpoint_every": max(1, config.iterations // count)})
+    if not isinstance(count, str) and "checkpoint_every" not in data.get("logging", {}):
+        often = math.gcd(*count) if isinstance(count, list) else max(1, config.iterations // count)
+        logging = config.logging.model_copy(update={"checkpoint_every": often})
         config = config.model_copy(update={"logging": logging})
     every, last, logging = config.logging.checkpoint_every, config.iterations, config.logging
     if last < 1:
@@ -270,6 +282,11 @@ def _planned(plan: Plan, folder: Path, data: dict[str, Any], source: str) -> Pla
         raise InputError(
             f"{source}: evaluation.checkpoints: expected at most the {len(there)} that {last} iterations with "
             f"logging.checkpoint_every {every} leave; got {count}"
+        )
+    if isinstance(count, list) and (lacking := sorted({*count} - {*there})):
+        raise InputError(
+            f"{source}: evaluation.checkpoints: expected iterations that {last} iterations with logging.checkpoint_every {every} leave "
+            f"checkpoints of; got {', '.join(map(str, lacking))} among them"
         )
     if logging.keep_last <= len(there) and logging.keep_every is None:  # that of iteration 0 is one more
         raise InputError(
@@ -282,6 +299,8 @@ def _planned(plan: Plan, folder: Path, data: dict[str, Any], source: str) -> Pla
             f"{source}: prompts.per_iteration: expected at most {prompts}, the prompts of {called(config.prompts.set)}; got "
             f"{config.prompts.per_iteration}"
         )
+    if isinstance(count, list):
+        return PlannedRun(config, tuple(count))
     return PlannedRun(config, tuple(there) if isinstance(count, str) else _spread(there, count))
 
 
