@@ -403,8 +403,9 @@ class ObjectiveConfig(Section):
     Flow-DPPO), which like the clipped ratio does nothing in an iteration's first optimiser step."""
     clip_range: float = Field(default=1e-4, gt=0)
     """Of the clipped surrogate's ratio, for log-probabilities that are means over latent dimensions."""
-    max_kl: float = Field(default=1e-6, gt=0)
-    """Of `divergence`: the KL, a mean over latent dimensions, beyond which no pair leads the policy farther away."""
+    max_kl: float = Field(default=1e-5, gt=0)
+    """Of `divergence`: the KL, a mean over latent dimensions, beyond which no pair leads the policy farther away. Its authors' recipe has
+    1e-5, their paper 1e-7, and 1e-6 with `cps`."""
     kl_weight: float = Field(default=0.0, ge=0)
     """Beta: weight of the divergence from the reference: the base model, unless it moves."""
     divergence: Literal["kl", "wasserstein"] = "kl"

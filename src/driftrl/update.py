@@ -48,7 +48,7 @@ class Objective:
     trust_region: str = "ratio"
     """What keeps a step near the policy that drew: the clipped ratio, or, of `driftrl.objectives.trust_region`, the ``normalized``
     one or the ``divergence``."""
-    max_kl: float = 1e-6
+    max_kl: float = 1e-5
     """Of ``divergence``: how far it may go."""
 
     @property

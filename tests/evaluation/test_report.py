@@ -121,6 +121,28 @@ def test_comparison_finds_who_keeps_more(tmp_path):
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page)
 
 
+def test_a_front_of_few_points_is_said_to_lie_too_low(tmp_path):
+    """The same front, measured at one checkpoint of three: it is straight where the whole one bulges."""
+
+    def bulging(number, figures):
+        figures["reward"]["mean"], figures["diversity"]["mean"] = 1.0 + number, 0.6 - 0.1 * number**2 / 2
+
+    whole, seldom, slow = (
+        rewritten(make_run(tmp_path / n, n, prompts=MANY), bulging) for n in ("whole", "seldom", "slow")
+    )
+    data = json.loads((seldom / "evaluation.json").read_text())
+    (seldom / "evaluation.json").write_text(
+        json.dumps(data | {"points": [data["points"][0], data["points"][2]]})
+    )
+    findings = find([seldom, whole, slow])
+    pair = findings.pairs[0]
+    assert pair.diversity_gain.mean > 0.02 and pair.straight == (0.5, 1.0)
+    told = findings.verdict()[-1]
+    assert "Measured too seldom: seldom (100%)." in told and "--checkpoint all" in told
+    assert told in write_comparison([seldom, whole], tmp_path / "page.html").read_text()
+    assert "too seldom" not in " ".join(find([whole, slow]).verdict())
+
+
 def test_a_single_seed_is_said_to_be_one(tmp_path):
     runs = [
         make_run(tmp_path / n, n, 0, 2.0, loss, prompts=MANY) for n, loss in (("grpo", 0.2), ("drift", 0.05))

@@ -93,6 +93,7 @@ def _json(findings: Findings) -> str:
             "variety_at_equal_reward_share": figure(pair.diversity_share),
             "reward_at_equal_variety": figure(pair.reward_gain),
             "reward_at_equal_variety_share": figure(pair.reward_share),
+            "longest_straight_pieces": dict(zip((pair.method, pair.against), pair.straight, strict=True)),
         }
         for pair in findings.pairs
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,6 +131,9 @@ class Comparison:
     """So many have a diversity in common."""
     apart: str = ""
     """Why there is nothing to compare, where it is not that the fronts reach different levels."""
+    straight: tuple[float, float] = (0.0, 0.0)
+    """The longest piece of ``method``'s front and of ``against``'s between two measured points, as a share of the rewards that both
+    reach; mean over pairs of seeds."""
 
 
 def load_methods(paths: Sequence[Path | str]) -> list[Method]:
@@ -216,6 +220,7 @@ def compare(
             _sharing(method, rival, metric, "reward"),
             _sharing(method, rival, metric, "diversity"),
             _apart(method, rival, metric),
+            straight_pieces(method, rival, metric),
         )
         for metric in metrics
         for method in methods
@@ -265,6 +270,22 @@ def _gain(
     drawn = drawn[~np.isnan(drawn).all(axis=1)]
     low, high = np.quantile(np.nanmean(drawn, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(np.nanmean(gains)), float(low), float(high), LEVEL, min(gains.shape))
+
+
+def straight_pieces(method: Method, rival: Method, metric: str) -> tuple[float, float]:
+    """Of both methods' fronts the longest piece between two measured points, as a share of the rewards that both reach: mean over
+    pairs of seeds, 0 where none share a reward.
+
+    There a front is taken to be straight. Real ones bulge, so a front with long pieces lies too low, and gains over it come out too large.
+    """
+    found = []
+    for a, b in itertools.product(method.runs, rival.runs):
+        fronts = [np.asarray(upper_envelope(run.curve(metric)))[:, 0] for run in (a, b)]
+        low, high = max(front[0] for front in fronts), min(front[-1] for front in fronts)
+        if high > low:
+            found.append([float(np.diff(front.clip(low, high)).max()) / (high - low) for front in fronts])
+    ours, theirs = np.mean(found, axis=0) if found else (0.0, 0.0)
+    return float(ours), float(theirs)
 
 
 def _sharing(method: Method, rival: Method, metric: str, axis: str) -> int:

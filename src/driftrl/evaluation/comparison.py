@@ -28,6 +28,8 @@ SENTENCES = 3
 """Methods up to which each has a sentence of its own."""
 LEAST = 0.005
 """Change of variety, as a share, below which it rounds to 0%, and is not worth a word."""
+STRAIGHT = 0.5
+"""Share of the compared rewards between two measured points of a front, from which that is said."""
 FULL_TINT = 0.25
 """Change of variety, as a share, from which a cell is tinted fully."""
 
@@ -51,7 +53,23 @@ class Findings:
         """In sentences."""
         if self.few:
             return [f"{self.few}: who has more variety is left open.", *_never_rose(self.methods)]
-        return _verdict(self.methods, self.pairs, self.rival)
+        return [*_verdict(self.methods, self.pairs, self.rival), *self.seldom()]
+
+    def seldom(self) -> list[str]:
+        """The sentence on methods that were measured too seldom for their fronts to be known, if there are such."""
+        worst: dict[str, float] = {}
+        for pair in self.pairs:
+            if pair.metric == self.metrics[0] and not pair.apart:
+                for name, share in zip((pair.method, pair.against), pair.straight, strict=True):
+                    worst[name] = max(worst.get(name, 0.0), share)
+        found = [f"{name} ({share:.0%})" for name, share in worst.items() if share > STRAIGHT]
+        if not found:
+            return []
+        return [
+            f"Measured too seldom: {listed(found)}. So much of the rewards compared lies between two checkpoints, where a front is taken "
+            "to be straight; where it bulges, gains over it come out too large, and its own too small. Measure more of them: driftrl "
+            "evaluate RUN --checkpoint all."
+        ]
 
     def summary(self) -> list[dict[str, Any]]:
         """Rows of a table: the base model and each method's last shared checkpoint, reward and every metric."""
