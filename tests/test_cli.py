@@ -1,9 +1,12 @@
 """The command line as a stranger would misuse it: one message, exit status 2, nothing written."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -357,19 +360,21 @@ def test_a_prompt_set_into_a_folder_with_every_image(tmp_path, pipeline_folder):
         sample(model, [], None, 2, 0, out, base=False, steps=2, guidance_scale=None)
 
 
-def test_what_an_interrupt_leaves_is_said(settings, tmp_path, pipeline_folder, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_an_interrupt_leaves_is_said(settings, tmp_path, pipeline_folder, monkeypatch, number):
     def interrupt(*_, **__):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        time.sleep(5)  # where the signal comes
 
     run = tmp_path / "run"
     assert driftrl("train", settings, "--out", run).returncode == 0
     monkeypatch.setattr("driftrl.rollout._denoise", interrupt)
     grid = tmp_path / "grid.png"
     stopped = driftrl("sample", pipeline_folder, "-p", "a cat", "--out", grid)
-    assert (stopped.returncode, grid.exists()) == (130, False)
+    assert (stopped.returncode, grid.exists()) == (128 + number, False)
     assert "stopped; nothing was written" in stopped.stderr
     stopped = driftrl("evaluate", run, "--images", 2)
-    assert stopped.returncode == 130
+    assert stopped.returncode == 128 + number
     told = f"models that were measured are kept; go on with: driftrl evaluate {run} and the same options"
     assert told in stopped.stderr
     monkeypatch.setattr("driftrl.run.build_loop", interrupt)
@@ -378,7 +383,7 @@ def test_what_an_interrupt_leaves_is_said(settings, tmp_path, pipeline_folder, m
         (("--resume", run), "the run is as it was"),
     ):
         stopped = driftrl("train", *arguments)
-        assert stopped.returncode == 130
+        assert stopped.returncode == 128 + number
         assert f"stopped; {told}" in stopped.stderr
     assert not (tmp_path / "new").exists()
 

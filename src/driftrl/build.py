@@ -96,7 +96,7 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _demand_reachable(config: TrainConfig) -> None:
+def _demand_reachable(config: TrainConfig, measured: bool = True) -> None:
     """Refuse a configuration that needs the hub where it does not answer, and name all that is missing at once."""
     rewards = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
     key, model = "model.path", config.model.path
@@ -108,7 +108,7 @@ def _demand_reachable(config: TrainConfig) -> None:
         if kind in NETWORKS:
             asked.append((f"reward={kind}@", weights or WEIGHTS.get(kind, ""), "config.json", None))
     asked.append(("shaping.encoder", config.shaping.encoder, "config.json", None))
-    if config.evaluation.at_end:
+    if config.evaluation.at_end and measured:
         asked.append(("evaluation.clip", config.evaluation.clip or "", "config.json", None))
     asked = [one for one in asked if hub.of_hub(one[1])]
     if not asked or hub.answers():
@@ -514,8 +514,12 @@ def _policy_encoder(name: str, policy: Policy | None) -> Encoder:
     )
 
 
-def build_loop(config: TrainConfig, run: Path, team: Team = ALONE, start: bool = True) -> TrainingLoop:
-    """Everything that a run needs, ready to go; without ``start`` for going on from a checkpoint."""
+def build_loop(
+    config: TrainConfig, run: Path, team: Team = ALONE, start: bool = True, measured: bool = True
+) -> TrainingLoop:
+    """Everything that a run needs, ready to go; without ``start`` for going on from a checkpoint. What evaluation wants of the hub is
+    asked for too, if it is to be ``measured``.
+    """
     prompt_set = trained(config.prompts.set, run)
     if start:  # once: not again of a run that goes on
         warn_of_doubles(prompt_set, called(config.prompts.set))
@@ -535,7 +539,7 @@ def build_loop(config: TrainConfig, run: Path, team: Team = ALONE, start: bool =
             f"prompts.per_iteration: with adapter.shard expected a multiple of the {team.size} processes, which must "
             f"call the network equally often; got {config.prompts.per_iteration}"
         )
-    _demand_reachable(config)
+    _demand_reachable(config, measured)
     towers: Towers = {}
     reward = build_training_reward(config, towers)
     policy = build_policy(config, sharded=sharded, start=start)

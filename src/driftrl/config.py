@@ -831,7 +831,10 @@ def _read_with_base(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, A
     if not isinstance(base, str) or not base:
         raise InputError(f"{path}: base: expected the path of a YAML file, such as base.yaml; got {base!r}")
     if not (path.parent / base).is_file():
-        raise InputError(f"{path}: base: there is no file {path.parent / base}")
+        raise InputError(
+            f"{path}: base: there is no file {path.parent / base}; a base is looked for beside the file that names it, and those in "
+            "experiments/ are in a clone of driftrl"
+        )
     below, files = _read_with_base(path.parent / base, (*children, place))
     return merged(below, data), [path, *files]
 

@@ -560,7 +560,7 @@ def signals(stop: Callable[[int], None]) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         # What Python does of itself, even where a script in the background made us ignore Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, previous[signal.SIGTERM])
         stop(number)
 
     for each in (signal.SIGINT, signal.SIGTERM):

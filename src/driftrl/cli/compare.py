@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.markup import escape
 from rich.table import Table
 
@@ -58,7 +58,7 @@ def show(console: Console, findings: Findings) -> None:
     first = METRICS[findings.metrics[0]].title
     heading = f"last checkpoints, mean over seeds; gain: of {first} over {findings.rival} at equal reward"
     console.print(heading, highlight=False, soft_wrap=True, markup=False, style="italic")
-    console.print(_table(findings))
+    console.print(_table(findings, console))
     for sentence in findings.verdict():
         console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
@@ -112,13 +112,28 @@ def _json(findings: Findings) -> str:
     )
 
 
-def _table(findings: Findings) -> Table:
-    """Each method where it ended, and what variety it has at equal reward."""
+def _table(findings: Findings, console: Console) -> Table:
+    """Each method where it ended, and what variety it has at equal reward; as many measures as there is room for."""
     from driftrl.evaluation.measures import METRICS
-    from driftrl.evaluation.page import minus, percent
 
     names = ["reward", *findings.metrics]
     shown = [name for name in names if name == "reward" or METRICS[name].headline]
+    while len(shown) > 2 and _columns(findings, names, shown).__rich_measure__(
+        console, _wide(console)
+    ).minimum > (console.width):
+        del shown[-1]
+    return _columns(findings, names, shown)
+
+
+def _wide(console: Console) -> ConsoleOptions:
+    """Room for anything, so that a table says what it needs."""
+    return console.options.update(max_width=10_000)
+
+
+def _columns(findings: Findings, names: Sequence[str], shown: Sequence[str]) -> Table:
+    from driftrl.evaluation.measures import METRICS
+    from driftrl.evaluation.page import minus, percent
+
     first = findings.metrics[0]
     shares = {p.method: p.diversity_share for p in findings.pairs if p.metric == first}
     table = Table(

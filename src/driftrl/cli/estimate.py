@@ -36,7 +36,7 @@ def estimate(config: Path | None, settings: list[str], probed: bool) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `train` says them
             try:
-                loop = build_loop(parsed, Path())
+                loop = build_loop(parsed, Path(), measured=False)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise

@@ -93,6 +93,8 @@ def _trained(
         f"{escape(str(trainer.folder))}",
         soft_wrap=True,
     )
+    if not quiet and (more := _to_be_measured(parsed, trainer.folder)):
+        console.print(more, highlight=False, soft_wrap=True, markup=False)
     progress = _progress(console, quiet)
     task = progress.add_task("train", total=parsed.iterations, completed=start, figures="")
     # Of several rewards each: their sum may be 0 throughout, being normalised.
@@ -136,6 +138,21 @@ def _trained(
     with on_interrupt(console, at_once), _one_line_warnings(console), progress:
         trainer.run(watch)
     return _ended(trainer, console, start, skipped)
+
+
+def _to_be_measured(config: TrainConfig, folder: Path) -> str:
+    """What comes after training: of a short one it takes longer."""
+    from driftrl.cli.estimate import EVALUATED
+    from driftrl.prompts import evaluated
+
+    if not config.evaluation.at_end:
+        return ""
+    prompts = len(evaluated(config.evaluation.prompts, config.prompts.set, folder)[1])
+    images = EVALUATED * prompts * config.evaluation.images
+    return (
+        f"then {images:,} images are drawn to measure it, beside the base model (evaluation.images: {config.evaluation.images}; "
+        "evaluation.at_end: false leaves it out)"
+    )
 
 
 def _say_if_new(trainer: Any, console: Console) -> None:

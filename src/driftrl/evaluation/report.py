@@ -283,7 +283,9 @@ def _training_curves(log: list[dict[str, float]]) -> list[tuple[str, Markup]]:
             if len(points) >= SMOOTHED
             else [Line(points, 0, "bold")]
         )
-        curves.append((f"{title}, over training", plot(lines, "iteration", described, integer_x=True)))
+        curves.append(
+            (f"{title} of the images of training", plot(lines, "iteration", described, integer_x=True))
+        )
     return curves
 
 
@@ -366,7 +368,7 @@ def write_picture(folder: Path, prompts: int = 6, images: int = 6) -> Path:
     series = [*series[:2], series[-1]] if len(series) > 3 else series  # three fit
     charts = [
         Chart(
-            title,
+            f"{title}, in training",
             "iteration",
             [
                 *([Stroke(points, PICTURE_COLOURS[0], 0.9, 0.3)] if len(points) >= SMOOTHED else []),
