@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from driftrl.advantages import (
     SCALES,
     AdvantageRule,
+    History,
     advantages_of,
+    constant_rewards,
     group_relative,
     no_history,
     remember,
@@ -202,3 +204,67 @@ def test_the_running_baseline_refuses_what_does_not_fit():
         remember(no_history(3, 4), [0, 1], torch.zeros(1, 4))
     with pytest.raises(InputError, match="did you mean 'running'"):
         advantages_of(rewards, AdvantageRule(baseline="runing"), rewards)
+
+
+@pytest.mark.parametrize("scale", ["selected", "candidates", "global"])
+@pytest.mark.parametrize("unit", [2.0**560, 2.0**-560])
+def test_units_whose_squares_over_or_underflow(scale, unit):
+    candidates = _rewards(3, 6)
+    rewards = candidates[:, :4]
+    found = group_relative(unit * rewards, scale, unit * candidates)
+    torch.testing.assert_close(found, group_relative(rewards, scale, candidates))
+    assert constant_rewards(unit * rewards).tolist() == [False] * 3
+    history = no_history(3, 4)
+    own = running_relative(unit * rewards, history, unit * candidates, eps=0.0)
+    torch.testing.assert_close(own, running_relative(rewards, history, candidates, eps=0.0))
+
+
+def test_the_largest_rewards_that_there_are():
+    rewards = torch.tensor([[-1.7e308, -1.7e308, -1.7e308, 1.7e308]], dtype=torch.float64)
+    torch.testing.assert_close(group_relative(rewards), group_relative(rewards.sign()))
+
+
+def test_half_precision_is_rounding_by_one_rule():
+    """Two steps between neighbouring numbers are signal for a running baseline too, rounded once as they are."""
+    for dtype in (torch.bfloat16, torch.float16):
+        step = torch.finfo(dtype).eps * 16  # between neighbours at 20
+        for values, signal in (
+            ([20.0, 20 + 2 * step, 20 + 4 * step], True),
+            ([20.0, 20.0, 20 + step], False),
+        ):
+            rewards = torch.tensor([values]).to(dtype)
+            history = remember(no_history(1, 3), [0], rewards)
+            found = running_relative(rewards, history, rewards, 3, eps=0.0)
+            assert bool(found.any()) == bool(group_relative(rewards).any()) == signal
+            torch.testing.assert_close(found, group_relative(rewards))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: group_relative(torch.zeros(1, 3), correction=2), "correction: expected 0 or 1; got 2"),
+        (lambda: group_relative(torch.zeros(1, 3), correction=0.5), "correction: expected a whole number"),
+        (lambda: no_history(-2, 3), "prompts: expected at least 0; got -2"),
+        (lambda: no_history(2, 0), "length: expected at least 1; got 0"),
+        (lambda: remember(no_history(2, 3), [-1], torch.ones(1, 2)), "which: expected 0 to 1, .*; got -1"),
+        (lambda: remember(no_history(2, 3), [5], torch.ones(1, 2)), "which: expected 0 to 1, .*; got 5"),
+        (lambda: remember(no_history(2, 3), [0.5], torch.ones(1, 2)), "which: expected a whole number"),
+        (lambda: no_history(2, 3).rows([-1]), "which: expected 0 to 1"),
+        (lambda: remember(no_history(1, 3), [0], torch.tensor([[1.0, torch.nan]])), "rewards: 1 of 2 values"),
+        (
+            lambda: remember(no_history(1, 3), [0], torch.tensor([[1.0, 1e160]], dtype=torch.float64)),
+            "rewards as torch.float32: 1 of 2 values are not finite",
+        ),
+        (
+            lambda: running_relative(
+                torch.ones(1, 2),
+                History(torch.tensor([[0.0, torch.nan]]), torch.tensor([1])),
+                torch.ones(1, 2),
+            ),
+            "history: 1 of 2 values are not finite",
+        ),
+    ],
+)
+def test_a_history_refuses_what_it_would_not_notice(call, says):
+    with pytest.raises(InputError, match=says):
+        call()

@@ -84,6 +84,33 @@ def test_cads_is_the_papers_rule():
         torch.testing.assert_close(mixed, 0.3 * rescaled + 0.7 * plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cads_leaves_the_embedding_alone_from_tau1_on(dtype):
+    """At tau1 itself rounding would leave some of the noise."""
+    embeds, noise = E.to(dtype), NOISE.to(dtype)
+    for tenths in range(9):
+        for t in (100 * tenths, 100 * tenths - 1, 0):
+            got = annealed_noise(embeds, noise, t, 0.3, "cads", tau1=tenths / 10, tau2=0.9, psi=0.0)
+            assert torch.equal(got, embeds)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant", "cosine"])
+@pytest.mark.parametrize("scale", [2.0**100, 2.0**-100])
+def test_the_strength_is_that_of_any_unit(schedule, scale):
+    """Squares of such numbers are no float32."""
+    embeds, noise = E.float(), NOISE.float()
+    expected = scale * annealed_noise(embeds, noise, TIMES, 0.1, schedule)
+    torch.testing.assert_close(
+        annealed_noise(scale * embeds, noise, TIMES, 0.1, schedule), expected, rtol=1e-6, atol=0
+    )
+
+
+def test_cads_brings_large_embeddings_back_too():
+    embeds = 2.0**100 * E.float()
+    got = annealed_noise(embeds, NOISE.float(), 750, 0.1, "cads")
+    torch.testing.assert_close(got.std((1, 2)), embeds.std((1, 2)), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
 @pytest.mark.parametrize("padding", [1, 251])
 def test_padding_has_no_say_and_gets_no_noise(schedule, padding):
@@ -171,3 +198,8 @@ def test_chance_is_no_fall():
 def test_the_cost_wants_equally_many_scores(wrong):
     with pytest.raises(InputError, match="expected shape"):
         noise_cost(*wrong)
+
+
+def test_one_score_is_too_few_and_the_message_says_so():
+    with pytest.raises(InputError, match=r"noised: expected shape \[n\], n >= 2, .*; got \[1\]"):
+        noise_cost(*(CLEAN[:1],) * 3)

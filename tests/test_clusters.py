@@ -60,6 +60,11 @@ def test_cluster_sizes():
     assert cluster_sizes(torch.tensor([[0, 2, 2, 1], [1, 1, 1, 1]])).tolist() == [[1, 2, 2, 1], [4] * 4]
 
 
+def test_groups_of_none_and_no_groups():
+    assert spectral_clusters(torch.zeros(2, 0, 0), 3).shape == (2, 0)
+    assert spectral_clusters(torch.zeros(0, 3, 3), 2).shape == (0, 3)
+
+
 @pytest.mark.parametrize(
     "call",
     [

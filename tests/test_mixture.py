@@ -106,3 +106,35 @@ def test_per_prompt_sums_are_decoupled_advantages():
 def test_what_does_not_fit_is_one_message(x, parts, message):
     with pytest.raises(InputError, match=message):
         mixed(x, parts)
+
+
+@pytest.mark.parametrize("among", [(2, 3, 1), (1, 3, 1), (3, 3, 2), (3, 0, 1), (3, 3)])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_statistics_of_what_does_not_fit_are_refused(among, normalize):
+    with pytest.raises(InputError, match="among: expected"):
+        mixed(torch.zeros(3, 4, 1), [Part("a", normalize=normalize)], torch.zeros(among))
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_nothing_is_mixed_to_nothing(normalize):
+    for shape in ((0, 3, 1), (2, 0, 1)):
+        assert mixed(torch.zeros(shape), [Part("a", normalize=normalize)]).shape == shape[:2]
+
+
+@pytest.mark.parametrize("normalize", ["prompt", "batch"])
+@pytest.mark.parametrize("scale", [2.0**560, 2.0**-560])
+def test_units_whose_squares_over_or_underflow(normalize, scale):
+    x = scores().double()
+    parts = [Part(name, 1.0, normalize) for name in "abc"]
+    torch.testing.assert_close(mixed(scale * x, parts), mixed(x, parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_vanishes_as_group_relative_has_it(dtype):
+    """Rounded once: a spread of two steps between neighbouring numbers is signal, of half a step it is not."""
+    step = torch.finfo(dtype).eps * 16  # between neighbours at 20
+    parts = [Part("a", 1.0, "prompt")]
+    for values in ([20.0, 20 + 2 * step, 20 + 4 * step], [20.0, 20.0, 20 + step]):
+        x = torch.tensor([values]).to(dtype)
+        found = mixed(x[..., None], parts)
+        assert torch.equal(found, group_relative(x)) and bool(found.any()) == (values[1] > 20)

@@ -45,3 +45,8 @@ def test_a_key_is_of_words_and_whole_numbers(part):
     with pytest.raises(InputError, match="key: expected a whole number"):
         seed_of(0, part)
     assert seed_of(np.int64(3), torch.tensor(4)) == seed_of(3, 4)
+
+
+def test_no_generator_draws_no_row():
+    drawn = normal([], (2,))
+    assert drawn.shape == (0, 2) and drawn.dtype == torch.float32

@@ -8,7 +8,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from driftrl.checks import InputError
-from driftrl.schedule import kept_share, rate_share
+from driftrl.schedule import SCHEDULES, kept_share, rate_share
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
@@ -31,7 +31,11 @@ def test_it_is_that_of_diffusers(kind, iterations, warmup):
 def test_beyond_the_last_iteration_and_warm_up_alone():
     assert rate_share(30, 10, 0, "linear") == rate_share(9, 10, 0, "linear") == pytest.approx(0.1)
     assert [rate_share(i, 2, 4, "cosine") for i in range(2)] == [0.25, 0.5]  # no time to fall
-    assert rate_share(7, 2, 4, "cosine") == 1
+    for kind in SCHEDULES:
+        assert (
+            rate_share(7, 2, 4, kind) == rate_share(1, 2, 4, kind) == 0.5
+        )  # nor to warm up: the last one's share stays
+    assert [rate_share(i, 0, 0, "linear") for i in (0, 3)] == [1.0, 1.0]
 
 
 def test_an_average_keeps_what_that_of_diffusers_does():

@@ -135,6 +135,15 @@ def test_evenly_spaced_rewards_are_a_tie_whatever_their_rounding(dtype):
     assert select(rewards, 2, "nearest_to_median").tolist() == [[4, 5]]
 
 
+@pytest.mark.parametrize(
+    "strategy", ["concentrated", "nearest_neighbor", "nearest_to_mean", "nearest_to_median"]
+)
+def test_rewards_whose_differences_overflow(strategy):
+    rewards = torch.tensor([[1.7e308, -1.7e308, 1.6e308, 0.0, 1.5e308]], dtype=torch.float64)
+    assert torch.equal(select(rewards, 3, strategy), select(rewards * 2.0**-600, 3, strategy))
+    assert select(rewards, 3).tolist() == [[0, 2, 4]]
+
+
 def test_a_real_difference_is_no_tie():
     rewards = torch.tensor([[0.0, 0.1, 0.5, 0.6, 0.9, 0.9999]])
     assert select(rewards, 2).tolist() == [[4, 5]]

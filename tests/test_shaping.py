@@ -15,6 +15,7 @@ from driftrl.shaping import (
     MEASURES,
     DiversityWarning,
     Shaping,
+    constant_diversity,
     diversity_bonus,
     entropy_share,
     group_diversity,
@@ -378,3 +379,81 @@ def test_neighbours_are_counted_in_whole_numbers_of_any_kind():
 def test_constant_steps_are_counted_as_such():
     with pytest.warns(DiversityWarning, match="6 of 6 groups and steps"):
         intrinsic_advantage(torch.ones(2, 4, 3))
+
+
+def test_a_bonus_that_its_clip_makes_constant_warns():
+    rewards, bonus = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.3, 0.4, 0.5]])
+    with pytest.warns(DiversityWarning, match=r"Clipped to 0\.2, .* a larger shaping\.clip"):
+        shaped = shape_at_reward(rewards, bonus, Shaping(level="reward", clip=0.2))
+    torch.testing.assert_close(shaped, rewards + 0.5 * 0.2)
+    with pytest.warns(DiversityWarning, match="All images alike"):
+        shape_at_reward(rewards, torch.full((1, 3), 0.3), Shaping(level="reward", clip=0.2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shape_at_reward(rewards, bonus, Shaping(level="reward", clip=0.4))
+
+
+@pytest.mark.parametrize("level", ["reward", "multiply"])
+def test_clusters_of_one_size_are_no_warning_where_they_enter_as_they_are(level):
+    advantages, bonus = torch.tensor([[1.0, 2.0, -3.0]]), torch.ones(1, 3)
+    shaping = Shaping(level=level, measure="clusters")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shape_at_reward(advantages, bonus, shaping)
+        assert torch.equal(shape_at_advantage(advantages, bonus, shaping), advantages)
+
+
+def test_nothing_is_standardised_without_a_warning_of_torch():
+    advantages, bonus = _uniform(2, 4), _uniform(2, 4, 3, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert intrinsic_advantage(torch.zeros(0, 3)).shape == (0, 3)
+        assert constant_diversity(torch.zeros(0, 3)).shape == (0,)
+        assert constant_diversity(torch.zeros(2, 3, 0)).shape == (2, 0)
+        stepwise = Shaping(potential="stepwise")
+        shaped = shape_at_advantage(advantages, bonus, stepwise, torch.zeros(3, dtype=torch.bool))
+    assert torch.equal(shaped, advantages[..., None].expand(2, 4, 3))
+
+
+def test_diversity_whose_squares_overflow():
+    diversity = _uniform(2, 4)
+    torch.testing.assert_close(intrinsic_advantage(2.0**560 * diversity), intrinsic_advantage(diversity))
+
+
+def test_groups_of_none_have_no_clusters():
+    assert novelty(torch.zeros(2, 0, 0), Shaping(measure="clusters")).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (
+            lambda: nearest_distance(torch.tensor([[[0.0, torch.nan], [1.0, 0.0]]])),
+            "distances: 1 of 4 values",
+        ),
+        (lambda: entropy_share(torch.tensor([[[0.0, torch.inf], [1.0, 0.0]]])), "distances: 1 of 4 values"),
+        (lambda: at_steps([True, False]), r"scored: expected a tensor of shape \[T\]; got list"),
+        (
+            lambda: at_steps(torch.ones(3, dtype=torch.bool)),
+            r"scored: expected one per step, \[2\]; got \[3\]",
+        ),
+        (lambda: at_steps(torch.ones(2, 1, dtype=torch.bool)), r"scored: expected shape \[T\]"),
+        (lambda: shape_at_advantage(torch.ones(1, 2), [[1.0, 2.0]], Shaping()), "bonus: expected a tensor"),
+        (
+            lambda: shape_at_reward(torch.ones(1, 2), [[1.0]], Shaping(level="reward")),
+            "bonus: expected a tensor",
+        ),
+    ],
+)
+def test_what_would_go_unnoticed_is_refused(call, says):
+    with pytest.raises(InputError, match=says):
+        call()
+
+
+def at_steps(scored):
+    return shape_at_advantage(_uniform(1, 3), _uniform(1, 3, 2), Shaping(potential="stepwise"), scored)
+
+
+def test_the_nearest_is_found_whatever_the_diagonal_holds():
+    distances = torch.tensor([[[torch.nan, 2.0], [1.0, torch.inf]]])
+    assert nearest_distance(distances).tolist() == [[2.0, 1.0]]

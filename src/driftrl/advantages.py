@@ -9,18 +9,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least, floating, has_shape, is_finite, one_of
+from driftrl.checks import (
+    InputError,
+    at_least,
+    floating,
+    has_shape,
+    is_finite,
+    one_of,
+    only_rounding,
+    safe_unit,
+    whole_number,
+)
 
 SCALES: tuple[str, ...] = ("selected", "candidates", "global", "none")
 
 CENTERS: tuple[str, ...] = ("selected", "candidates")
 
 BASELINES: tuple[str, ...] = ("group", "running")
-
-# A standard deviation below this many rounding errors of the largest reward is rounding, not signal.
-_ROUNDING_ERRORS = 4.0
-# Numbers that are handed over in half precision were computed in more, and are rounded once.
-_HALF = 1e-6
 
 
 class History(NamedTuple):
@@ -32,8 +37,12 @@ class History(NamedTuple):
     """int64 [S]: how many of a row's last values are rewards, at most K."""
 
     def rows(self, which: Sequence[int]) -> History:
-        """The history of some prompts, in the order of the indices ``which``."""
-        index = torch.tensor(which, device=self.filled.device)
+        """The history of some prompts, in the order of the indices ``which``.
+
+        Raises:
+            InputError: if one of them is not in the set.
+        """
+        index = torch.tensor(_places(which, len(self.filled)), dtype=torch.long, device=self.filled.device)
         return History(self.values[index], self.filled[index])
 
 
@@ -100,8 +109,10 @@ def group_relative(
     - ``none``: nothing divides; the advantage keeps the reward's unit.
 
     Where the standard deviation vanishes, that is where it is at most 4 rounding errors of the largest
-    magnitude in what it is taken over, advantages are exactly zero: a group of equal rewards teaches nothing,
-    and float32 noise on large equal rewards is not enlarged to unit size. Arithmetic is in float64.
+    magnitude in what it is taken over (1 in half precision, where numbers are rounded once), advantages are exactly
+    zero: a group of equal rewards teaches nothing, and float32 noise on large equal rewards is not enlarged to unit
+    size. Rounding is that of the coarser of ``rewards`` and what the standard deviation is taken over. Arithmetic is
+    in float64, in a unit in which no square over- or underflows.
 
     Args:
         rewards: [P, G], the selected group of each prompt.
@@ -120,7 +131,7 @@ def group_relative(
 
     Raises:
         InputError: for wrong shapes, values that are not finite, an unknown scale or center, ``candidates`` as one of these
-            without candidates, or ``eps`` below 0.
+            without candidates, ``eps`` below 0, or another correction than 0 and 1.
 
     Source: GRPO (arXiv 2402.03300, section 4.1.2); applied to images by arXiv 2505.05470 and 2505.07818.
 
@@ -134,6 +145,8 @@ def group_relative(
     one_of("scale", scale, SCALES)
     one_of("center", center, CENTERS)
     at_least("eps", eps, 0.0)
+    if whole_number("correction", correction) not in (0, 1):
+        raise InputError(f"correction: expected 0 or 1; got {correction}")
     is_finite("rewards", has_shape("rewards", rewards, "[P, G]"))
     if candidates is not None:
         is_finite("candidates", has_shape("candidates", candidates, "[P, N]"))
@@ -149,19 +162,25 @@ def group_relative(
                 f"candidates: expected one row per prompt, {len(rewards)}; got {list(candidates.shape)}"
             )
     compared = rewards if center == "selected" or candidates is None else candidates
-    centred = rewards.to(wide) - compared.to(wide).mean(dim=1, keepdim=True)
-    if scale == "none":
-        return centred.to(dtype)
     spread_of = rewards if scale == "selected" or candidates is None else candidates
-    if scale == "global":
-        spread_of = spread_of.reshape(1, -1)
-    if spread_of.numel() == 0 or spread_of.shape[1] <= correction:
-        return torch.zeros_like(centred, dtype=dtype)
+    if rewards.numel() == 0:
+        return torch.zeros_like(rewards, dtype=dtype)
     # Rounding is what the given numbers carry; of both, if a float64 reward is one of float32 candidates, say.
     given = [values.dtype for values in (rewards, spread_of) if values.is_floating_point()]
     precision = max((torch.finfo(each).eps for each in given), default=torch.finfo(wide).eps)
-    std, vanishes = _spread(spread_of.to(wide), precision, correction)
-    return torch.where(vanishes, 0.0, centred / torch.where(vanishes, 1.0, std + eps)).to(dtype)
+    if scale == "global":
+        spread_of = spread_of.reshape(1, -1)
+    own, compared, spread_of = (values.to(wide) for values in (rewards, compared, spread_of))
+    magnitude = torch.maximum(torch.maximum(_largest(own), _largest(compared)), _largest(spread_of))
+    unit = safe_unit(magnitude.amax(dim=0, keepdim=True) if scale == "global" else magnitude)
+    own, compared, spread_of = own / unit, compared / unit, spread_of / unit
+    centred = own - compared.mean(dim=1, keepdim=True)
+    if scale == "none":
+        return (centred * unit).to(dtype)
+    if spread_of.numel() == 0 or spread_of.shape[1] <= correction:
+        return torch.zeros_like(centred, dtype=dtype)
+    std, vanishes = _spread(spread_of, precision, correction)
+    return torch.where(vanishes, 0.0, centred / torch.where(vanishes, 1.0, std + eps / unit)).to(dtype)
 
 
 def constant_rewards(rewards: Tensor) -> Tensor:
@@ -181,18 +200,38 @@ def constant_rewards(rewards: Tensor) -> Tensor:
         return torch.ones(len(rewards), dtype=torch.bool, device=rewards.device)
     wide = torch.float32 if rewards.device.type == "mps" else torch.float64
     precision = torch.finfo(rewards.dtype if rewards.is_floating_point() else wide).eps
-    return _spread(rewards.to(wide), precision, 0)[1][:, 0]
+    values = rewards.to(wide)
+    return _spread(values / safe_unit(_largest(values)), precision, 0)[1][:, 0]
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest magnitude [P, 1] of each row [P, K]; 0 of an empty one."""
+    return torch.nn.functional.pad(values.detach().abs(), (0, 1)).amax(dim=1, keepdim=True)
 
 
 def _spread(values: Tensor, precision: float, correction: int) -> tuple[Tensor, Tensor]:
     """Standard deviations [P, 1] of the rows, and whether they are but rounding of numbers of this precision."""
     std = values.std(dim=1, keepdim=True, correction=correction)
-    errors = 1.0 if precision > _HALF else _ROUNDING_ERRORS
-    return std, std <= errors * precision * values.abs().amax(dim=1, keepdim=True)
+    return std, only_rounding(std, _largest(values), precision)
+
+
+def _places(which: Sequence[int], prompts: int) -> list[int]:
+    """Indices into a set of so many prompts, checked: a negative one would be another prompt's."""
+    places = [whole_number("which", place) for place in which]
+    for place in places:
+        if not 0 <= place < prompts:
+            raise InputError(f"which: expected 0 to {prompts - 1}, the prompts of the set; got {place}")
+    return places
 
 
 def no_history(prompts: int, length: int, device: torch.device | str = "cpu") -> History:
-    """A history without rewards, for a set of ``prompts`` and the last ``length`` rewards of each."""
+    """A history without rewards, for a set of ``prompts`` and the last ``length`` rewards of each.
+
+    Raises:
+        InputError: for less than no prompt, a length below 1, or what is no whole number.
+    """
+    at_least("prompts", whole_number("prompts", prompts), 0)
+    at_least("length", whole_number("length", length), 1)
     return History(
         torch.zeros(prompts, length, device=device), torch.zeros(prompts, dtype=torch.long, device=device)
     )
@@ -207,7 +246,7 @@ def remember(history: History, which: Sequence[int], rewards: Tensor) -> History
         rewards: [P, N], what each of them earned.
 
     Raises:
-        InputError: if ``rewards`` is not [P, N].
+        InputError: if ``rewards`` is not [P, N] or, as the history keeps them, not finite; or if an index is not of the set.
 
     Example:
         >>> import torch
@@ -220,7 +259,8 @@ def remember(history: History, which: Sequence[int], rewards: Tensor) -> History
         raise InputError(f"rewards: expected {len(which)} rows; got {list(rewards.shape)}")
     values, filled = history.values.clone(), history.filled.clone()
     length = values.shape[1]
-    for row, earned in zip(which, rewards.to(values), strict=True):
+    kept = is_finite(f"rewards as {values.dtype}", is_finite("rewards", rewards).to(values))
+    for row, earned in zip(_places(which, len(filled)), kept, strict=True):
         values[row] = torch.cat([values[row], earned])[-length:]
         filled[row] = (filled[row] + len(earned)).clamp(max=length)
     return History(values, filled)
@@ -233,8 +273,9 @@ def running_relative(
 
     The statistics outlive the iteration, so no group is needed to know what a prompt usually earns; in return
     they lag behind the policy. Where a prompt has fewer than ``min_history`` rewards yet, mean and standard
-    deviation are those of all ``candidates`` of the batch. Where the standard deviation vanishes (see
-    `group_relative`), advantages are exactly zero. The standard deviation is the population one.
+    deviation are those of all ``candidates`` of the batch. Where the standard deviation vanishes (as
+    `group_relative` has it, by the rounding of the coarsest of rewards, candidates and history), advantages are exactly
+    zero. The standard deviation is the population one.
 
     Args:
         rewards: [P, G].
@@ -247,7 +288,7 @@ def running_relative(
         [P, G], the dtype of ``rewards`` (the default float dtype for integers).
 
     Raises:
-        InputError: for wrong shapes or values that are not finite.
+        InputError: for wrong shapes or values that are not finite, those of the history included.
 
     Source: DDPO (arXiv 2305.13301), for running statistics per prompt; docs/methods.md has what we chose.
 
@@ -266,6 +307,7 @@ def running_relative(
         raise InputError(
             f"history: expected a row for each of {len(rewards)} prompts; got {len(history.values)}"
         )
+    is_finite("history", history.values)
     dtype = floating(rewards).dtype
     wide = torch.float32 if rewards.device.type == "mps" else torch.float64
     length = history.values.shape[1]
@@ -277,14 +319,19 @@ def running_relative(
     mean_all, std_all, magnitude_all = _moments(everything, torch.ones_like(everything))
     mean, std = torch.where(own, mean, mean_all), torch.where(own, std, std_all)
     magnitude = torch.where(own, magnitude, magnitude_all)
-    vanishes = std <= _ROUNDING_ERRORS * torch.finfo(dtype).eps * magnitude
+    given = (rewards, candidates, history.values)
+    precision = max(torch.finfo(values.dtype).eps for values in given if values.is_floating_point())
+    vanishes = only_rounding(std, magnitude, precision)
     relative = (rewards.to(wide) - mean) / torch.where(vanishes, 1.0, std + eps)
     return torch.where(vanishes, 0.0, relative).to(dtype)
 
 
 def _moments(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, population standard deviation and largest magnitude [P, 1] of the values [P, K] of weight 1."""
+    magnitude = _largest(values * weight)
+    unit = safe_unit(magnitude)
+    values = values / unit
     count = weight.sum(dim=1, keepdim=True).clamp(min=1)
     mean = (values * weight).sum(dim=1, keepdim=True) / count
     variance = ((values - mean).square() * weight).sum(dim=1, keepdim=True) / count
-    return mean, variance.sqrt(), (values * weight).abs().amax(dim=1, keepdim=True)
+    return mean * unit, variance.sqrt() * unit, magnitude

@@ -84,10 +84,12 @@ def same_shape(name: str, tensor: Tensor, other: str, like: Tensor) -> Tensor:
         InputError: otherwise, and if either is no tensor.
     """
     is_tensor(other, like)
-    if is_tensor(name, tensor).shape != like.shape or like.dim() < 1:
+    if is_tensor(name, tensor).shape != like.shape:
         raise InputError(
             f"{name}: expected the shape of {other}, {list(like.shape)}; got {list(tensor.shape)}"
         )
+    if like.dim() < 1:
+        raise InputError(f"{other}: expected at least one dimension; got a single number, of shape []")
     return tensor
 
 
@@ -164,6 +166,60 @@ def per_sample(name: str, values: Tensor | float, samples: Tensor) -> Tensor:
             f"{name}: expected one per sample, {list(samples.shape[:1])}; got {list(given.shape)}"
         )
     return given
+
+
+def safe_unit(magnitude: Tensor) -> Tensor:
+    """A power of two for each largest ``magnitude``: numbers divided by it have squares that neither overflow nor vanish.
+
+    It is 1 but for extremes, in float64 beyond 1e96 and below 1e-96; and dividing by a power of two rounds nothing, so what
+    is computed in that unit has the bits that it would have without it.
+
+    Args:
+        magnitude: float32 or float64, at least 0; no gradient flows through it.
+
+    Returns:
+        The shape, dtype and device of ``magnitude``.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.checks import safe_unit
+        >>> (safe_unit(torch.tensor([0.0, 1e-30, 1e9, 3e38])).log2() / 80).tolist()
+        [-1.0, -1.0, 0.0, 1.0]
+    """
+    import torch
+
+    far = 40 if magnitude.dtype == torch.float32 else 320
+    unit = torch.ones_like(magnitude.detach())
+    return unit.masked_fill(magnitude > 2.0**far, 2.0 ** (2 * far)).masked_fill(
+        magnitude < 2.0**-far, 2.0 ** (-2 * far)
+    )
+
+
+def only_rounding(std: Tensor, magnitude: Tensor, precision: float) -> Tensor:
+    """Whether a standard deviation is so small that it may be nothing but the rounding of what it was taken over.
+
+    That is where it is at most 4 rounding errors of the largest magnitude; or 1 where numbers come in half precision, for they
+    were computed in more, and are rounded once.
+
+    Args:
+        std: standard deviations.
+        magnitude: the largest magnitude of the numbers that each was taken over, of a shape that broadcasts.
+        precision: ``torch.finfo(...).eps`` of the dtype in which the numbers were handed over.
+
+    Returns:
+        bool, of the shape that both broadcast to.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.checks import only_rounding
+        >>> std, largest = torch.tensor([0.01, 0.1]), torch.tensor([20.0, 20.0])
+        >>> only_rounding(std, largest, torch.finfo(torch.bfloat16).eps)
+        tensor([True, True])
+        >>> only_rounding(std, largest, torch.finfo(torch.float32).eps)
+        tensor([False, False])
+    """
+    errors = 1.0 if precision > 1e-6 else 4.0
+    return std <= errors * precision * magnitude
 
 
 def floating(tensor: Tensor) -> Tensor:

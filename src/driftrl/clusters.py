@@ -48,7 +48,7 @@ def spectral_clusters(distances: Tensor, clusters: int, rounds: int = 20) -> Ten
         raise InputError(f"distances: expected shape [P, G, G]; got {list(distances.shape)}")
     labels = torch.zeros(prompts, group, dtype=torch.long, device=distances.device)
     clusters = min(clusters, group)
-    if clusters == 1:
+    if clusters <= 1:  # below 1 for groups of none
         return labels
     place = "cpu" if distances.device.type == "mps" else distances.device  # MPS has no eigh and no float64
     d = distances.to(place, torch.float64)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least, floating, has_shape, one_of, same_shape
+from driftrl.checks import InputError, at_least, floating, has_shape, one_of, safe_unit, same_shape
 
 NOISE_SCHEDULES: tuple[str, ...] = ("linear", "constant", "cosine", "cads")
 LOST = 0.1
@@ -105,6 +105,7 @@ def annealed_noise(
     tokens = (clean != 0).any(dim=-1, keepdim=True)
     if schedule == "cads":
         gamma = ((tau2 - share) / (tau2 - tau1)).clamp(0.0, 1.0)
+        gamma = gamma.masked_fill(share <= tau1, 1.0)  # at tau1 itself rounding would leave some of the noise
         noised = (gamma.sqrt() * clean + eta * (1.0 - gamma).sqrt() * draw) * tokens
         return torch.lerp(noised, _with_moments_of(clean, noised, tokens), psi).to(embeds.dtype)
     if schedule == "linear":
@@ -113,8 +114,7 @@ def annealed_noise(
         amount = 0.5 - 0.5 * (math.pi * share).cos()
     else:
         amount = torch.ones_like(share)
-    rms = _mean(clean.square(), tokens).sqrt()
-    return (clean + eta * amount * rms * draw * tokens).to(embeds.dtype)
+    return (clean + eta * amount * _rms(clean, tokens) * draw * tokens).to(embeds.dtype)
 
 
 def _mean(values: Tensor, tokens: Tensor) -> Tensor:
@@ -123,12 +123,17 @@ def _mean(values: Tensor, tokens: Tensor) -> Tensor:
     return values.mean(dim=(1, 2), keepdim=True) * padding.to(values.dtype)
 
 
+def _rms(values: Tensor, tokens: Tensor) -> Tensor:
+    """Root mean square [N, 1, 1] over those ``tokens``, in a unit in which no square over- or underflows."""
+    unit = safe_unit(values.detach().abs().amax(dim=(1, 2), keepdim=True)) if values.numel() else 1.0
+    return _mean((values / unit).square(), tokens).sqrt() * unit
+
+
 def _with_moments_of(target: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
     """``values`` moved and scaled to each sample's mean and standard deviation of ``target``, both over its tokens."""
     mean = _mean(target, tokens)
     centred = (values - _mean(values, tokens)) * tokens
-    std = _mean(centred.square(), tokens).sqrt()
-    target_std = _mean(((target - mean) * tokens).square(), tokens).sqrt()
+    std, target_std = _rms(centred, tokens), _rms((target - mean) * tokens, tokens)
     return (centred * (target_std / std.clamp(min=torch.finfo(std.dtype).tiny)) + mean) * tokens
 
 
@@ -156,10 +161,14 @@ def noise_cost(noised: Tensor, clean: Tensor, unrelated: Tensor) -> NoiseCost:
         >>> cost.lost, cost.falls
         (0.5, True)
     """
-    for name, scores in (("noised", noised), ("clean", clean), ("unrelated", unrelated)):
-        if has_shape(name, scores, "[n]").shape != noised.shape or len(scores) < 2:
+    if len(has_shape("noised", noised, "[n]")) < 2:
+        raise InputError(
+            f"noised: expected shape [n], n >= 2, to tell a fall from chance; got {list(noised.shape)}"
+        )
+    for name, scores in (("clean", clean), ("unrelated", unrelated)):
+        if has_shape(name, scores, "[n]").shape != noised.shape:
             raise InputError(
-                f"{name}: expected shape [n], n >= 2, as noised has it ({list(noised.shape)}); got {list(scores.shape)}"
+                f"{name}: expected shape {list(noised.shape)}, as noised has it; got {list(scores.shape)}"
             )
     noised, clean, unrelated = noised.double(), clean.double(), unrelated.double()
     loss, gift = clean - noised, clean - unrelated

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, floating, has_shape, is_tensor, one_of
+from driftrl.checks import InputError, floating, has_shape, is_tensor, one_of, only_rounding, safe_unit
 
 NORMALIZATIONS: tuple[str, ...] = ("none", "prompt", "batch", "fixed")
-
-# A standard deviation below this many rounding errors of the largest reward is rounding, not signal.
-_ROUNDING_ERRORS = 4.0
 
 
 @dataclass(frozen=True)
@@ -43,19 +40,21 @@ def mixed(scores: Tensor, parts: Sequence[Part], among: Tensor | None = None) ->
     - ``fixed``: ``(r - mean) / std`` with the part's numbers.
 
     Where a standard deviation (the population one) vanishes, that is where it is at most 4 rounding errors of the
-    largest magnitude in what it is taken over, the part adds 0. Arithmetic is in float64.
+    largest magnitude in what it is taken over (1 in half precision, where numbers are rounded once), the part adds 0.
+    Rounding is that of the coarser of ``scores`` and ``among``. Arithmetic is in float64, in a unit in which no square
+    over- or underflows.
 
     Args:
         scores: [P, N, R], a column for each part; [P, N], of a single reward, is returned as it is.
         parts: R of them.
         among: [P, M, R], what means and standard deviations are taken over instead of ``scores``: the base model's
-            rewards, say, to compare models on one scale.
+            rewards, say, to compare models on one scale; M >= 1.
 
     Returns:
         [P, N], the dtype of ``scores``.
 
     Raises:
-        InputError: for another number of columns, or an unknown normalisation.
+        InputError: for another number of columns, an unknown normalisation, or ``among`` of another shape.
 
     Source: ``prompt`` is the decoupled normalisation of GDPO (arXiv 2601.05242); docs/rewards.md has the rest.
 
@@ -73,8 +72,15 @@ def mixed(scores: Tensor, parts: Sequence[Part], among: Tensor | None = None) ->
     if has_shape("scores", scores, "[P, N, R]").shape[-1] != len(parts):
         raise InputError(f"scores: expected {len(parts)} columns, one per reward; got {list(scores.shape)}")
     wide = torch.float32 if scores.device.type == "mps" else torch.float64  # MPS has no float64
-    precision = torch.finfo(floating(scores).dtype).eps
-    among = (scores if among is None else among).to(wide)
+    if among is None:
+        among = scores
+    else:
+        prompts, candidates, rewards = scores.shape
+        shape = has_shape("among", among, "[P, M, R]").shape
+        if (shape[0], shape[2]) != (prompts, rewards) or (shape[1] == 0 and candidates > 0):
+            raise InputError(f"among: expected [{prompts}, M, {rewards}], M >= 1; got {list(shape)}")
+    precision = max(torch.finfo(floating(given).dtype).eps for given in (scores, among))
+    among = among.to(wide)
     total = torch.zeros(scores.shape[:2], dtype=wide, device=scores.device)
     for k, (part, values) in enumerate(zip(parts, scores.to(wide).unbind(-1), strict=True)):
         total += part.weight * _normalised(values, part, among[..., k], precision)
@@ -93,7 +99,12 @@ def _normalised(values: Tensor, part: Part, among: Tensor, precision: float) -> 
         return values
     if part.normalize == "fixed":
         return (values - part.mean) / part.std
+    if values.numel() == 0:  # nothing has no statistics, and needs none
+        return values
     among = among if part.normalize == "prompt" else among.reshape(1, -1)
+    magnitude = among.abs().amax(1, keepdim=True)
+    unit = safe_unit(magnitude)
+    values, among, magnitude = values / unit, among / unit, magnitude / unit
     mean, std = among.mean(1, keepdim=True), among.std(1, keepdim=True, correction=0)
-    vanishes = std <= _ROUNDING_ERRORS * precision * among.abs().amax(1, keepdim=True)
+    vanishes = only_rounding(std, magnitude, precision)
     return torch.where(vanishes, 0.0, (values - mean) / torch.where(vanishes, 1.0, std))

@@ -41,7 +41,9 @@ def generator(seed: int, iteration: int, prompt: int, candidate: int, purpose: s
 
 
 def normal(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
-    """Standard normal float32 [len(generators), *shape], a row from each generator."""
+    """Standard normal float32 [len(generators), *shape], a row from each generator; no row without generators."""
+    if len(generators) == 0:
+        return torch.empty(0, *shape)
     return torch.stack([torch.randn(tuple(shape), generator=g, dtype=torch.float32) for g in generators])
 
 

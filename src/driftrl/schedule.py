@@ -12,7 +12,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 def rate_share(iteration: int, iterations: int, warmup: int = 0, kind: str = "constant") -> float:
     """The share of its learning rate that an iteration has, in 0..1.
 
-    It rises by 1/``warmup`` an iteration, from there on is constant, or falls so that it would be 0 in the iteration
+    It rises by 1/``warmup`` an iteration (a warm-up longer than the run is not finished), from there on is constant, or falls so that it would be 0 in the iteration
     after the last one: in a straight line, or along half a cosine.
 
     Args:
@@ -34,12 +34,12 @@ def rate_share(iteration: int, iterations: int, warmup: int = 0, kind: str = "co
     one_of("kind", kind, SCHEDULES)
     if min(iteration, iterations, warmup) < 0:
         raise InputError(f"expected no negative number; got {iteration}, {iterations} and {warmup}")
+    iteration = min(iteration, max(iterations - 1, 0))
     if iteration < warmup:
         return (iteration + 1) / warmup
     if kind == "constant":
         return 1.0
-    last = max(iterations - 1, warmup)
-    done = (min(iteration, last) - warmup) / max(1, iterations - warmup)
+    done = (iteration - warmup) / max(1, iterations - warmup)
     return 1 - done if kind == "linear" else (1 + math.cos(math.pi * done)) / 2
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, has_shape, is_finite, one_of, whole_number
+from driftrl.checks import InputError, has_shape, is_finite, one_of, safe_unit, whole_number
 
 STRATEGIES: tuple[str, ...] = (
     "concentrated",
@@ -96,6 +96,8 @@ def select(
     precision = torch.finfo(rewards.dtype if rewards.is_floating_point() else torch.float64).eps
     wide = torch.float32 if rewards.device.type == "mps" else torch.float64  # MPS has no float64
     ordered, order = rewards.to(wide).sort(dim=1, stable=True)
+    as_given = ordered
+    ordered = ordered / safe_unit(ordered.abs().amax(dim=1, keepdim=True))  # whose differences are finite
     if strategy == "concentrated":
         kept = _tightest_window(ordered, keep, precision)
     elif strategy == "nearest_neighbor":
@@ -109,7 +111,7 @@ def select(
         position = torch.arange(candidates, device=rewards.device)
         kept = ((position < worst) | (position >= candidates - (keep - worst))).repeat(prompts, 1)
 
-    chosen = order[_first_of_identical(ordered, kept)].view(prompts, keep)
+    chosen = order[_first_of_identical(as_given, kept)].view(prompts, keep)
     return chosen.sort(dim=1).values
 
 

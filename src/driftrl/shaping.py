@@ -21,6 +21,7 @@ from driftrl.checks import (
     is_finite,
     is_tensor,
     one_of,
+    safe_unit,
     same_shape,
     whole_number,
 )
@@ -114,12 +115,14 @@ def shape_at_reward(rewards: Tensor, bonus: Tensor, shaping: Shaping) -> Tensor:
     """The rewards [P, G], with the bonus [P, G] if it enters there; else, or with ratio 0, as they are.
 
     Warns:
-        DiversityWarning: if some group's bonus is constant, so that it decides nothing.
+        DiversityWarning: if some group's bonus is constant once it is clipped, so that it decides nothing. Not for the measure
+            ``clusters``, whose clusters may well be of one size.
     """
     if one_of("level", shaping.level, LEVELS) != "reward" or shaping.ratio == 0:
         return rewards
-    if shaping.measure != "clusters":  # which may well be of one size
-        _warn_of_constant(bonus)
+    if shaping.measure != "clusters":
+        at_least("clip", shaping.clip, 0.0)
+        _warn_of_constant(is_tensor("bonus", bonus), clip=shaping.clip)
     return shape_rewards(rewards, bonus, shaping.ratio, shaping.clip)
 
 
@@ -130,8 +133,12 @@ def shape_at_advantage(
     they are. Of the steps only ``scored`` ones (bool [T], None for all) get a bonus: the last one is often exact,
     so that its return is 0 for everyone.
 
+    Raises:
+        InputError: if ``bonus`` has a value for each step and ``scored`` is not [T], or as the functions do that it calls.
+
     Warns:
-        DiversityWarning: if some group's bonus is constant, so that it decides nothing.
+        DiversityWarning: if some group's bonus is constant, so that it decides nothing. At level ``multiply`` not for the
+            measure ``clusters``, whose clusters may well be of one size: then all advantages stay.
     """
     if one_of("level", shaping.level, LEVELS) == "reward" or shaping.ratio == 0:
         return advantages
@@ -139,8 +146,11 @@ def shape_at_advantage(
         if shaping.measure != "clusters":
             _warn_of_constant(bonus)
         return reweight_above_average(advantages, bonus, shaping.ratio)
-    if bonus.dim() == 2 or scored is None:
+    if is_tensor("bonus", bonus).dim() == 2 or scored is None:
         return shape_advantages(advantages, intrinsic_advantage(bonus, shaping.clip), shaping.ratio)
+    has_shape("bonus", bonus, "[P, G, T]")
+    if has_shape("scored", scored, "[T]").shape != bonus.shape[2:]:
+        raise InputError(f"scored: expected one per step, [{bonus.shape[2]}]; got {list(scored.shape)}")
     steps = scored.nonzero()[:, 0]
     intrinsic = intrinsic_advantage(bonus[..., steps], shaping.clip)
     spread = torch.zeros_like(bonus).index_copy(2, steps, intrinsic)
@@ -184,7 +194,7 @@ def nearest_distance(distances: Tensor, k: int = 1) -> Tensor:
         [P, G].
 
     Raises:
-        InputError: for another shape or k outside 1 .. G - 1.
+        InputError: for another shape, distances that are not finite, or k outside 1 .. G - 1.
 
     Example:
         >>> import torch
@@ -202,6 +212,8 @@ def nearest_distance(distances: Tensor, k: int = 1) -> Tensor:
     if not 1 <= k < group:
         raise InputError(f"k: expected 1 to {group - 1}, the others of a group; got {k}")
     diagonal = torch.eye(group, dtype=torch.bool, device=distances.device)
+    # NaN counts as the largest, so that the diagonal would be taken before it.
+    is_finite("distances", distances.masked_fill(diagonal, 0.0))
     return floating(distances).masked_fill(diagonal, torch.inf).topk(k, dim=-1, largest=False).values[..., -1]
 
 
@@ -237,7 +249,8 @@ def intrinsic_advantage(diversity: Tensor, clip: float = 1.0) -> Tensor:
 
     The standard deviation is the population one. Where it vanishes (at most 8 rounding errors of
     ``max(1, max |d|)``, the distances being of order one; in half precision one of ``max |d|``) the advantage is zero and one ``DiversityWarning``
-    covers all such groups; the checks are the only moments the host waits for the device.
+    covers all such groups; the checks are the only moments the host waits for the device. Arithmetic is in float64, in a unit
+    in which no square overflows.
 
     Args:
         diversity: [P, G], or [P, G, T] to standardise each denoising step on its own.
@@ -261,9 +274,8 @@ def intrinsic_advantage(diversity: Tensor, clip: float = 1.0) -> Tensor:
         tensor([[-1.,  0.,  1.,  0.]])
     """
     at_least("clip", clip, 0.0)
-    std, vanishes = _spread(diversity)
+    values, std, vanishes = _spread(diversity)
     _warn_of_constant(diversity, vanishes)
-    values = diversity.to(std.dtype)
     centred = values - values.mean(dim=1, keepdim=True)
     standardised = torch.where(vanishes, 0.0, centred / torch.where(vanishes, 1.0, std))
     return standardised.clamp(-clip, clip).to(floating(diversity).dtype)
@@ -284,35 +296,43 @@ def constant_diversity(diversity: Tensor) -> Tensor:
         >>> constant_diversity(torch.tensor([[0.25, 0.25, 0.25], [0.25, 0.5, 0.75]]))
         tensor([ True, False])
     """
-    return _spread(diversity)[1][:, 0]
+    return _spread(diversity)[2][:, 0]
 
 
-def _spread(diversity: Tensor) -> tuple[Tensor, Tensor]:
-    """Population standard deviations [P, 1] or [P, 1, T] within groups, and whether they are rounding."""
+def _spread(diversity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The values in a unit of their group's, population standard deviations [P, 1] or [P, 1, T] in the same unit, and whether
+    they are rounding.
+    """
     by_step = is_tensor("diversity", diversity).dim() == 3
     is_finite("diversity", has_shape("diversity", diversity, "[P, G, T]" if by_step else "[P, G]"))
     wide = torch.float32 if diversity.device.type == "mps" else torch.float64  # MPS has no float64
     precision = torch.finfo(diversity.dtype if diversity.is_floating_point() else wide).eps
     values = diversity.to(wide)
-    if diversity.shape[1] == 0:
+    if diversity.numel() == 0:
         nothing = values.sum(dim=1, keepdim=True)
-        return nothing, nothing > 0
+        return values, nothing, nothing > 0
+    magnitude = values.detach().abs().amax(dim=1, keepdim=True)
+    largest = magnitude if precision > _HALF else magnitude.clamp(min=1.0)
+    unit = safe_unit(largest)
+    values = values / unit
     std = values.std(dim=1, keepdim=True, correction=0)
-    magnitude = values.abs().amax(dim=1, keepdim=True)
-    if precision > _HALF:
-        return std, std <= precision * magnitude
-    return std, std <= _ROUNDING_ERRORS * precision * magnitude.clamp(min=1.0)
+    return values, std, std <= (1.0 if precision > _HALF else _ROUNDING_ERRORS) * precision * (largest / unit)
 
 
-def _warn_of_constant(diversity: Tensor, vanishes: Tensor | None = None) -> None:
-    vanishes = _spread(diversity)[1] if vanishes is None else vanishes
+def _warn_of_constant(diversity: Tensor, vanishes: Tensor | None = None, clip: float | None = None) -> None:
+    """Warn if some group's values are constant, once they are clipped if a ``clip`` is given."""
+    given = diversity
+    if clip is not None:
+        diversity = diversity.clamp(-clip, clip)
+    vanishes = _spread(diversity)[2] if vanishes is None else vanishes
     if bool(vanishes.any()):
         steps = " and steps" if vanishes.dim() == 3 else ""
-        why = (
-            "Of two images each is as far from the other: keep three or more"
-            if diversity.shape[1] == 2
-            else "All images alike, or an encoder that cannot tell them apart?"
-        )
+        if clip is not None and not bool(_spread(given)[2][vanishes].all()):
+            why = f"Clipped to {clip:g}, what differed is the same: a larger shaping.clip would leave a difference"
+        elif diversity.shape[1] == 2:
+            why = "Of two images each is as far from the other: keep three or more"
+        else:
+            why = "All images alike, or an encoder that cannot tell them apart?"
         warnings.warn(
             f"the diversity of {int(vanishes.sum())} of {vanishes.numel()} groups{steps} is constant "
             f"(mean {float(diversity.detach().float().mean()):.3g}): it decides nothing there. {why}",

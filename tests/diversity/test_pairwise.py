@@ -97,6 +97,14 @@ def test_autocast_does_not_touch_the_result():
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_directions_of_any_length(scale):
+    """The squares of such rows over- or underflow."""
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5]], dtype=torch.float64)
+    far = x * torch.tensor([[1.0], [scale], [scale]], dtype=torch.float64)
+    torch.testing.assert_close(pairwise_distances(far), pairwise_distances(x))
+
+
 @pytest.mark.parametrize("measure", [pairwise_distances, mean_pairwise_distance])
 @pytest.mark.parametrize(
     ("features", "message"),

@@ -156,7 +156,7 @@ def test_autocast_does_not_touch_the_result():
     assert torch.equal(cast, vendi_score(x))
 
 
-@pytest.mark.parametrize("q", [-0.5, -math.inf, math.nan, "two", None, True])
+@pytest.mark.parametrize("q", [-0.5, -math.inf, math.nan, "two", "1", None, True])
 def test_bad_order_is_refused(q):
     with pytest.raises(InputError, match=r"q: expected a number from 0 to infinity"):
         vendi_score(torch.eye(3), q)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from driftrl.checks import InputError
+from driftrl.evaluation import pareto
 from driftrl.evaluation.pareto import (
     bootstrap_interval,
     difference_at_equal,
@@ -240,6 +242,24 @@ def test_bootstrap_depends_on_the_seed_and_not_on_order():
     )
 
 
+@pytest.mark.parametrize("n", [1, 7, 45])
+def test_bootstrap_gives_the_same_however_many_are_drawn_at_a_time(n, monkeypatch):
+    values = np.random.default_rng(n).normal(size=n)
+    together = np.sort(values)[np.random.default_rng(3).integers(n, size=(501, n))].mean(axis=1)
+    for drawn in (1, 100, 2**20):
+        monkeypatch.setattr(pareto, "DRAWN", drawn)
+        interval = bootstrap_interval(values, resamples=501, seed=3)
+        assert (interval.low, interval.high) == tuple(np.quantile(together, [(1 - 0.9) / 2, (1 + 0.9) / 2]))
+
+
+def test_bootstrap_memory_does_not_grow_with_the_resamples():
+    tracemalloc.start()
+    bootstrap_interval(np.arange(2000.0), resamples=10_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**26  # 20 million draws at once would be 305 MiB
+
+
 def test_one_value_has_no_spread():
     interval = bootstrap_interval([2.5])
     assert (interval.mean, interval.low, interval.high, interval.count) == (2.5, 2.5, 2.5, 1)
@@ -286,6 +306,10 @@ def test_bad_settings_are_refused():
             bootstrap_interval([1.0, 2.0], level=level)
     with pytest.raises(InputError, match="resamples: expected at least 1"):
         bootstrap_interval([1.0, 2.0], resamples=0)
+    with pytest.raises(InputError, match=r"resamples: expected a whole number; got 10\.5"):
+        bootstrap_interval([1.0, 2.0], resamples=10.5)
+    with pytest.raises(InputError, match="seed: expected at least 0; got -1"):
+        bootstrap_interval([1.0, 2.0], seed=-1)
     for values in ([], [[1.0]], 3.0):
         with pytest.raises(InputError, match=r"values: expected shape \[n\]"):
             bootstrap_interval(values)
@@ -296,6 +320,20 @@ def test_bad_settings_are_refused():
 def test_a_baseline_of_nothing_but_rounding_is_none():
     gain = gain_at_equal([(4, 1), (3, 3), (7, -4)], [(-5, -2), (2, 1), (-1, 4), (8, -1), (-4, -3)], 0)
     assert gain.relative is None and math.isfinite(gain.absolute)
+
+
+def test_numbers_too_large_to_compare_are_refused():
+    line = [[0.0, 1e149], [1.0, -9e149]]
+    gain = gain_at_equal(line, [[0.0, -9e149], [1.0, -9.5e149]], "reward")
+    assert math.isfinite(gain.absolute) and math.isfinite(hypervolume(line, [-9e149, -9e149]))
+    assert math.isfinite(bootstrap_interval([9e149, -9e149] * 50).high)
+    for call in (
+        lambda: gain_at_equal([[0.0, 1.7e308], [1.0, -1.7e308]], [[0.0, 0.0], [1.0, -1.7e308]], "reward"),
+        lambda: bootstrap_interval([1.7e308, 1.6e308, 1.0]),
+        lambda: hypervolume([[1e200, 1e200]], [0.0, 0.0]),
+    ):
+        with pytest.raises(InputError, match="expected magnitudes below 1e"):
+            call()
 
 
 def test_no_points_at_all_are_said_so():

@@ -120,3 +120,17 @@ def test_clusters_are_whole_and_finite():
     for distances, count in ((DISTANCES, 1.5), (DISTANCES * np.nan, 2)):
         with pytest.raises(InputError, match=r"whole number|not finite"):
             clusters.spectral_clusters(distances, count)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda one: gaussian.log_prob(one, one, 1.0),
+        lambda one: gaussian.sample(one, 1.0, one),
+        lambda one: kl.kl_equal_variance(one, one, 1.0),
+    ],
+)
+def test_a_single_number_is_refused_for_its_shape(call):
+    """Not for having another one than itself."""
+    with pytest.raises(InputError, match="expected at least one dimension; got a single number"):
+        call(torch.tensor(1.0))

@@ -20,6 +20,11 @@ def test_win_rates_by_counting():
             assert float(win_rates(rewards)[p, i]) == pytest.approx(wins / 3)
 
 
+def test_what_is_no_number_has_no_rank():
+    with pytest.raises(InputError, match="rewards: 1 of 2 values are not finite"):
+        win_rates(torch.tensor([[torch.nan, 1.0]]))
+
+
 def test_disagreement_counts_ranks_not_units():
     rewards, one, other = (_normal(3, 6, seed=s) for s in range(3))
     expected = win_rates(rewards) - (win_rates(one) + win_rates(other)) / 2

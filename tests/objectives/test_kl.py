@@ -121,6 +121,14 @@ def test_refuses_what_does_not_fit(call, name):
         call()
 
 
+def test_a_number_is_not_rounded_on_the_way():
+    mean, reference = _normal(3, 4, seed=0), _normal(3, 4, seed=1)
+    assert torch.equal(
+        kl_equal_variance(mean, reference, 0.1),
+        kl_equal_variance(mean, reference, torch.tensor(0.1, dtype=torch.float64)),
+    )
+
+
 def test_one_std_for_all():
     mean, reference = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
     each = kl_equal_variance(mean, reference, torch.full((3,), 0.5))

@@ -1,5 +1,7 @@
 """The negative-aware loss: its closed form, its gradient where the policy is the one that drew, and what holds it back."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,12 @@ def test_a_perfect_prediction_is_finite():
     assert torch.equal(loss, torch.zeros_like(loss)) and torch.isfinite(prediction.grad).all()
 
 
+def test_latents_of_a_single_number():
+    flat = [x.flatten(1)[:, 0] for x in (NEW, OLD, DRAWN)]
+    expected = negative_aware(*(x[:, None] for x in flat), ADVANTAGES)
+    assert torch.equal(negative_aware(*flat, ADVANTAGES), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_is_computed_in_float32_at_least(dtype):
     new, old, drawn = (x.to(dtype) for x in (NEW, OLD, DRAWN))
@@ -135,8 +143,9 @@ def test_what_draws_follows_sooner_at_first():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"beta": 0.0}, "beta: expected more than 0; got 0.0"),
-        ({"bound": -1.0}, "bound: expected more than 0; got -1.0"),
+        ({"beta": 0.0}, "beta: expected more than 0, and a finite number; got 0.0"),
+        ({"bound": -1.0}, "bound: expected more than 0, and a finite number; got -1.0"),
+        ({"bound": math.inf}, "bound: expected more than 0, and a finite number; got inf"),
         ({"x0_old": OLD[:2]}, "x0_old: expected the shape of x0_hat"),
         ({"x0": DRAWN[..., :1]}, "x0: expected the shape of x0_hat"),
         ({"advantages": ADVANTAGES[:3]}, r"advantages: expected one per sample, \[4\]; got \[3\]"),

@@ -112,6 +112,36 @@ def test_long_steps_weigh_less_and_the_mean_over_those_that_are_trained_stays():
     assert weights.sum() / 3 == pytest.approx(1) and weights[2] == 0
 
 
+def test_steps_that_are_not_learned_from_weigh_nothing_whatever_they_take():
+    durations = torch.tensor([0.3, 0.6, 0.0])
+    weights = time_weights(durations, torch.tensor([True, True, False]))
+    torch.testing.assert_close(weights, torch.tensor([4 / 3, 2 / 3, 0.0]))
+    assert time_weights(durations, torch.zeros(3, dtype=torch.bool)).tolist() == [0.0] * 3
+    with pytest.raises(InputError, match="durations: expected more than 0 at the steps"):
+        time_weights(durations, torch.tensor([True, False, True]))
+
+
+@pytest.mark.parametrize("surrogate", [normalized_surrogate, divergence_surrogate])
+def test_any_form_of_one_std_per_pair(surrogate):
+    advantages, x, mean, old, std, _ = drawn(3, 0.4, 1e-3, size=(2, 2, 2))
+    new, before = scores(x, mean, old, std)
+
+    def loss(form, *means):
+        return surrogate(new, before, advantages, *(means or (mean, old)), form, 1.0).loss
+
+    for form in (std.flatten(), 0.4, torch.tensor(0.4, dtype=torch.float64), std[:1]):
+        assert torch.equal(loss(form), loss(std))
+    flat = mean[:, 0, 0, 0], old[:, 0, 0, 0]
+    columns = tuple(each[:, None] for each in flat)
+    assert torch.equal(loss(std.flatten(), *flat), loss(std.flatten()[:, None], *columns))
+
+
+def test_a_std_of_every_dimension_is_no_scale():
+    for std in (torch.ones(2, 4), torch.ones(1, 4), torch.ones(1, 2)):
+        with pytest.raises(InputError, match="std: expected"):
+            normalized_surrogate(*zeros()[:5], std)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [

@@ -237,7 +237,19 @@ def test_half_precision_is_computed_in_float32():
             lambda one: ddim_transition(torch.zeros(1, 2), torch.zeros(1, 2), one, one, 1.0, "eps"),
             "expected one of epsilon",
         ),
-        (lambda one: ddim_transition(torch.zeros(1, 2), torch.zeros(1, 2), one, one, -1.0), "at least 0"),
+        (
+            lambda one: ddim_transition(torch.zeros(1, 2), torch.zeros(1, 2), one, one, -1.0),
+            "eta: expected 0 to 1",
+        ),
+        (
+            lambda one: ddim_transition(torch.zeros(1, 2), torch.zeros(1, 2), one, one, 1.01),
+            "eta: expected 0 to 1",
+        ),
+        (lambda one: ddim_tables(one, torch.tensor([0]), 1.0, 1.01), "eta: expected 0 to 1; got 1.01"),
+        (
+            lambda one: ddim_tables(one, torch.tensor([0]), torch.ones(1)),
+            "final_alpha_cumprod: expected a single",
+        ),
         (lambda one: ddim_tables(one, torch.tensor([1]), 1.0), "timesteps"),
         (lambda one: ddim_tables(one, torch.zeros(2, dtype=torch.long), 1.0), "timesteps"),
         (lambda one: ddim_tables(one[None], torch.tensor([0]), 1.0), "alphas_cumprod"),

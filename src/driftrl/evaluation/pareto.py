@@ -1,7 +1,8 @@
 """Comparing methods in the reward-diversity plane: fronts, gains at equal level, hypervolume, intervals.
 
 A method's curve is a set of points (reward, diversity), one per evaluated checkpoint, both to be maximised.
-Points may be a tensor, an array or nested sequences of shape [n, 2]; all arithmetic is float64.
+Points may be a tensor, an array or nested sequences of shape [n, 2]; all arithmetic is float64. Magnitudes of 1e150 and
+above are refused: areas of such sizes are not finite.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from driftrl.checks import InputError, one_of
+from driftrl.checks import InputError, one_of, whole_number
 
 Array: TypeAlias = NDArray[np.float64]
 Points: TypeAlias = Tensor | NDArray[Any] | Sequence[Sequence[float]]
 Numbers: TypeAlias = Tensor | NDArray[Any] | Sequence[float]
 
 AXES = ("reward", "diversity")
+LARGEST = 1e150
+"""Of the magnitudes that can be compared: differences, means and areas of smaller ones are finite."""
+DRAWN = 2**20
+"""Values that a bootstrap draws at a time: 16 MiB of them and their indices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,7 @@ def upper_envelope(points: Points) -> Tensor | Array:
         float64 array.
 
     Raises:
-        InputError: for another shape, no points, or values that are not finite.
+        InputError: for another shape, no points, or values that are not finite or too large.
 
     Example:
         >>> upper_envelope([[0.8, 0.4], [0.0, 0.9], [0.5, 0.3]]).tolist()
@@ -182,7 +187,7 @@ def hypervolume(points: Points, reference: Numbers) -> float:
         The area, at least 0.
 
     Raises:
-        InputError: for other shapes, no points, or values that are not finite.
+        InputError: for other shapes, no points, or values that are not finite or too large.
 
     Example:
         >>> hypervolume([[1.0, 2.0], [2.0, 1.0], [0.5, 0.5]], [0.0, 0.0])
@@ -211,14 +216,14 @@ def bootstrap_interval(
     Args:
         values: [n], n >= 1: one number per seed or per prompt.
         level: coverage, between 0 and 1.
-        resamples: number of resamples, at least 1.
-        seed: seed of the resampling.
+        resamples: number of resamples, at least 1; drawn some at a time, so that memory hardly grows with them.
+        seed: seed of the resampling, at least 0.
 
     Returns:
         Mean, interval, level and n. One value gives an interval of zero width, for want of any spread.
 
     Raises:
-        InputError: for another shape, no values, values that are not finite, or settings out of range.
+        InputError: for another shape, no values, values that are not finite or too large, or settings out of range.
 
     Example:
         >>> interval = bootstrap_interval([1.0, 2.0, 3.0])
@@ -230,11 +235,17 @@ def bootstrap_interval(
         raise InputError(f"values: expected shape [n] with at least one value; got {list(data.shape)}")
     if not 0.0 < level < 1.0:
         raise InputError(f"level: expected a share between 0 and 1, such as 0.9; got {level}")
-    if resamples < 1:
-        raise InputError(f"resamples: expected at least 1; got {resamples}")
+    resamples, seed = whole_number("resamples", resamples), whole_number("seed", seed)
+    for name, number, least in (("resamples", resamples, 1), ("seed", seed, 0)):
+        if number < least:
+            raise InputError(f"{name}: expected at least {least}; got {number}")
     data = np.sort(data)
-    draws = np.random.default_rng(seed).integers(len(data), size=(resamples, len(data)))
-    low, high = np.quantile(data[draws].mean(axis=1), [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    draw, n, means = np.random.default_rng(seed), len(data), np.empty(resamples)
+    step = max(1, DRAWN // n)  # the generator gives the same numbers however many are asked for at a time
+    for start in range(0, resamples, step):
+        part = means[start : start + step]
+        part[:] = data[draw.integers(n, size=(len(part), n))].mean(axis=1)
+    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return Interval(float(data.mean()), float(low), float(high), float(level), len(data))
 
 
@@ -308,4 +319,6 @@ def _array(name: str, values: Points | Numbers) -> Array:
     if not np.isfinite(array).all():
         bad = int((~np.isfinite(array)).sum())
         raise InputError(f"{name}: {bad} of {array.size} values are not finite")
+    if array.size and np.abs(array).max() >= LARGEST:
+        raise InputError(f"{name}: expected magnitudes below {LARGEST:g}; got {np.abs(array).max():g}")
     return array

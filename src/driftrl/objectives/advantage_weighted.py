@@ -11,7 +11,7 @@ from driftrl.checks import InputError, has_shape, same_shape
 from driftrl.objectives.clipped_surrogate import ClippedSurrogate, clipped_surrogate
 
 SMALLEST = 1e-10
-"""Added to a squared error, whose power has no gradient at 0."""
+"""Added to a squared error, the gradient of whose power is infinite at 0."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def matching_score(x0_hat: Tensor, x0: Tensor, sigma: Tensor, power: float = 0.2
 
     At a given noised latent the velocity is ``(x_t - x0) / sigma`` in a flow, and affine in x0 with the same factor where
     variance is preserved, so ``e = mean |x0_hat - x0|^2 / sigma^2``: the loss of pretraining. A power of 1 is that loss as it is;
-    a smaller one makes large errors count less.
+    a smaller one makes large errors count less. To e is added 1e-10 (``SMALLEST``): a power below 1 has an infinite gradient at 0.
 
     Args:
         x0_hat: [N, ...], predicted clean latents.
@@ -86,8 +86,11 @@ def advantage_weighted(
 ) -> ClippedSurrogate:
     """The clipped surrogate of `matching_score`, and ``proximal`` times the mean squared distance of the two policies' velocities.
 
-    No density is asked for, so any sampler may draw. Where the policy is the one that drew, the gradient is that of the pretraining
-    loss of the drawn images, each weighed by its advantage.
+    No density is asked for, so any sampler may draw. Where the policy is the one that drew, the gradient is that of ``A w e``: e the
+    pretraining loss of a drawn image, weighed by its advantage A and by ``w = sigma e**(power - 1)``, through which no gradient
+    flows (e there with the 1e-10 of `matching_score`). With a power of 1 that is sigma, whatever the error; with a smaller one
+    images that are predicted badly have less of the gradient. (With 1 a bad image pushes the harder the worse it is predicted
+    already, and only the proximal term holds that back: errors can run away.)
 
     Args:
         x0_hat: [N, ...], predicted by the policy that is trained, with gradient.
@@ -134,4 +137,6 @@ def _velocity_error(x0_hat: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     if sigma.shape != x0_hat.shape[:1]:
         raise InputError(f"sigma: expected one per sample, [{x0_hat.shape[0]}]; got {list(sigma.shape)}")
     dtype = torch.promote_types(torch.promote_types(x0_hat.dtype, x0.dtype), torch.float32)
-    return (x0_hat.to(dtype) - x0.to(dtype)).flatten(1).square().mean(1) / sigma.to(dtype).square()
+    error = x0_hat.to(dtype) - x0.to(dtype)
+    error = error.flatten(1) if error.dim() > 1 else error[:, None]
+    return error.square().mean(1) / sigma.to(dtype).square()

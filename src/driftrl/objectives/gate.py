@@ -33,9 +33,10 @@ def win_rates(rewards: Tensor) -> Tensor:
     dtype of ``rewards``, or float32 for whole numbers.
 
     Raises:
-        InputError: if ``rewards`` is not [P, N] with N >= 2.
+        InputError: if ``rewards`` is not [P, N] with N >= 2, or values are not finite.
     """
-    has_shape("rewards", rewards, "[P, N]")
+    # NaN beats nothing and equals nothing, itself included.
+    is_finite("rewards", has_shape("rewards", rewards, "[P, N]"))
     if rewards.shape[1] < 2:
         raise InputError(f"rewards: expected at least two candidates per prompt; got {list(rewards.shape)}")
     # Compared, not subtracted: differences of whole numbers wrap around.

@@ -53,7 +53,8 @@ def kl_equal_variance(mean: Tensor, mean_ref: Tensor, std: Tensor | float) -> Te
     dtype = torch.float32
     for tensor in (mean, mean_ref, *([std] if isinstance(std, Tensor) else [])):
         dtype = torch.promote_types(dtype, tensor.dtype)
-    scale = torch.as_tensor(std).detach().to(device=mean.device, dtype=dtype)
+    # A Python number is rounded to that dtype, not to the default one on the way.
+    scale = torch.as_tensor(std, dtype=dtype, device=mean.device).detach()
     if scale.dim() == 1 and scale.shape[0] in (1, mean.shape[0]):
         scale = scale.view(-1, *[1] * (mean.dim() - 1))
     elif not _fits(scale.shape, mean.shape):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,7 @@ def negative_aware(
         [N]; float32, or float64 if a prediction is.
 
     Raises:
-        InputError: if shapes do not agree, or beta or bound is not above 0.
+        InputError: if shapes do not agree, or beta or bound is not above 0 and finite.
 
     Source: DiffusionNFT, arXiv 2509.16117, with its adaptive weights; bound, the two factors in front and the least
     ``w`` are those of its published code.
@@ -85,8 +86,8 @@ def negative_aware(
         tensor([2.5000, 7.5000])
     """
     for name, number in (("beta", beta), ("bound", bound)):
-        if not number > 0:
-            raise InputError(f"{name}: expected more than 0; got {number}")
+        if not 0 < number < math.inf:
+            raise InputError(f"{name}: expected more than 0, and a finite number; got {number}")
     for name, other in (("x0_old", x0_old), ("x0", x0)):
         same_shape(name, other, "x0_hat", x0_hat)
     has_shape("advantages", advantages, "[N]")
@@ -104,5 +105,6 @@ def negative_aware(
 
 def _weighted_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each sample [N] over its mean absolute error."""
-    error = (prediction - target).flatten(1)
+    error = prediction - target
+    error = error.flatten(1) if error.dim() > 1 else error[:, None]
     return error.square().mean(1) / error.detach().abs().mean(1).clamp(min=SMALLEST)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from driftrl.checks import InputError, has_shape, same_shape
-from driftrl.objectives.clipped_surrogate import LARGEST_LOG_RATIO, ClippedSurrogate, clipped_surrogate
+from driftrl.objectives.clipped_surrogate import ClippedSurrogate, clipped_surrogate, ratio_of
 from driftrl.objectives.kl import kl_equal_variance
 
 
@@ -16,7 +16,7 @@ def normalized_surrogate(
     advantages: Tensor,
     mean: Tensor,
     old_mean: Tensor,
-    std: Tensor,
+    std: Tensor | float,
     clip_range: float = 1e-4,
 ) -> ClippedSurrogate:
     """The clipped surrogate of a normalised ratio: ``log r' = std (log r + |mean - old_mean|^2 / (2 std^2))``, squares averaged
@@ -32,7 +32,7 @@ def normalized_surrogate(
         advantages: [B].
         mean: [B, ...], of the policy's transition, with gradient.
         old_mean: [B, ...], of the one that drew.
-        std: [B, 1, ..., 1], of both; above 0.
+        std: a number, [B] or [B, 1, ..., 1], of both; above 0. One per pair, for it scales the pair's log-ratio.
         clip_range: of the normalised ratio, above 0.
 
     Returns:
@@ -53,7 +53,12 @@ def normalized_surrogate(
     kl = kl_equal_variance(mean, old_mean, std)
     for name, other in (("old_log_prob", old_log_prob), ("divergence", kl)):
         same_shape(name, other, "log_prob", log_prob)
-    scale = std.detach().flatten(1)[:, 0].to(kl.dtype)
+    scale = torch.as_tensor(std, dtype=kl.dtype, device=kl.device).detach()
+    if scale.dim() and (scale.numel() != len(scale) or len(scale) not in (1, len(kl))):
+        raise InputError(
+            f"std: expected a number, [{len(kl)}] or [{len(kl)}, 1, ..., 1]; got {list(scale.shape)}"
+        )
+    scale = scale.flatten()
     plain = log_prob.to(kl.dtype) - old_log_prob.detach().to(kl.dtype)
     log_ratio = scale * (plain + kl)
     found = clipped_surrogate(log_ratio, torch.zeros_like(log_ratio), advantages, clip_range)
@@ -66,7 +71,7 @@ def divergence_surrogate(
     advantages: Tensor,
     mean: Tensor,
     old_mean: Tensor,
-    std: Tensor,
+    std: Tensor | float,
     max_kl: float = 1e-5,
 ) -> ClippedSurrogate:
     """``loss = -A r``, without gradient for a pair whose policy is farther than ``max_kl`` from the one that drew, and would be led
@@ -80,7 +85,7 @@ def divergence_surrogate(
         advantages: [B].
         mean: [B, ...], of the policy's transition; no gradient flows into it.
         old_mean: [B, ...], of the one that drew.
-        std: [B, 1, ..., 1], of both; above 0.
+        std: a number, [B] or [B, 1, ..., 1], of both; above 0.
         max_kl: above 0, in nats per latent dimension.
 
     Returns:
@@ -109,7 +114,7 @@ def divergence_surrogate(
     log_ratio = log_prob.to(kl.dtype) - old_log_prob.detach().to(kl.dtype)
     blocked = (kl > max_kl) & (weights * log_ratio.detach() > 0)
     # A constant where blocked, so that its gradient is 0 and its value the surrogate's.
-    ratio = torch.where(blocked, log_ratio.detach(), log_ratio).clamp(max=LARGEST_LOG_RATIO).exp()
+    ratio = ratio_of(torch.where(blocked, log_ratio.detach(), log_ratio))
     with torch.no_grad():
         share, drift = blocked.to(kl.dtype).mean(), 0.5 * log_ratio.square().mean()
     return ClippedSurrogate(-weights * ratio, ratio.detach().mean(), share, drift)
@@ -122,14 +127,14 @@ def time_weights(durations: Tensor, trained: Tensor) -> Tensor:
     all of the gradient.
 
     Args:
-        durations: [T], of the denoising steps; positive.
+        durations: [T], of the denoising steps; positive where they are learned from.
         trained: bool [T], which of them are learned from.
 
     Returns:
-        float32 [T]; 0 at steps that are not learned from.
+        float32 [T]; 0 at steps that are not learned from, whatever time they take.
 
     Raises:
-        InputError: if the shapes do not agree.
+        InputError: if the shapes do not agree, or a step that is learned from takes no time.
 
     Source: the gradient's weights of GRPO-Guard (arXiv 2510.22319), 1/dt.
 
@@ -141,5 +146,11 @@ def time_weights(durations: Tensor, trained: Tensor) -> Tensor:
     """
     has_shape("trained", trained, "[T]")
     same_shape("durations", durations, "trained", trained)
-    weights = trained / durations.float()
-    return weights * trained.sum() / weights.sum()
+    used = trained.bool()
+    if not bool((durations > 0)[used].all()):
+        raise InputError(
+            f"durations: expected more than 0 at the steps that are learned from; got {durations[used].tolist()}"
+        )
+    weights = (used / durations.float()).masked_fill(~used, 0.0)
+    total = weights.sum()
+    return weights * used.sum() / total.masked_fill(total == 0, 1.0)

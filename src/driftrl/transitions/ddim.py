@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, at_least, floating, has_shape, one_of, per_sample, same_shape
+from driftrl.checks import InputError, floating, has_shape, one_of, per_sample, same_shape
 
 PREDICTION_TYPES: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
 
@@ -53,15 +53,15 @@ def ddim_tables(
     Args:
         alphas_cumprod: [T_train], from the scheduler.
         timesteps: whole numbers [T], descending, from ``scheduler.set_timesteps``: all of them.
-        final_alpha_cumprod: 1 with ``set_alpha_to_one``, else ``alphas_cumprod[0]``.
-        eta: 0 for the deterministic sampler, 1 for the noise of DDPM.
+        final_alpha_cumprod: 1 with ``set_alpha_to_one``, else ``alphas_cumprod[0]``; a single number.
+        eta: 0 for the deterministic sampler, 1 for the noise of DDPM; not above, see `ddim_transition`.
         prediction_type: one of ``PREDICTION_TYPES``, to refuse what cannot work.
 
     Returns:
         The tables, on the device of ``alphas_cumprod``.
 
     Raises:
-        InputError: for wrong shapes, timesteps or alphas out of range, eta below 0, or epsilon prediction on a
+        InputError: for wrong shapes, timesteps or alphas out of range, eta outside 0 .. 1, or epsilon prediction on a
             schedule that starts at a_t = 0, where the noise says nothing about the image.
 
     Example:
@@ -72,7 +72,7 @@ def ddim_tables(
         (1.0, 0.0, [True, False])
     """
     one_of("prediction_type", prediction_type, PREDICTION_TYPES)
-    at_least("eta", eta, 0.0)
+    _checked_eta(eta)
     has_shape("alphas_cumprod", alphas_cumprod, "[T_train]")
     has_shape("timesteps", timesteps, "[T]")
     steps, trained = timesteps.shape[0], alphas_cumprod.shape[0]
@@ -93,6 +93,8 @@ def ddim_tables(
     wide = torch.float32 if device.type == "mps" else torch.float64
     table = alphas_cumprod.to(wide)
     final = torch.as_tensor(final_alpha_cumprod, dtype=wide, device=device)
+    if final.dim() > 0:
+        raise InputError(f"final_alpha_cumprod: expected a single number; got shape {list(final.shape)}")
     previous = times - trained // steps
     alpha = table[times]
     alpha_prev = torch.where(previous >= 0, table[previous.clamp(min=0)], final)
@@ -135,7 +137,8 @@ def ddim_transition(
         alpha_t: [N], a_t of each sample (from ``DDIMTables.alpha``); in (0, 1), or 0 for v- and
             sample-prediction.
         alpha_prev: [N], from ``DDIMTables.alpha_prev``; in [a_t, 1].
-        eta: scale of the noise, at least 0.
+        eta: scale of the noise, 0 to 1. Beyond 1 there can be more of it than ``1 - a_prev`` has room for, the root of eq. 12
+            would be of a negative number, and the step would lead to another noise level than a_prev.
         prediction_type: whether ``model_output`` is the noise (``epsilon``), the clean latent (``sample``) or
             ``v = sqrt(a) noise - sqrt(1 - a) x0`` (``v_prediction``).
 
@@ -143,7 +146,7 @@ def ddim_transition(
         ``(mean [N, ...], std [N, 1, ..., 1], x0 [N, ...])``. ``std`` is exactly 0 where ``alpha_prev`` is 1.
 
     Raises:
-        InputError: for shapes that do not agree, eta below 0, or an unknown prediction type.
+        InputError: for shapes that do not agree, eta outside 0 .. 1, or an unknown prediction type.
 
     Example:
         >>> import torch
@@ -154,7 +157,7 @@ def ddim_transition(
         (tensor([[1.4142, 1.4142]]), tensor([[0.]]))
     """
     one_of("prediction_type", prediction_type, PREDICTION_TYPES)
-    at_least("eta", eta, 0.0)
+    _checked_eta(eta)
     same_shape("model_output", model_output, "x_t", x_t)
     a, a_prev = per_sample("alpha_t", alpha_t, x_t), per_sample("alpha_prev", alpha_prev, x_t)
     dtype = torch.promote_types(torch.promote_types(x_t.dtype, model_output.dtype), torch.float32)
@@ -201,6 +204,11 @@ def ddim_noised(x0: Tensor, noise: Tensor, alpha_t: Tensor) -> Tensor:
     x0 = floating(x0)
     alpha = per_sample("alpha_t", alpha_t, x0).view(-1, *[1] * (x0.dim() - 1))
     return alpha.sqrt().to(x0.dtype) * x0 + (1 - alpha).sqrt().to(x0.dtype) * noise.to(x0.dtype)
+
+
+def _checked_eta(eta: float) -> None:
+    if not 0.0 <= eta <= 1.0:
+        raise InputError(f"eta: expected 0 to 1; got {eta}")
 
 
 def _variance(alpha: Tensor, alpha_prev: Tensor) -> Tensor:

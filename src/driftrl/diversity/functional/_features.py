@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from driftrl.checks import InputError, has_shape, is_finite
+from driftrl.checks import InputError, has_shape, is_finite, safe_unit
 
 
 def as_float64(name: str, features: Tensor) -> Tensor:
@@ -25,18 +25,23 @@ def unit_rows(name: str, features: Tensor) -> Tensor:
     """Return ``features`` of shape [..., N, D] in float64 with every row scaled to length 1, differentiably.
 
     Raises:
-        InputError: as `as_float64`, or if a row has no direction: its length is 0 (or overflows).
+        InputError: as `as_float64`, or if a row is all zeros and so has no direction.
     """
     if not isinstance(features, Tensor) or features.dim() < 2:
         has_shape(name, features, "[N, D]")
     wide = _checked(name, features)
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    bad = ~((length > 0) & torch.isfinite(length))
+    if not bool(
+        ((length > 1e-90) & (length < 1e90)).all()
+    ):  # zeros, or numbers whose squares over- or underflow
+        wide = wide / safe_unit(wide.detach().abs().amax(dim=-1, keepdim=True))
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    bad = length == 0
     if bool(bad.any()):
         first = tuple(int(i) for i in bad.nonzero()[0][:-1])
         raise InputError(
-            f"{name}: cosine distance needs rows with a direction; the row at {first} has length "
-            f"{float(length[first])}; does the encoder return zeros for that image?"
+            f"{name}: cosine distance needs rows with a direction; the row at {first} has length 0; "
+            "does the encoder return zeros for that image?"
         )
     return wide / length
 

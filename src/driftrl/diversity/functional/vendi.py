@@ -73,9 +73,9 @@ def _singular_spectrum(z: Tensor) -> Tensor:
 
 def _order(q: float) -> float:
     try:
-        order = float(q)
+        order = math.nan if isinstance(q, bool | str | bytes) else float(q)
     except (TypeError, ValueError):
         order = math.nan
-    if isinstance(q, bool) or not order >= 0.0:
+    if not order >= 0.0:
         raise InputError(f"q: expected a number from 0 to infinity (math.inf); got {q!r}")
     return order
