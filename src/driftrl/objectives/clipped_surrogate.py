@@ -9,8 +9,6 @@ from torch import Tensor
 
 from driftrl.checks import InputError, has_shape, same_shape
 
-STEEPEST_LOG_RATIO = 20.0
-"""Beyond it the ratio rises no more steeply, for the square of a gradient's norm is to be a float32 too."""
 LARGEST_LOG_RATIO = 80.0
 """Beyond it the ratio is constant; a policy this far away is lost in any case."""
 
@@ -35,8 +33,7 @@ def clipped_surrogate(
     """``loss = max(-A r, -A clip(r, 1 - c, 1 + c))`` with ``r = exp(log_prob - old_log_prob)``.
 
     The gradient of a pair is ``-A r grad log_prob``, or zero once its ratio has left the clip range in the
-    direction that the advantage asks for. Beyond a ratio of e**20 the r is that of `ratio_of`: a bad image that has become that
-    much likelier is led back as before, but by a gradient that is finite. Computed in float32, or float64 if a log-probability is: half precision has no
+    direction that the advantage asks for. Computed in float32, or float64 if a log-probability is: half precision has no
     number between 1 and 1 plus the clip range.
 
     Args:
@@ -77,11 +74,8 @@ def clipped_surrogate(
 
 
 def ratio_of(log_ratio: Tensor) -> Tensor:
-    """``exp(log_ratio)`` up to a log-ratio of 20; from there on a straight line of the same slope, and constant beyond 80.
-
-    A ratio that overflows would make 0 * inf of the gradient where the loss is clipped, or the advantage is 0; and where a bad
-    image has become far likelier nothing clips it, so its gradient would outgrow those of all others, and float32 once its
-    norm is squared.
+    """``exp(log_ratio)``, held constant beyond a log-ratio of 80: one that overflows would make 0 * inf of the gradient where the loss
+    is clipped, or the advantage is 0.
 
     Args:
         log_ratio: of any shape; float32 or float64.
@@ -92,8 +86,7 @@ def ratio_of(log_ratio: Tensor) -> Tensor:
     Example:
         >>> import torch
         >>> from driftrl.objectives.clipped_surrogate import ratio_of
-        >>> ratio_of(torch.tensor([0.0, 1.0])), float(ratio_of(torch.tensor(30.0)) / ratio_of(torch.tensor(20.0)))
-        (tensor([1.0000, 2.7183]), 11.0)
+        >>> ratio_of(torch.tensor([0.0, 1.0]))
+        tensor([1.0000, 2.7183])
     """
-    beyond = log_ratio.clamp(STEEPEST_LOG_RATIO, LARGEST_LOG_RATIO) - STEEPEST_LOG_RATIO
-    return log_ratio.clamp(max=STEEPEST_LOG_RATIO).exp() * (1.0 + beyond)
+    return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
