@@ -25,7 +25,6 @@ from driftrl.checks import InputError
 from driftrl.evaluation import compare
 from driftrl.evaluation.compare import Method
 from driftrl.evaluation.measures import METRICS, VARIETY
-from driftrl.evaluation.page import percent
 from driftrl.evaluation.pareto import Interval, difference_at_equal, upper_envelope
 from driftrl.evaluation.picture import COLOURS
 
@@ -102,7 +101,7 @@ def named(method: str) -> str:
 
 
 def tables(methods: list[Method]) -> str:
-    """Where each method ends, and who has more than the first at equal level, in Markdown."""
+    """Where each method ends, and who has more than the first at equal level, as shares, in Markdown."""
     against = methods[0].name
     metrics = compare.diversity_metrics(methods, VARIETY)
     titles = [METRICS[name].title for name in metrics]
@@ -120,30 +119,38 @@ def tables(methods: list[Method]) -> str:
             + " | ".join(last)
             + " |"
         )
-    lines += [
-        "",
-        f"| Against {against} | Measure | Variety gained at equal reward, and as a share | Reward gained at equal variety, and as a share | Hypervolume |",
-        "| --- | --- | --- | --- | --- |",
-    ]
     pairs = {(p.metric, p.method): p for p in compare.compare(methods, metrics, against)}
-    for name, title in zip(metrics, titles, strict=True):
-        volumes = compare.hypervolumes(methods, name)
-        for method in methods:
-            pair = pairs.get((name, method.name))
-            gains = ["", ""]
-            if pair is not None:
-                gains = [shown(pair.diversity_gain, sign=True), shown(pair.reward_gain, sign=True)]
-                for i, (share, shared) in enumerate(
-                    ((pair.diversity_share, pair.share_reward), (pair.reward_share, pair.share_diversity))
-                ):
-                    if share is not None:
-                        gains[i] += f", {percent(share.mean)}".replace("\N{MINUS SIGN}", "-")
-                    if 0 < shared < pair.pairs:
-                        gains[i] += f", {shared} of {pair.pairs} pairs"
-            lines.append(
-                f"| {method.name} | {title} | {gains[0]} | {gains[1]} | {shown(volumes[method.name], 2)} |"
-            )
+    others = [method.name for method in methods if method.name != against]
+    lines += ["", *_matrix(f"Variety gained over {against} at equal reward", titles)]
+    for name in others:
+        lines.append(f"| {name} | {' | '.join(_gained(pairs[metric, name]) for metric in metrics)} |")
+    lines += ["", *_matrix(f"Reward gained over {against} at equal variety", titles)]
+    for name in others:
+        lines.append(f"| {name} | {' | '.join(_gained(pairs[metric, name], False) for metric in metrics)} |")
+    lines += ["", *_matrix("Hypervolume", titles)]
+    volumes = {metric: compare.hypervolumes(methods, metric) for metric in metrics}
+    for method in methods:
+        cells = [shown(volumes[metric][method.name], 2) for metric in metrics]
+        lines.append(f"| {method.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _matrix(title: str, columns: list[str]) -> list[str]:
+    """The head of a table with a column for each measure."""
+    return [f"| {title} | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+
+
+def _gained(pair: Any, variety: bool = True) -> str:
+    """A share with its interval over seeds, and how many pairs of seeds it is of where not all have a level in common."""
+    share, shared = (
+        (pair.diversity_share, pair.share_reward) if variety else (pair.reward_share, pair.share_diversity)
+    )
+    if share is None:
+        return "no common level"
+    mean, low, high = (f"{round(100 * v):+d}" for v in (share.mean, share.low, share.high))
+    ends = "" if share.low == share.high else f" ({int(low)} to {int(high)})"
+    some = f", {shared} of {pair.pairs}" if 0 < shared < pair.pairs else ""
+    return f"{'0' if int(mean) == 0 else mean}%{ends}{some}"
 
 
 def short_table(methods: list[Method]) -> str:
