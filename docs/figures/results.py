@@ -25,7 +25,7 @@ from driftrl.checks import InputError
 from driftrl.evaluation import compare
 from driftrl.evaluation.compare import Method
 from driftrl.evaluation.measures import METRICS, VARIETY
-from driftrl.evaluation.pareto import Interval, difference_at_equal, upper_envelope
+from driftrl.evaluation.pareto import Interval, difference_at_equal, front_area, upper_envelope
 from driftrl.evaluation.picture import COLOURS
 
 DOCS = Path(__file__).resolve().parents[1]
@@ -127,8 +127,8 @@ def tables(methods: list[Method]) -> str:
     lines += ["", *_matrix(f"Reward gained over {against} at equal variety", titles)]
     for name in others:
         lines.append(f"| {name} | {' | '.join(_gained(pairs[metric, name], False) for metric in metrics)} |")
-    lines += ["", *_matrix("Hypervolume", titles)]
-    volumes = {metric: compare.hypervolumes(methods, metric) for metric in metrics}
+    lines += ["", *_matrix("Area under the front", titles)]
+    volumes = {metric: compare.hypervolumes(methods, metric, front_area) for metric in metrics}
     for method in methods:
         cells = [shown(volumes[metric][method.name], 2) for metric in metrics]
         lines.append(f"| {method.name} | {' | '.join(cells)} |")

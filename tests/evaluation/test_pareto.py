@@ -17,6 +17,7 @@ from driftrl.evaluation import pareto
 from driftrl.evaluation.pareto import (
     bootstrap_interval,
     difference_at_equal,
+    front_area,
     gain_at_equal,
     hypervolume,
     upper_envelope,
@@ -201,6 +202,19 @@ def test_hypervolume_counts_the_unit_squares_below_the_points(points, corner):
         (i, j) for x, y in points for i in range(corner[0], x) for j in range(corner[1], y)
     }  # all coordinates are whole numbers
     assert hypervolume(points, corner) == pytest.approx(len(squares))
+
+
+@settings(deadline=None)
+@given(points=POINTS, corner=st.tuples(st.integers(-7, 7), st.integers(-7, 7)))
+def test_the_area_of_a_front_is_the_hypervolume_of_one_that_is_measured_ever_more_closely(points, corner):
+    front = np.asarray(upper_envelope(points))
+    close = np.linspace(front[0, 0], front[-1, 0], 4001)
+    dense = np.stack([close, np.interp(close, front[:, 0], front[:, 1])], 1)
+    area = front_area(points, corner)
+    assert area >= hypervolume(points, corner) - 1e-9
+    assert area == pytest.approx(hypervolume(np.concatenate([dense, front]), corner), abs=0.05)
+    assert front_area([*points, points[0]], corner) == area
+    assert type(area) is float
 
 
 # --- bootstrap

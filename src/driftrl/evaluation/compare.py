@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,17 +228,18 @@ def compare(
     ]
 
 
-def hypervolumes(methods: Sequence[Method], metric: str) -> dict[str, Interval]:
-    """Area under each method's front above (the base model's reward, no diversity), over seeds, by name.
+def hypervolumes(
+    methods: Sequence[Method], metric: str, area: Callable[..., float] = hypervolume
+) -> dict[str, Interval]:
+    """Area under each method's points above (the base model's reward, no diversity), over seeds, by name; with `front_area` as ``area``
+    under the straight lines between them.
 
     Its unit is that of reward times that of the metric; the base model alone has none.
     """
     bases = [run.evaluation.base.figures["reward"].mean for method in methods for run in method.runs]
     corner = (min(bases), 0.0)
     return {
-        method.name: bootstrap_interval(
-            [hypervolume(run.curve(metric), corner) for run in method.runs], LEVEL
-        )
+        method.name: bootstrap_interval([area(run.curve(metric), corner) for run in method.runs], LEVEL)
         for method in methods
     }
 
