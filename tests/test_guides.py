@@ -138,7 +138,8 @@ def test_the_configurations_of_the_large_models(here, encoder_folder, number):
     make = ("sdxl", "sd3", "flux", "klein", "sana", "qwen", "zimage")[number]
     data["model"]["path"] = str(getattr(families, f"make_{make}")(here / "pipeline"))
     data |= {"iterations": 1, "reward": "incompressibility", "shaping": {"encoder": str(encoder_folder)}}
-    data |= {"selection": {"keep": 3}, "logging": {"trackers": []}}
+    assert data["selection"] == {"strategy": "all", "keep": 8}
+    data |= {"selection": {"strategy": "all", "keep": 4}, "logging": {"trackers": []}}
     data["prompts"]["per_iteration"] = 1
     data["sampling"] |= {"steps": 4, "candidates": 4, "height": 32, "width": 32}
     run = Trainer(parse_config(data), here / "run").run()
@@ -150,11 +151,12 @@ def test_the_configurations_that_readers_begin_with(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     (readme,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     config = parse_config(yaml.safe_load(readme))
-    shaped = load_config(Path("experiments/shaped.yaml"))
+    shaped = load_config(Path("experiments/shaped-kl.yaml"))
     for section, keys in {
         "selection": ["strategy", "keep"],
         "shaping": ["ratio"],
         "advantage": ["scale"],
+        "objective": ["kl_weight"],
     }.items():
         for key in keys:
             assert getattr(getattr(config, section), key) == getattr(getattr(shaped, section), key)
