@@ -1,0 +1,74 @@
+"""docs/images/same-reward.png: the base model, GRPO and shaping with a weak KL at the same reward, from the same noise.
+
+    driftrl experiment experiments/plans/flat.yaml --out runs/flat                       # or these two runs of it
+    python docs/figures/same_reward.py runs/flat/runs/grpo-seed0 runs/flat/runs/shaped-kl-0.02-seed0
+
+Of the second run it takes the last checkpoint, of the first the one that is nearest to that in reward, and prompts evenly spaced from
+the one that lost most diversity to the one that lost least, in the first. The curves are those of docs/results/flat, means over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from driftrl.evaluation import compare
+from driftrl.evaluation.evaluate import load_evaluation
+from driftrl.evaluation.gallery import evenly, prompt_rows, side
+from driftrl.evaluation.picture import COLOURS, MUTED, Chart, Stroke, draw
+
+DOCS = Path(__file__).resolve().parents[1]
+CURVES = {"grpo": COLOURS[0], "shaped-kl-0.02": COLOURS[1]}
+"""Of docs/results/flat: colours, as of the pictures."""
+PROMPTS, IMAGES = 6, 4
+
+
+def main() -> None:
+    """Draw it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("grpo", type=Path)
+    parser.add_argument("shaped", type=Path)
+    runs = parser.parse_args()
+    evaluations = [load_evaluation(folder) for folder in (runs.grpo, runs.shaped)]
+    last = evaluations[1].tuned[-1]
+    level = last.figures["reward"].mean
+    near = min(evaluations[0].tuned, key=lambda point: abs(point.figures["reward"].mean - level))
+    rows = evenly(prompt_rows(evaluations[0], near), PROMPTS)
+    base = evaluations[0].base
+    sides = [
+        side(
+            f"base model ({base.figures['reward'].mean:.1f})",
+            MUTED,
+            runs.grpo,
+            evaluations[0],
+            base,
+            rows,
+            IMAGES,
+        )
+    ]
+    for title, folder, evaluation, point, colour in zip(
+        ("GRPO", "shaping, weak KL"), (runs.grpo, runs.shaped), evaluations, (near, last), CURVES.values(), strict=True
+    ):  # fmt: skip
+        name = f"{title} ({point.figures['reward'].mean:.1f})"
+        sides.append(side(name, colour, folder, evaluation, point, rows, IMAGES))
+    methods = {m.name: m for m in compare.load_methods([DOCS / "results/flat"])}
+    charts = [
+        Chart(
+            title,
+            "reward",
+            [
+                *(Stroke(run.curve(metric), colour, 0.8, 0.3) for name, colour in CURVES.items() for run in methods[name].runs),
+                *(Stroke(methods[name].mean_curve(metric), colour, marker="o") for name, colour in CURVES.items()),
+            ],
+        )
+        for metric, title in (("diversity", "diversity over reward"), ("diversity/latents", "latent diversity over reward"))
+    ]  # fmt: skip
+    draw(DOCS / "images/same-reward.png", [row["prompt"] for row in rows], sides, charts)
+    for title, point in (("GRPO", near), ("shaped", last)):
+        print(title, point.told, {k: round(f.mean, 3) for k, f in point.figures.items()})
+
+
+if __name__ == "__main__":
+    main()
