@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from safetensors.torch import load_file
 
 from driftrl.build import build_loop
 from driftrl.checks import InputError
-from driftrl.config import dump_config
+from driftrl.config import ModelConfig, dump_config
 from driftrl.distributed import ALONE, Team, join, raised_by_all
 from driftrl.estimate import Plan
 from driftrl.evaluation.evaluate import load_evaluation
+from driftrl.pipelines import load_pipeline
+from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.update import Objective, _passes
 
 
@@ -151,6 +154,24 @@ def test_weights_in_parts_train_as_whole_ones(train, launch, smooth, tmp_path, k
     statuses, said = launch(tmp_path, 2, "train", "--resume", "one", "--set", "iterations=4")
     assert statuses == [0, 0], said
     close_but_for_signs(weights(tmp_path / "one", 4), weights(tmp_path / "two", 4))
+
+
+def test_what_each_process_holds_of_weights_in_parts(config, launch, tmp_path):
+    """In half precision: block by block from where they were loaded, no lowered copies, the reference in place, and only the first
+    process with all of a checkpoint.
+    """
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(config(model__dtype="bfloat16", **IN_PARTS)))
+    statuses, said = launch(tmp_path, 2, Path(__file__).with_name("in_parts.py"), path, tmp_path / "saved")
+    assert statuses == [0, 0], said
+
+
+def test_a_network_for_parts_stays_in_main_memory(pipeline_folder):
+    """Until its parts are known; the autoencoder goes where the policy computes."""
+    pipeline = load_pipeline(ModelConfig(path=str(pipeline_folder)))
+    policy = PipelinePolicy(pipeline, Sampler(4, 1.0), torch.device("meta"), in_parts=True)
+    assert {p.device.type for p in policy.network.parameters()} == {"cpu"}
+    assert {p.device.type for p in pipeline.vae.parameters()} == {"meta"}
 
 
 def close_but_for_signs(one, two):
