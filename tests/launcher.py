@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 LAUNCHER = """
-import json, os, pathlib, signal, socket, sys, time, warnings
+import json, os, pathlib, runpy, signal, socket, sys, time, warnings
 import torch
 torch.set_num_threads(1)
 import accelerate, diffusers.loaders.peft, peft, torch.distributed, transformers
@@ -33,7 +33,11 @@ def child(rank, job, port):
     sys.path.insert(0, job["folder"])
     sys.argv = ["driftrl", *job["arguments"]]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    command_line.main()
+    if job["arguments"][0].endswith(".py"):
+        sys.argv = job["arguments"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        command_line.main()
     sys.exit(0)
 
 
@@ -79,7 +83,7 @@ class Launcher:
         )
 
     def __call__(self, folder, processes, *arguments, send=(), whom=1, until=""):
-        """Exit statuses by rank, and what was said. A signal goes to one of them when a file is there; several
+        """Exit statuses by rank, and what was said by the command line, or by a script where the first argument is one. A signal goes to one of them when a file is there; several
         half a second later and apart.
 
         Where glibc ends a process with this very word of a spoilt heap, once more: seen once in some hundred runs over gloo, never

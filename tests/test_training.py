@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from driftrl import Trainer, checkpoint, noise
 from driftrl.build import build_loop, objective_of
@@ -468,6 +470,43 @@ def test_the_optimisers_state_lies_in_memory_as_before(config, tmp_path):
     ]
     assert any(not parameter.is_contiguous() for parameter, _ in moments)
     assert all(value.stride() == parameter.stride() for parameter, value in moments)
+
+
+class _Held(TorchDispatchMode):
+    """The most bytes of numbers, made within, that were there at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most = [], 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        given = {t.data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        self.alive = [ref for ref in self.alive if ref() is not None]
+        self.alive += [
+            weakref.ref(t)
+            for t in tree_leaves(out)
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and t.data_ptr() not in given
+        ]
+        self.most = max(self.most, sum(ref().nbytes for ref in self.alive if ref() is not None))
+        return out
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_checkpoint_is_loaded_tensor_by_tensor(config, tmp_path, goes_on):
+    """A large network's weights and moments would not fit into memory beside it once more."""
+    settings = config(iterations=1, adapter__kind="full", optimizer__learning_rate=1e-5)
+    run = Trainer(settings, tmp_path / "run").run()
+    loop, last = build_loop(settings, run), checkpoint.newest(run / "checkpoints")
+    sizes = [p.nbytes for p in loop.policy.parameters()]
+    with _Held() as held:
+        checkpoint.load(last, loop.policy, loop.optimizer if goes_on else None)
+    assert sum(sizes) > 5 * max(sizes)
+    assert held.most <= (2 * sum(sizes) if goes_on else 0) + 3 * max(sizes)
+    found = checkpoint.gathered(loop.policy, loop.optimizer)
+    stored = load_file(last / "training.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in found.items())
+    assert (found.keys() == stored.keys()) == goes_on
 
 
 def test_nothing_of_training_is_kept_for_the_evaluation_after_it(config, tmp_path, monkeypatch):

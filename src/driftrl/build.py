@@ -154,7 +154,7 @@ def build_policy(
     """
     pipeline = pipeline or load_pipeline(config.model)
     device = device_of(config.model.device)
-    sampling = config.sampling
+    sampling, in_parts = config.sampling, adapter and sharded and config.adapter.kind == "full"
     policy = PIPELINES[type(pipeline).__name__](
         pipeline,
         Sampler(
@@ -168,6 +168,7 @@ def build_policy(
             sampling.negative_prompt,
         ),
         device,
+        in_parts,
     )
     if config.model.vae_slicing:
         pipeline.vae.enable_slicing()
@@ -182,7 +183,7 @@ def build_policy(
         policy.compile_blocks()
     if adapter:
         lora = config.adapter
-        if lora.kind == "full" and sharded:
+        if in_parts:
             policy.train_in_parts()
         elif lora.kind == "full":
             policy.train_fully()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from driftrl.checks import InputError
-from driftrl.distributed import in_parts, part, whole
+from driftrl.distributed import part, whole
 from driftrl.files import new_folder, read_json, sha256, sort_header, write_json
 from driftrl.types import Policy
 
@@ -61,15 +61,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def gathered(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def gathered(policy: Policy, optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, torch.Tensor]:
     """Trained parameters and the optimiser's state by name, in main memory; where processes hold parts of them, all
-    must ask.
+    must ask. One that does not ``keep`` them lends its parts, holds a single whole tensor at a time, and gets nothing.
     """
     found: dict[str, torch.Tensor] = {}
     for name, parameter in policy.named_parameters():
-        state = {"value": parameter, **optimizer.state.get(parameter, {})}
-        found |= {f"{name}/{key}": whole(value.detach()).cpu().contiguous()
-                  for key, value in state.items() if isinstance(value, torch.Tensor)}  # fmt: skip
+        for key, value in {"value": parameter, **optimizer.state.get(parameter, {})}.items():
+            if isinstance(value, torch.Tensor):
+                everything = whole(value.detach())
+                if keep:
+                    found[f"{name}/{key}"] = everything.cpu().contiguous()
     return found
 
 
@@ -126,45 +128,50 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None = N
     problem = damage(path)
     if problem:
         raise InputError(f"{path}: {problem}")
-    try:
-        with safe_open(path / "training.safetensors", "pt") as file:
-            # Copied, for what is loaded is a view of the file, and would change or crash with it.
-            tensors = {
-                name: file.get_tensor(name).clone()
-                for name in file.keys()  # noqa: SIM118 (no mapping)
-                if optimizer is not None or name.endswith("/value")
-            }
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path / 'training.safetensors'}: {error}") from error
     named = dict(policy.named_parameters())
     averages = _averages(load_memory(path), named) if optimizer is None else {}
-    with torch.no_grad():
-        for name, parameter in named.items():
-            value = averages.get(name, tensors.pop(f"{name}/value", None))
-            if value is None or value.shape != parameter.shape:
-                raise InputError(
-                    f"{path}: the checkpoint does not fit this model, rank or targets (at {name})"
-                )
-            parameter.copy_(part(value, parameter))
-    if optimizer is not None:
-        fused = bool(optimizer.defaults.get("fused"))  # which counts its steps on the device
-        for name, parameter in named.items():
-            state = {k.rsplit("/", 1)[1]: v for k, v in tensors.items() if k.rsplit("/", 1)[0] == name}
-            if state:
-                count = state.pop("step", None)
-                optimizer.state[parameter] = {k: _laid_out(v, parameter) for k, v in state.items()}
-                if count is not None:
-                    optimizer.state[parameter]["step"] = count.to(parameter.device) if fused else count
+    try:
+        # Tensor by tensor, for all of them may be more than memory holds beside the model; and each is copied, for it is a view
+        # of the file, and would change or crash with it.
+        with safe_open(path / "training.safetensors", "pt") as file, torch.no_grad():
+            keys: dict[str, list[str]] = {}
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                name, _, kind = key.rpartition("/")
+                keys.setdefault(name, []).append(kind)
+            for name, parameter in named.items():
+                value = averages.get(name)
+                if value is None and "value" in keys.get(name, ()):
+                    value = file.get_tensor(f"{name}/value")
+                if value is None or value.shape != parameter.shape:
+                    raise InputError(
+                        f"{path}: the checkpoint does not fit this model, rank or targets (at {name})"
+                    )
+                parameter.copy_(part(value, parameter))
+            if optimizer is not None:
+                for name, parameter in named.items():
+                    kinds = [kind for kind in keys[name] if kind != "value"]
+                    if kinds:
+                        optimizer.state[parameter] = {
+                            kind: _state(kind, file.get_tensor(f"{name}/{kind}"), parameter, optimizer)
+                            for kind in kinds
+                        }
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path / 'training.safetensors'}: {error}") from error
     state = read_json(path / "state.json")
     return Position(int(state["iteration"]), int(state.get("failures", 0)))
 
 
-def _laid_out(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A moment as the parameter lies in memory, channels last for instance, which a fused optimiser insists on."""
-    value = value.to(parameter.device)
-    if in_parts(parameter) or value.shape != parameter.shape:
-        return part(value, parameter)
-    return torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
+def _state(
+    kind: str, value: torch.Tensor, parameter: torch.Tensor, optimizer: torch.optim.Optimizer
+) -> torch.Tensor:
+    """A copy of what an optimiser keeps of ``parameter``: its count of steps, or a moment, which lies in memory as the parameter
+    does, channels last for instance, which a fused optimiser insists on.
+    """
+    if kind == "step":  # a fused one counts on the device
+        return value.to(parameter.device if optimizer.defaults.get("fused") else "cpu", copy=True)
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True)
+    return torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(part(value, parameter))
 
 
 def load_memory(path: Path) -> dict[str, torch.Tensor]:

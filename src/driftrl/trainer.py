@@ -364,8 +364,9 @@ class TrainingLoop:
     def save(self) -> Path:
         """Write a checkpoint now, or wait until the first process has."""
         path, sizes = self.checkpoints / checkpoint.name_of(self.position), self.sizes()
-        tensors = checkpoint.gathered(self.policy, self.optimizer) if self.in_parts or self.team.leads else {}
-        if self.team.leads:
+        leads = self.team.leads
+        tensors = checkpoint.gathered(self.policy, self.optimizer, leads) if self.in_parts or leads else {}
+        if leads:
             checkpoint.save(
                 self.checkpoints,
                 self.policy,

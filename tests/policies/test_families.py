@@ -20,7 +20,7 @@ from driftrl import Trainer, noise
 from driftrl.build import GuidanceWarning, build_encoder, build_loop, build_policy
 from driftrl.checks import InputError
 from driftrl.cli.sample import sample
-from driftrl.config import ModelConfig
+from driftrl.config import ModelConfig, dump_config
 from driftrl.diversity.encoders import encode_latents
 from driftrl.evaluation.generate import generate, open_policy
 from driftrl.objectives.negative_aware import NegativeAware
@@ -606,6 +606,18 @@ def test_full_fine_tuning_in_half_precision_keeps_float32_weights(settings, fami
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     drawn = rollout(policy, policy.encode(PROMPTS), KEYS, 2, 4)
     assert torch.isfinite(drawn.images).all()
+
+
+@mostly()
+def test_in_half_precision_a_network_in_parts_computes_as_it_came(settings, family, launch, tmp_path):
+    """Times and rotations in float32 included, with which some families call their blocks."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        dump_config(settings(family, adapter__kind="full", adapter__shard=True, model__dtype="bfloat16"))
+    )
+    script = Path(__file__).parent.with_name("in_parts.py")
+    statuses, said = launch(tmp_path, 2, script, path, tmp_path / "saved")
+    assert statuses == [0, 0], said
 
 
 def test_image_size_slicing_and_tiling(settings, family):

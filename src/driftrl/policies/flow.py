@@ -36,13 +36,13 @@ class FlowPolicy(PipelinePolicy):
     prompts_at_once = 16  # T5 is large, and reads hundreds of tokens of each
     num_train_timesteps = 1000
 
-    def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
+    def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device, in_parts: bool = False) -> None:
         """Take over `pipeline`; its scheduler decides the times, resolution-dependent shift included.
 
         Raises:
             InputError: for a scheduler that has no plain list of times, or a sampler that does not exist.
         """
-        super().__init__(pipeline, sampler, device)
+        super().__init__(pipeline, sampler, device, in_parts)
         if not self._has_times(pipeline.scheduler):
             kind = type(pipeline.scheduler).__name__
             raise InputError(
@@ -232,13 +232,13 @@ class Flux2Policy(FlowPolicy):
     blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     prompts_at_once = 8
 
-    def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
+    def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device, in_parts: bool = False) -> None:
         """Take over `pipeline`; its scheduler decides the times, shifted by image size and number of steps.
 
         Raises:
             InputError: for another scheduler, or a sampler that does not exist.
         """
-        super().__init__(pipeline, sampler, device)
+        super().__init__(pipeline, sampler, device, in_parts)
         if self._embedded:  # its instruction is read before each prompt
             words = getattr(pipeline.tokenizer, "tokenizer", pipeline.tokenizer)
             self.longest = pipeline.tokenizer_max_length - len(words(pipeline.system_message).input_ids)

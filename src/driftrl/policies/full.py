@@ -15,6 +15,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 class FullWeights:
     """All weights of a diffusers model, kept in float32; the ones it came with wait in main memory until they are asked for."""
 
+    autocast = True
+    """Whether a network that came in half precision is computed by autocast."""
+
     def __init__(self, network: Any) -> None:
         """Make ``network`` trainable."""
         self.network = network

@@ -66,8 +66,9 @@ class PipelinePolicy:
     _said_long = False
     """Whether it was said that prompts are too long."""
 
-    def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
-        """Take over ``pipeline`` and freeze it.
+    def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device, in_parts: bool = False) -> None:
+        """Take over ``pipeline`` and freeze it. A network that is to be trained ``in_parts`` may be larger than the device, so it
+        stays where it is until `train_in_parts`.
 
         Raises:
             InputError: for an image size that the model cannot draw, or one for inpainting.
@@ -82,7 +83,7 @@ class PipelinePolicy:
                 module.requires_grad_(False).eval()
         if getattr(pipeline.vae.config, "force_upcast", False) and pipeline.vae.dtype == torch.float16:
             torch.nn.Module.to(pipeline.vae, torch.float32)  # SDXL's overflows in half precision
-        for module in (self.network, pipeline.vae):
+        for module in (pipeline.vae,) if in_parts else (self.network, pipeline.vae):
             # Convolutions are faster so: oneDNN and cuDNN need not reorder what comes in and goes out. Of volumes none are.
             flat = all(p.dim() < 5 for p in module.parameters())
             module.to(device, memory_format=torch.channels_last if flat else torch.preserve_format)
@@ -345,7 +346,7 @@ class PipelinePolicy:
         """The same, with every process holding a part of each weight (`driftrl.policies.sharded`)."""
         from driftrl.policies.sharded import ShardedWeights
 
-        self.weights = ShardedWeights(self.network, self.device)
+        self.weights = ShardedWeights(self.network, self.device, self.dtype)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The trainable parameters by name, in a fixed order."""
@@ -372,8 +373,9 @@ class PipelinePolicy:
 
     @property
     def _mixed(self) -> bool:
-        """Whether float32 weights are computed with in half precision."""
-        return isinstance(self.weights, FullWeights) and self.dtype != torch.float32
+        """Whether autocast computes with float32 weights in half precision."""
+        weights = self.weights
+        return isinstance(weights, FullWeights) and weights.autocast and self.dtype != torch.float32
 
     def _trained(self) -> LoRA | FullWeights:
         if self.weights is None:

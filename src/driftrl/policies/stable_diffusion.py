@@ -23,7 +23,7 @@ class StableDiffusionPolicy(PipelinePolicy):
     Scheduler constants are looked up once; mean, std and x0 are float32.
     """
 
-    def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device) -> None:
+    def __init__(self, pipeline: Any, sampler: Sampler, device: torch.device, in_parts: bool = False) -> None:
         """Take over `pipeline`; its scheduler's configuration decides timesteps and prediction type.
 
         Raises:
@@ -31,7 +31,7 @@ class StableDiffusionPolicy(PipelinePolicy):
         """
         from diffusers import DDIMScheduler
 
-        super().__init__(pipeline, sampler, device)
+        super().__init__(pipeline, sampler, device, in_parts)
         if "beta_schedule" not in pipeline.scheduler.config:  # DDIM would make one up
             raise InputError(
                 f"model.path: its scheduler is a {type(pipeline.scheduler).__name__}, whose noise follows no betas; "
