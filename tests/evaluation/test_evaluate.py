@@ -157,6 +157,7 @@ def test_without_noise_on_the_way(config, run, prompts_file, clip_folder, tmp_pa
     noisy = load_evaluation(evaluate(run, **chosen))
     still = load_evaluation(evaluate(run, **chosen, deterministic=True, keep_images=True))
     assert (noisy.settings.eta, still.settings.eta) == (1.0, 0.0)
+    assert (noisy.settings.still, still.settings.still) == (False, True)
     for point in (still.base, still.tuned[0]):
         assert point.figures["diversity"].per_prompt != noisy.base.figures["diversity"].per_prompt
     policy, _ = open_policy(run, deterministic=True)

@@ -62,6 +62,14 @@ def test_the_page_of_a_run_stands_alone(tmp_path):
     assert "shaping:" in page
 
 
+def test_that_images_were_drawn_without_noise_is_said(tmp_path):
+    told = "drawn without noise on the way"
+    assert told not in write_report(make_run(tmp_path / "noisy")).read_text()
+    assert told in write_report(make_run(tmp_path / "still", eta=0.0)).read_text()
+    flow = {"flow_sampler": "cps", "noise_level": 0.0}
+    assert told in write_report(make_run(tmp_path / "flow", **flow)).read_text()
+
+
 def test_prompts_come_by_loss_of_diversity(tmp_path):
     page = write_report(make_run(tmp_path / "run", loss=0.1)).read_text()
     table = page[page.index('class="sortable"') :]

@@ -151,6 +151,11 @@ class Settings(_Record):
     config: str | None = None
     """The pipeline that a model of one file was made from, where that was named."""
 
+    @property
+    def still(self) -> bool:
+        """Whether images were drawn without noise on the way."""
+        return (self.eta if self.noise_level is None else self.noise_level) == 0
+
     def asked(self) -> list[str]:
         """The prompts, with their metadata."""
         return (
