@@ -81,6 +81,45 @@ def test_later_steps_are_compared_with_the_policy_that_drew(config):
     assert learn(0.1, 3).approx_kl > 0 and len(asked) == 2
 
 
+def test_an_average_holds_every_step_and_is_carried_on(config, tmp_path):
+    """The proximal term's gradient is 0 at the policy that drew, and not at an average that lags behind; the ratio's is as ever."""
+    policy = build_policy(config())
+    conditioning = policy.encode(["a cat", "a dog"])
+    drawn = rollout(policy, conditioning, [(0, 3, 0), (0, 3, 1)], 3, 4, SPEC)
+    memory = Memory(anchor=tuple(p.detach() + 0.1 for p in policy.parameters()))
+
+    def learn(**settings):
+        return update(
+            policy, torch.optim.SGD(policy.parameters(), lr=0.0), drawn.path(), torch.zeros(2, 3), conditioning,
+            Objective(denoising=AdvantageWeighted(**settings), max_grad_norm=1e9), (4, 9), SPEC,
+            anchor=lambda: memory.anchoring(policy),
+        )  # fmt: skip
+
+    assert learn().grad_norm == 0 == learn().loss
+    held = learn(decay=0.3)
+    assert held.grad_norm > 0 and held.loss > 0 and held.approx_kl == 0
+    assert learn(decay=0.3, proximal=10.0).loss == pytest.approx(2 * held.loss)
+
+    settings = AWM | {"objective__awm_decay": 0.25}
+    whole = Trainer(config(**settings, iterations=3), tmp_path / "whole").run()
+    for stop in (1, 3):
+        parts = Trainer(config(**settings, iterations=stop), tmp_path / "parts", resume=stop > 1).run()
+    assert_same(*(tensors(run, 3, MEMORY) for run in (whole, parts)))
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+    names = [key.removesuffix("/value") for key in tensors(whole, 0) if key.endswith("/value")]
+    order = [name for name, _ in build_policy(config()).named_parameters()]
+    assert sorted(names) == sorted(order)
+    for n, name in enumerate(order):
+        expected = tensors(whole, 0)[f"{name}/value"]
+        for i in (1, 2, 3):
+            expected = 0.25 * expected + 0.75 * tensors(whole, i)[f"{name}/value"]
+        torch.testing.assert_close(tensors(whole, 3, MEMORY)[f"anchor/{n:05d}"], expected)
+    with pytest.raises(
+        InputError, match=r"an average that its loss is held to, and objective\.awm_decay asks for none"
+    ):
+        Memory(behavior=memory.anchor).restored(tensors(whole, 3, MEMORY), policy)
+
+
 def test_batch_sizes_change_nothing_but_rounding(config, tmp_path):
     """Of a loss that is near 0, for advantages are around 0."""
     settings = AWM | {"iterations": 2, "optimizer__epochs": 2}

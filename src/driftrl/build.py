@@ -665,7 +665,7 @@ def objective_of(config: TrainConfig, device: torch.device) -> Objective:
     if spec.loss == "nft":
         denoising = NegativeAware(spec.nft_beta, config.advantage.clip, spec.nft_decay, spec.nft_decay_max)
     elif spec.loss == "awm":
-        denoising = AdvantageWeighted(spec.awm_power, spec.awm_proximal, spec.awm_clip_range)
+        denoising = AdvantageWeighted(spec.awm_power, spec.awm_proximal, spec.awm_clip_range, spec.awm_decay)
     return Objective(
         clip_range=spec.clip_range,
         kl_weight=spec.kl_weight,

@@ -397,6 +397,9 @@ class ObjectiveConfig(Section):
     steps."""
     awm_clip_range: float = Field(default=1.0, gt=0)
     """Of `awm`'s ratio; 1 hardly ever clips."""
+    awm_decay: Decay = 0.0
+    """Of `awm`: the proximal term is taken to an average of the trained weights that keeps so much of itself after each iteration, so that
+    it pulls in every optimiser step; its authors' code has 0.3. 0: to the policy that drew, which holds an iteration's later steps only."""
     trust_region: Literal["ratio", "normalized", "divergence"] = "ratio"
     """What keeps the clipped surrogate near the policy that drew: PPO's clipped ratio; the ratio without its drift, on the same scale at
     every step (`normalized`, GRPO-Guard), which also weighs the steps anew; or the exact divergence of the two policies (`divergence`,

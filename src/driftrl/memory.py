@@ -14,6 +14,9 @@ from driftrl.checks import InputError
 from driftrl.objectives.gate import Anchor, reference_is_due
 from driftrl.types import Policy
 
+COPIES = ("reference", "behavior", "average", "anchor")
+"""Of the parameters, that a method may keep."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -29,19 +32,27 @@ class Memory:
     """The parameters that samples are drawn with (DiffusionNFT), or were (AWM); None where no objective asks for them."""
     average: tuple[Tensor, ...] | None = None
     """An exponential moving average of the parameters, which checkpoints hand out; None where there is none."""
+    anchor: tuple[Tensor, ...] | None = None
+    """Another one, which the loss is held to (AWM); None where there is none."""
 
     @staticmethod
     def empty(
-        rule: AdvantageRule, prompts: int, policy: Policy, own_behavior: bool = False, averaged: bool = False
+        rule: AdvantageRule,
+        prompts: int,
+        policy: Policy,
+        own_behavior: bool = False,
+        averaged: bool = False,
+        anchored: bool = False,
     ) -> Memory:
-        """At the start of a run over a set of ``prompts``; with ``own_behavior`` a copy of ``policy`` draws, and if
-        ``averaged`` an average of it is kept.
+        """At the start of a run over a set of ``prompts``; with ``own_behavior`` a copy of ``policy`` draws, if ``averaged`` an average
+        of it is kept, and if ``anchored`` another one, which its loss is held to.
         """
         running = rule.baseline == "running"
         return Memory(
             no_history(prompts, rule.history, policy.device) if running else None,
             behavior=_copies(policy) if own_behavior else None,
             average=_copies(policy) if averaged else None,
+            anchor=_copies(policy) if anchored else None,
         )
 
     def with_rewards(self, which: Sequence[int], rewards: Tensor) -> Memory:
@@ -58,20 +69,32 @@ class Memory:
         """Within this context ``policy`` is the one that draws."""
         return nullcontext() if self.behavior is None else _standing_in(policy.parameters(), self.behavior)
 
+    def anchoring(self, policy: Policy) -> AbstractContextManager[None]:
+        """Within this context ``policy`` is the average that its loss is held to."""
+        return nullcontext() if self.anchor is None else _standing_in(policy.parameters(), self.anchor)
+
     def handed_out(self, policy: Policy) -> AbstractContextManager[None]:
         """Within this context ``policy`` is the one that checkpoints hand out."""
         return nullcontext() if self.average is None else _standing_in(policy.parameters(), self.average)
 
     def after(
-        self, divergence: float, anchor: Anchor, policy: Policy, kept: float = 0.0, averaged: float = 0.0
+        self,
+        divergence: float,
+        anchor: Anchor,
+        policy: Policy,
+        kept: float = 0.0,
+        averaged: float = 0.0,
+        anchor_kept: float = 0.0,
     ) -> Memory:
         """After an update that ended ``divergence`` away from the reference: moved to ``policy`` if it is due. A copy that draws
-        keeps the share ``kept`` of itself, an average ``averaged``, and they follow ``policy`` with the rest.
+        keeps the share ``kept`` of itself, an average ``averaged``, one that the loss is held to ``anchor_kept``, and they follow
+        ``policy`` with the rest.
         """
         moved = replace(
             self,
             behavior=_following(self.behavior, policy, kept),
             average=_following(self.average, policy, averaged),
+            anchor=_following(self.anchor, policy, anchor_kept),
         )
         if not anchor.moves:
             return moved
@@ -90,7 +113,7 @@ class Memory:
         found: dict[str, Tensor] = {}
         if self.history is not None:
             found |= {"history/values": self.history.values, "history/filled": self.history.filled}
-        for name in ("reference", "behavior", "average"):
+        for name in COPIES:
             found |= {f"{name}/{i:05d}": value for i, value in enumerate(getattr(self, name) or ())}
         if self.age or self.reference is not None:
             found["age"] = torch.tensor(self.age)
@@ -112,9 +135,7 @@ class Memory:
                     f"needs {list(history.values.shape)}: has the prompt file changed?"
                 )
             history = History(*(found[f"history/{k}"].to(policy.device) for k in History._fields))
-        reference, behavior, average = (
-            _restored_copies(name, found, policy) for name in ("reference", "behavior", "average")
-        )
+        reference, behavior, average, held = (_restored_copies(name, found, policy) for name in COPIES)
         if (behavior is None) != (self.behavior is None):
             raise InputError(
                 f"the checkpoint has {'a' if behavior else 'no'} copy that draws, and objective.loss asks for "
@@ -125,7 +146,12 @@ class Memory:
                 f"the checkpoint has {'an' if average else 'no'} average of its weights, and optimizer.ema_decay asks for "
                 f"{'none' if average else 'one'}"
             )
-        return Memory(history, reference, int(found["age"]) if "age" in found else 0, behavior, average)
+        if (held is None) != (self.anchor is None):
+            raise InputError(
+                f"the checkpoint has {'an' if held else 'no'} average that its loss is held to, and objective.awm_decay asks for "
+                f"{'none' if held else 'one'}"
+            )
+        return Memory(history, reference, int(found["age"]) if "age" in found else 0, behavior, average, held)
 
 
 def _copies(policy: Policy) -> tuple[Tensor, ...]:

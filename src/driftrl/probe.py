@@ -76,7 +76,7 @@ def plan_of(loop: TrainingLoop) -> Plan:
         updates=objective.updates,
         epochs=objective.epochs,
         update_batch=loop.update_batch.now,
-        reference=(objective.kl_weight > 0) + (objective.denoising is not None),
+        reference=(objective.kl_weight > 0) + (objective.denoising is not None) + (objective.anchor_kept > 0),
         rescored=objective.rescore,
         judges=len(loop.judges),
         backward=int(noisiest_steps(policy.scored, objective.timesteps).sum()) if loop.in_one_pass else 0,
@@ -118,9 +118,10 @@ def standing_of(loop: TrainingLoop) -> Standing:
     model = _bytes(parts)
     if on_cpu and isinstance(policy.weights, FullWeights):
         model += gradients_of(loop)  # the weights that training started from wait in main memory
-    # Copies of what is trained: a reference that moves, one that draws, an average.
-    copies = (loop.method.anchor.moves, loop.memory.behavior is not None, loop.memory.average is not None)
-    model += sum(copies) * gradients_of(loop)
+    # Copies of what is trained: a reference that moves, one that draws, averages.
+    kept = loop.memory
+    copies = sum(copy is not None for copy in (kept.behavior, kept.average, kept.anchor))
+    model += (copies + loop.method.anchor.moves) * gradients_of(loop)
     rewards = (loop.reward, *loop.judges, loop.encoder, loop.similarity)
     instruments = [m for r in rewards for m in _modules(r) if m not in parts]
     embeddings = loop.conditioning.held(loop.prompts_per_iteration)

@@ -143,11 +143,22 @@ class DenoisingLoss(Protocol):
         """What the copy that draws keeps of itself after ``iteration``, counted from 0."""
         ...
 
+    @property
+    def anchor_kept(self) -> float:
+        """What an average of the policy that it is held to keeps of itself after an iteration; 0 where there is none."""
+        ...
+
     def __call__(
-        self, x0_hat: Tensor, x0_old: Tensor, x0: Tensor, sigma: Tensor, advantages: Tensor
+        self,
+        x0_hat: Tensor,
+        x0_old: Tensor,
+        x0: Tensor,
+        sigma: Tensor,
+        advantages: Tensor,
+        x0_anchor: Tensor | None = None,
     ) -> ClippedSurrogate:
         """Of clean latents [n, C, H, W]: predicted with gradient, predicted by what drew, drawn; the noise's share and advantages
-        [n].
+        [n]; and predicted by the average that it is held to, if there is one.
         """
         ...
 
@@ -165,14 +176,17 @@ class Denoising:
         behavior: Callable[[], AbstractContextManager[None]],
         key: tuple[int, int],
         first: int,
+        anchor: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         """Of samples P x G with advantages [P * G, T].
 
-        ``noised`` is the policy's; ``behavior`` gives a context within which the policy is the one that drew; ``key`` is
-        (seed, iteration), and ``first`` the number, among those of all processes, of the first sample.
+        ``noised`` is the policy's; ``behavior`` gives a context within which the policy is the one that drew, ``anchor`` one within
+        which it is the average that it is held to; ``key`` is (seed, iteration), and ``first`` the number, among those of all processes,
+        of the first sample.
         """
         self._replay, self._advantages, self._settings = replay, advantages, settings
         self._noised, self._behavior, self._key, self._first = noised, behavior, key, first
+        self._anchor = anchor if settings.anchor_kept > 0 else None
         self._clean = rollout.latents[:, :, -1].flatten(0, 1)
         none = self._clean.new_zeros(rollout.log_probs.shape[2], *self._clean.shape[1:])
         every = torch.arange(len(none), device=none.device)
@@ -196,11 +210,14 @@ class Denoising:
 
     def __call__(self, latents: Tensor, sample: Tensor, step: Tensor, before: Drawn) -> Term:
         """What the policy predicts there, and the one that drew."""
-        clean, old = self._clean[sample], None
+        clean, old, anchor = self._clean[sample], None, None
+        # Others first, for the policy's gradient wants its own weights in place.
         if not self._same:
-            # First, for the policy's gradient wants its own weights in place.
             with torch.no_grad(), self._behavior():
                 old = self._replay(latents, sample, step).x0
+        if self._anchor is not None:
+            with torch.no_grad(), self._anchor():
+                anchor = self._replay(latents, sample, step).x0
         move = self._replay(latents, sample, step)
         found = self._settings(
             move.x0,
@@ -208,5 +225,6 @@ class Denoising:
             clean,
             self._sigma[step],
             self._advantages[sample, step],
+            anchor,
         )
         return Term(found.loss, move, found.approx_kl, found.clip_fraction, torch.zeros_like(found.approx_kl))

@@ -167,6 +167,7 @@ class TrainingLoop:
             policy,
             own_behavior=objective.denoising is not None,
             averaged=ema_decay is not None,
+            anchored=objective.anchor_kept > 0,
         )
         self._saved: int | None = None
         self.on_sampled: Callable[[int], None] | None = None
@@ -319,7 +320,12 @@ class TrainingLoop:
         stats = self._learn(kept, advantages, conditioning, texts, held, memory)
         averaged = kept_share(number, self.ema_decay or 0.0)
         self.memory = memory.after(
-            stats.kl, method.anchor, self.policy, self.objective.kept(number), averaged
+            stats.kl,
+            method.anchor,
+            self.policy,
+            self.objective.kept(number),
+            averaged,
+            self.objective.anchor_kept,
         )
         clock.lap("update")
 
@@ -431,7 +437,7 @@ class TrainingLoop:
         return update(
             self.policy, self.optimizer, kept, advantages, conditioning, self.objective, key,
             self.method.prompt_noise, texts, held, lambda: memory.reference_of(self.policy), team, self.update_batch,
-            lambda: memory.drawing(self.policy),
+            lambda: memory.drawing(self.policy), lambda: memory.anchoring(self.policy),
         )  # fmt: skip
 
     def _distances(self, images: Tensor, texts: list[str]) -> Tensor:

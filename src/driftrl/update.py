@@ -64,6 +64,11 @@ class Objective:
         """The share of itself that what draws keeps after ``iteration``, where it is no longer the policy itself."""
         return 0.0 if self.denoising is None else self.denoising.kept(iteration)
 
+    @property
+    def anchor_kept(self) -> float:
+        """The share of itself that an average which the loss is held to keeps; 0 where there is none."""
+        return 0.0 if self.denoising is None else self.denoising.anchor_kept
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -125,6 +130,7 @@ def update(
     team: Team = ALONE,
     batch: BatchSize | None = None,
     behavior: Callable[[], AbstractContextManager[None]] = nullcontext,
+    anchor: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> UpdateStats:
     """Take `objective.updates` optimiser steps on a rollout.
 
@@ -149,6 +155,7 @@ def update(
         batch: pairs replayed at once, fewer where memory does not suffice; by default ``objective.batch_size``.
         behavior: a context within which the policy is the one that drew the samples, for an objective that asks it; by default
             the policy as it is.
+        anchor: a context within which the policy is the average that the objective is held to, if it is to one.
 
     Returns:
         Averages over all pairs.
@@ -185,7 +192,7 @@ def update(
         _weights(policy, objective),
     )  # fmt: skip
     terms: Terms = (
-        Denoising(replay, rollout, per_step, objective.denoising, policy.noised, behavior, key, first)
+        Denoising(replay, rollout, per_step, objective.denoising, policy.noised, behavior, key, first, anchor)
         if objective.denoising
         else surrogate
     )

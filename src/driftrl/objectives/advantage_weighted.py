@@ -24,6 +24,9 @@ class AdvantageWeighted:
     """Weight of the velocity's squared distance from what the policy that drew predicts."""
     clip_range: float = 1.0
     """Of the ratio."""
+    decay: float = 0.0
+    """The proximal term is taken to an average of the policy that keeps so much of itself after each iteration; 0: to the policy that
+    drew."""
 
     own_behavior = True
     """Whether samples are drawn by the trained policy itself."""
@@ -32,12 +35,23 @@ class AdvantageWeighted:
         """What the copy of the policy that drew keeps of itself after ``iteration``: nothing."""
         return 0.0
 
+    @property
+    def anchor_kept(self) -> float:
+        """What the average that the proximal term is taken to keeps of itself after an iteration; 0 where there is none."""
+        return self.decay
+
     def __call__(
-        self, x0_hat: Tensor, x0_old: Tensor, x0: Tensor, sigma: Tensor, advantages: Tensor
+        self,
+        x0_hat: Tensor,
+        x0_old: Tensor,
+        x0: Tensor,
+        sigma: Tensor,
+        advantages: Tensor,
+        x0_anchor: Tensor | None = None,
     ) -> ClippedSurrogate:
         """`advantage_weighted` by these settings."""
         return advantage_weighted(
-            x0_hat, x0_old, x0, sigma, advantages, self.power, self.proximal, self.clip_range
+            x0_hat, x0_old, x0, sigma, advantages, self.power, self.proximal, self.clip_range, x0_anchor
         )
 
 
@@ -83,6 +97,7 @@ def advantage_weighted(
     power: float = 0.25,
     proximal: float = 5.0,
     clip_range: float = 1.0,
+    x0_anchor: Tensor | None = None,
 ) -> ClippedSurrogate:
     """The clipped surrogate of `matching_score`, and ``proximal`` times the mean squared distance of the two policies' velocities.
 
@@ -101,6 +116,7 @@ def advantage_weighted(
         power: of the squared error, in (0, 1].
         proximal: not below 0.
         clip_range: of the ratio, above 0; 1 hardly ever clips.
+        x0_anchor: [N, ...], predicted by the policy that the proximal term is taken to; by default ``x0_old``.
 
     Returns:
         Loss per pair and diagnostics, of the ratio.
@@ -127,7 +143,8 @@ def advantage_weighted(
         advantages,
         clip_range,
     )
-    return found._replace(loss=found.loss + proximal * _velocity_error(x0_hat, old, sigma))
+    anchor = old if x0_anchor is None else x0_anchor.detach()
+    return found._replace(loss=found.loss + proximal * _velocity_error(x0_hat, anchor, sigma))
 
 
 def _velocity_error(x0_hat: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:

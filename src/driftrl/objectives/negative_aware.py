@@ -36,8 +36,17 @@ class NegativeAware:
         """What the policy that draws keeps of itself after ``iteration``, counted from 0 (eta_i in the paper)."""
         return min(self.decay * iteration, self.decay_max)
 
+    anchor_kept = 0.0
+    """There is no average that it is held to."""
+
     def __call__(
-        self, x0_hat: Tensor, x0_old: Tensor, x0: Tensor, sigma: Tensor, advantages: Tensor
+        self,
+        x0_hat: Tensor,
+        x0_old: Tensor,
+        x0: Tensor,
+        sigma: Tensor,
+        advantages: Tensor,
+        x0_anchor: Tensor | None = None,
     ) -> ClippedSurrogate:
         """`negative_aware` by these settings, which has no ratio; as its drift half the mean squared distance of the predictions."""
         loss = negative_aware(x0_hat, x0_old, x0, advantages, self.beta, self.bound)
