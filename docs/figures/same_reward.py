@@ -1,10 +1,11 @@
-"""docs/images/same-reward.png: the base model, GRPO and shaping with a weak KL at the same reward, from the same noise.
+"""docs/images/same-reward.png: the base model, shaping with a weak KL, GRPO at the same reward and GRPO at its end, from the same noise.
 
     driftrl experiment experiments/plans/flat.yaml --out runs/flat                       # or these two runs of it
     python docs/figures/same_reward.py runs/flat/runs/grpo-seed0 runs/flat/runs/shaped-kl-0.02-seed0
 
-Of the second run it takes the last checkpoint, of the first the one that is nearest to that in reward, and prompts evenly spaced from
-the one that lost most diversity to the one that lost least, in the first. The curves are those of docs/results/flat, means over seeds.
+Of the second run it takes the last checkpoint, of the first the one that is nearest to that in reward, and the last; and prompts evenly
+spaced from the one that lost most diversity to the one that lost least, in the first at the same reward. The curves are those of
+docs/results/flat: means over seeds bold, seeds faint.
 """
 
 from __future__ import annotations
@@ -36,23 +37,25 @@ def main() -> None:
     level = last.figures["reward"].mean
     near = min(evaluations[0].tuned, key=lambda point: abs(point.figures["reward"].mean - level))
     rows = evenly(prompt_rows(evaluations[0], near), PROMPTS)
-    base = evaluations[0].base
+    shown = [
+        ("base model", MUTED, 0, evaluations[0].base),
+        ("shaping + KL", CURVES["shaped-kl-0.02"], 1, last),
+        ("GRPO", CURVES["grpo"], 0, near),
+        ("GRPO, later", CURVES["grpo"], 0, evaluations[0].tuned[-1]),
+    ]
+    folders = (runs.grpo, runs.shaped)
     sides = [
         side(
-            f"base model ({base.figures['reward'].mean:.1f})",
-            MUTED,
-            runs.grpo,
-            evaluations[0],
-            base,
+            f"{title} ({point.figures['reward'].mean:.1f})",
+            colour,
+            folders[k],
+            evaluations[k],
+            point,
             rows,
             IMAGES,
         )
+        for title, colour, k, point in shown
     ]
-    for title, folder, evaluation, point, colour in zip(
-        ("GRPO", "shaping, weak KL"), (runs.grpo, runs.shaped), evaluations, (near, last), CURVES.values(), strict=True
-    ):  # fmt: skip
-        name = f"{title} ({point.figures['reward'].mean:.1f})"
-        sides.append(side(name, colour, folder, evaluation, point, rows, IMAGES))
     methods = {m.name: m for m in compare.load_methods([DOCS / "results/flat"])}
     charts = [
         Chart(
@@ -66,7 +69,7 @@ def main() -> None:
         for metric, title in (("diversity", "diversity over reward"), ("diversity/latents", "latent diversity over reward"))
     ]  # fmt: skip
     draw(DOCS / "images/same-reward.png", [row["prompt"] for row in rows], sides, charts)
-    for title, point in (("GRPO", near), ("shaped", last)):
+    for title, _, _, point in shown:
         print(title, point.told, {k: round(f.mean, 3) for k, f in point.figures.items()})
 
 
