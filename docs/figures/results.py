@@ -42,11 +42,18 @@ README = {
 """The methods of the README's table, and what they are called there."""
 LEVELS, AT = (13.5, 13.85, 14.0), ("diversity", "recall", "coverage")
 """Rewards and measures of the table of adapters turned down."""
-RIVALS = {"sampling": "contrast"}
+RIVALS = {"sampling": "contrast", "dance": "dancegrpo"}
 """What a folder's methods are compared with, where that is not GRPO."""
 PICTURED = {"flat": 2}
 """Seeds that a method must have to be in a folder's figure, where all would be too many lines."""
-ALSO = {"rates": sorted((DOCS / "results/methods").glob("grpo-seed*.json"))}
+ALSO = {
+    "rates": sorted((DOCS / "results/methods").glob("grpo-seed*.json")),
+    "dance": [
+        file
+        for name in ("grpo", "drift", "shaped-0.75", "shaped-kl-0.02", "diversegrpo")
+        for file in sorted((DOCS / "results/flat").glob(f"{name}-seed*.json"))
+    ],
+}
 """Runs of other folders that a table has too."""
 
 
