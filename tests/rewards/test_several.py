@@ -284,7 +284,8 @@ def test_evaluation_measures_parts_and_mixes_them_in_units_of_the_base_model(con
     assert json.loads((run / "evaluation.json").read_text()) == json.loads(first)
 
     page = write_report(run).read_text()
-    assert "incompressibility, over training" in page and "reward, over training" not in page
+    assert "incompressibility of the images of training" in page
+    assert "reward of the images of training" not in page
     assert write_picture(run).is_file()
     settings = evaluation.settings
     assert describe("reward", settings).title == f"reward: {named}"
