@@ -171,16 +171,9 @@ def short_table(methods: list[Method]) -> str:
     for name, title in README.items():
         method = by_name[name]
         reward, diversity = (method.over_time(metric)[-1].mean for metric in ("reward", "diversity"))
-        gains = [_share(pairs.get((metric, name))) for metric in gained]
+        gains = [_gained(pairs[metric, name]) if name != "grpo" else "" for metric in gained]
         lines.append(f"| {title} | {reward:.2f} | {diversity:.3f} | {' | '.join(gains)} |")
     return "\n".join(lines)
-
-
-def _share(pair: Any) -> str:
-    """How much more diversity, as a share, and its interval over seeds."""
-    if pair is None or pair.diversity_share is None:
-        return ""
-    return _gained(pair)
 
 
 def figure(methods: list[Method], path: Path) -> None:

@@ -976,7 +976,6 @@ _ELSEWHERE = {
     "sde_window_range": "sampling.window_within",
     "same_latent": "sampling.same_latent",
     "init_same_noise": "sampling.same_latent",
-    "eval_num_steps": "evaluation.deterministic",
     "lora_path": "adapter.start",
     "activation_checkpointing": "model.gradient_checkpointing",
     "lr_scheduler": "optimizer.schedule",

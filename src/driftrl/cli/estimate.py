@@ -84,7 +84,13 @@ def images_evaluated(config: TrainConfig, prompts: int) -> int:
     settings = config.evaluation
     times = 0 if settings.every is None else config.iterations // settings.every
     meanwhile = (times + 1) * settings.images_meanwhile if times else 0  # once more by the base model
-    return prompts * (EVALUATED * settings.images * settings.at_end + meanwhile)
+    return prompts * meanwhile + images_at_the_end(config, prompts)
+
+
+def images_at_the_end(config: TrainConfig, prompts: int) -> int:
+    """Those of them that are drawn once training has ended."""
+    settings = config.evaluation
+    return prompts * EVALUATED * settings.images * settings.at_end
 
 
 def size(count: float) -> str:

@@ -142,15 +142,14 @@ def _trained(
 
 def _to_be_measured(config: TrainConfig, folder: Path) -> str:
     """What comes after training: of a short one it takes longer."""
-    from driftrl.cli.estimate import EVALUATED
+    from driftrl.cli.estimate import images_at_the_end
     from driftrl.prompts import evaluated
 
     if not config.evaluation.at_end:
         return ""
     prompts = len(evaluated(config.evaluation.prompts, config.prompts.set, folder)[1])
-    images = EVALUATED * prompts * config.evaluation.images
     return (
-        f"then {images:,} images are drawn to measure it, beside the base model (evaluation.images: {config.evaluation.images}; "
+        f"then {images_at_the_end(config, prompts):,} images are drawn to measure it, beside the base model (evaluation.images: {config.evaluation.images}; "
         "evaluation.at_end: false leaves it out)"
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from driftrl.batches import BatchSize
+from driftrl.batches import BatchSize, in_batches
 from driftrl.checks import InputError, RunFailedError
 from driftrl.rewards.calling import ask, scores_of
 from driftrl.types import Reward
@@ -75,11 +75,7 @@ class GuardedReward:
         """Of all, fewer at once where memory does not suffice, and from then on."""
         batch = self._batch or BatchSize(max(1, len(prompts)), f"{self.title}: images at once,")
 
-        def work(size: int) -> Tensor:
-            parts = [slice(at, at + size) for at in range(0, max(1, len(prompts)), size)]
-            return torch.cat([self._part(images[part], prompts[part]) for part in parts])
-
-        scores = batch.attempt(work)
+        scores = in_batches(batch, len(prompts), lambda rows: self._part(images[rows], prompts[rows]))
         if batch.now < len(prompts):
             self._batch = batch
         return scores
