@@ -130,6 +130,7 @@ def test_seconds_and_peaks_add_up():
     costs = Costs(1.0, 10.0, 100.0, 1000.0, 5.0, 7.0, Phases(1, 2, 3, 4, 5))
     assert seconds(plan, costs) == Phases(24.0, 80.0, 1600.0, 4000.0, 8 * 5.0 + 2 * 7.0)
     assert evaluation_seconds(plan, costs, 2) == 2 * (3 + 10 + 100 + 1000)
+    assert evaluation_seconds(plan, costs, 2, steps=40) == 2 * (40 + 10 + 100 + 1000)
     most = peaks(plan, Standing(1, 2, 3, 4, 10), 100, 40, 50, costs.working)
     assert most == Phases(20 + 100 + 1, 20 + 102, 20 + 103, 20 + 154, 20 + 40 + 30 + 50 + 5)
 

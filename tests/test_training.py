@@ -366,11 +366,14 @@ WINDOW = {"sampling__window": 1, "sampling__window_every": 1}
 
 @pytest.mark.parametrize(
     "changes",
-    [pytest.param({}, marks=pytest.mark.slow), WINDOW | {"evaluation__deterministic": True}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        WINDOW | {"evaluation__deterministic": True, "evaluation__steps": 5},
+    ],
     ids=["plain", "window"],
 )
 def test_what_is_measured_meanwhile_is_what_evaluation_measures(config, tmp_path, changes):
-    """The same images, and training goes as it would; also where only a part of its steps has noise."""
+    """The same images, and training goes as it would; also where only a part of its steps has noise, or they are fewer."""
     from driftrl.evaluation.evaluate import evaluate, load_evaluation
 
     run = Trainer(config(iterations=4, **MEANWHILE, **changes), tmp_path / "run").run()

@@ -517,6 +517,9 @@ class EvaluationConfig(Section):
     Vendi score beside the base model's go into metrics.jsonl and the trackers, pictures into images/. Null: never."""
     images_meanwhile: int = Field(default=4, ge=2)
     """Images per prompt then."""
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    """Denoising steps of what is measured, the base model's too, as of Flow-GRPO, which trains with 10 and measures with 40. Null:
+    those of sampling.steps."""
     deterministic: bool = False
     """Draw what is measured without noise on the way (DDIM with eta 0, a flow's plain steps), as stock pipelines and most projects'
     evaluations do, in place of the sampler that training draws with; of the base model too."""
@@ -984,6 +987,7 @@ _ELSEWHERE = {
     "use_ema": "optimizer.ema_decay",
     "save_freq": "logging.checkpoint_every",
     "eval_freq": "evaluation.every",
+    "eval_num_steps": "evaluation.steps",
     "num_checkpoint_limit": "logging.keep_last",
     "report_to": "logging.trackers",
     "log_with": "logging.trackers",

@@ -193,9 +193,9 @@ def seconds(plan: Plan, costs: Costs) -> Phases:
     )
 
 
-def evaluation_seconds(plan: Plan, costs: Costs, images: int) -> float:
-    """Seconds to draw, score and embed ``images`` images."""
-    return images * (plan.steps * costs.step + costs.decode + costs.reward + costs.encode)
+def evaluation_seconds(plan: Plan, costs: Costs, images: int, steps: int | None = None) -> float:
+    """Seconds to draw, score and embed ``images`` images, in ``steps`` denoising steps or as many as in training."""
+    return images * ((steps or plan.steps) * costs.step + costs.decode + costs.reward + costs.encode)
 
 
 @dataclass(frozen=True)

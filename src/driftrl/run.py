@@ -291,6 +291,7 @@ class Trainer:
             batch=loop.rollout_batch.now,
             team=self.team,
             noise=prompt_noise_of(self.config, "test"),
+            steps=self.config.evaluation.steps,
             deterministic=self.config.evaluation.deterministic,
         )
 

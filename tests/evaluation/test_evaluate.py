@@ -166,11 +166,13 @@ def test_without_noise_on_the_way(config, run, prompts_file, clip_folder, tmp_pa
     with Image.open(folder / "003.png") as picture:
         written = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
     torch.testing.assert_close(written, drawn[0, 3], atol=0.5 / 255 + 1e-6, rtol=0)
-    asked = config(evaluation__deterministic=True)
+    asked = config(evaluation__deterministic=True, evaluation__steps=still.settings.steps + 1)
     (run / "config.yaml").write_text(dump_config(asked))
     again = evaluate(run, **chosen, out=tmp_path / "asked")
     assert load_evaluation(again).settings.eta == 0.0
-    assert load_evaluation(again).base.figures == still.base.figures
+    assert load_evaluation(again).settings.steps == still.settings.steps + 1
+    typed = load_evaluation(evaluate(run, **chosen, steps=still.settings.steps, out=tmp_path / "fewer"))
+    assert typed.base.figures == still.base.figures
     status, told = run_command("evaluate", run, "--deterministic", "--images", "4", "--prompts", prompts_file,
                                "--clip", clip_folder, "--out", tmp_path / "typed", "-q")  # fmt: skip
     assert status == 0, told

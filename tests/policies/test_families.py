@@ -209,6 +209,19 @@ def test_guidance_and_every_condition_reach_the_network(settings, family):
         assert (rollout(policy, moved, KEYS, 2, 4).images - base).abs().max() > 1e-6, name
 
 
+def test_other_numbers_of_steps_are_those_of_a_policy_built_for_them(settings, family):
+    """There and back, a window of noise forgotten on the way."""
+    policy = build_policy(settings(family, sampling__steps=3))
+    policy.add_noise_in(range(1))
+    for steps in (7, 3):
+        policy.take_steps(steps)
+        built = build_policy(settings(family, sampling__steps=steps))
+        for name in ("timesteps", "durations", "scored"):
+            assert torch.equal(getattr(policy, name), getattr(built, name))
+        drawn, wanted = (generate(p, PROMPTS, 1) for p in (policy, built))
+        assert torch.equal(drawn, wanted)
+
+
 def test_images_are_encoded_on_the_scale_that_latents_are_decoded_from(settings, family):
     """As diversity by the policy's latents sees them."""
     policy = build_policy(settings(family), adapter=False)

@@ -308,7 +308,11 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option(metavar="DIR", help="Folder to write to; by default the run folder.")
         ] = None,
         steps: Annotated[
-            int | None, typer.Option(help="Denoising steps; by default those of the run.", min=1)
+            int | None,
+            typer.Option(
+                help="Denoising steps; by default the run's evaluation.steps, or those of its training.",
+                min=1,
+            ),
         ] = None,
         guidance_scale: Annotated[
             float | None, typer.Option(help="By default that of the run.", min=0)

@@ -163,7 +163,7 @@ def _times(config: TrainConfig, plan: Plan, costs: Costs | None, evaluated: int)
         "training", f"{config.iterations} iteration{'s' * (config.iterations != 1)}", duration(training)
     )
     if evaluated:
-        after = evaluation_seconds(plan, costs, evaluated)
+        after = evaluation_seconds(plan, costs, evaluated, config.evaluation.steps)
         table.add_row("evaluation", f"{evaluated} images", duration(after))
         table.add_row("run", "training and evaluation", duration(training + after))
     return table

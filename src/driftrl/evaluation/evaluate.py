@@ -314,7 +314,7 @@ def evaluate(
         clip: the CLIP model for CLIP diversity and prompt-image similarity, a folder or a hub name; by default the run's
             ``evaluation.clip``, and for the embedded model its own. Both figures are left out where there is none.
         out: folder to write to; by default the run folder, or ``runs/evaluate-<name>`` for a model or LoRA.
-        steps: denoising steps; by default those of the run.
+        steps: denoising steps; by default the run's ``evaluation.steps``, or those that it was trained with.
         guidance_scale: by default that of the run.
         negative_prompt: likewise; of a model none.
         deterministic: whether images are drawn without noise on the way, the base model's too; by default the run's
@@ -353,7 +353,7 @@ def evaluate(
     named = list(dict.fromkeys([*first, *(name for name in rewards if name not in parts)]))
 
     policy, noise = open_policy(
-        source, steps, guidance_scale,
+        source, config.evaluation.steps if steps is None else steps, guidance_scale,
         config.evaluation.deterministic if deterministic is None else deterministic, dtype=dtype, device=device, lora=lora, negative_prompt=negative_prompt,
         model_config=model_config,
     )  # fmt: skip

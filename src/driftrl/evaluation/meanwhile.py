@@ -35,6 +35,7 @@ class Meanwhile:
         batch: int,
         team: Team,
         noise: PromptNoise = NO_NOISE,
+        steps: int | None = None,
         deterministic: bool = False,
     ) -> None:
         """Measure ``policy``, which is one of a diffusers pipeline.
@@ -48,12 +49,13 @@ class Meanwhile:
             batch: images drawn at once; changes no figure beyond rounding.
             team: the processes; all must ask.
             noise: on the tuned policy's prompts, never on the base model's.
+            steps: denoising steps; by default those of training.
             deterministic: whether images are drawn without noise on the way.
         """
         from driftrl.diversity.encoders import LatentEncoder
 
         self.policy, self.noise = policy, noise
-        self.window = range(0) if deterministic else None
+        self.steps, self.window = steps or policy.sampler.steps, range(0) if deterministic else None
         bench = Instruments(rewards, encoder, None, LatentEncoder(policy.pipeline.vae, side=LATENT_SIDE))
         self.studio = Studio(policy, bench, prompts, images, batch=batch, progress=None, models=1, team=team)
         self._base: dict[str, float] | None = None
@@ -66,6 +68,8 @@ class Meanwhile:
             InputError: if something is not finite.
             RunFailedError: if a reward fails.
         """
+        training = self.policy.sampler.steps
+        self.policy.take_steps(self.steps)
         self.policy.add_noise_in(self.window)  # in training other steps may have some
         try:
             if self._base is None:
@@ -73,7 +77,7 @@ class Meanwhile:
                     self._base = self._shot("base", NO_NOISE)
             now = self._shot("tuned", self.noise)
         finally:
-            self.policy.add_noise_in(None)
+            self.policy.take_steps(training)
         found = {f"{PREFIX}{name}": value for name, value in now.items()}
         return found | {f"{PREFIX}{name}/base": value for name, value in self._base.items()}
 

@@ -51,12 +51,7 @@ class FlowPolicy(PipelinePolicy):
             )
         one_of("sampling.flow_sampler", sampler.flow_sampler, tuple(FLOW_SAMPLERS))
         self.num_train_timesteps = int(pipeline.scheduler.config.num_train_timesteps)
-        self._set_timesteps()
-        self.times = pipeline.scheduler.sigmas.float().to(device)
-        now, after = self.times[:-1], self.times[1:]
-        still = torch.zeros(len(now), 1, device=device)
-        _, std, _ = FLOW_SAMPLERS[sampler.flow_sampler](still, still, now, after, sampler.noise_level)
-        self._scored = std[:, 0] >= SHARPEST
+        self._set_schedule()
 
     def _has_times(self, scheduler: Any) -> bool:
         """Whether the scheduler's sigmas are the times between noise and image that the model was made for."""
@@ -65,6 +60,15 @@ class FlowPolicy(PipelinePolicy):
     def _sigmas(self, steps: int) -> list[float] | None:
         """The times before shifting, where the pipeline does not leave them to its scheduler."""
         return None
+
+    def _set_schedule(self) -> None:
+        sampler = self.sampler
+        self._set_timesteps()
+        self.times = self.pipeline.scheduler.sigmas.float().to(self.device)
+        now, after = self.times[:-1], self.times[1:]
+        still = torch.zeros(len(now), 1, device=self.device)
+        _, std, _ = FLOW_SAMPLERS[sampler.flow_sampler](still, still, now, after, sampler.noise_level)
+        self._scored = std[:, 0] >= SHARPEST
 
     def _set_timesteps(self) -> None:
         scheduler, steps = self.pipeline.scheduler, self.sampler.steps
@@ -333,10 +337,14 @@ class SanaPolicy(FlowPolicy):
         )
         return solver or super()._has_times(scheduler)
 
-    @cached_property
+    def _set_schedule(self) -> None:
+        super()._set_schedule()
+        self._told = self.pipeline.scheduler.timesteps.float().to(self.device)
+
+    @property
     def timesteps(self) -> Tensor:
         """float [T]: the training timestep of each denoising step."""
-        return self.pipeline.scheduler.timesteps.float().to(self.device)
+        return self._told
 
     def _patch(self) -> int:
         return int(self.network.config.patch_size)

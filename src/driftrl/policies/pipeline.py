@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,19 @@ class PipelinePolicy:
     def timesteps(self) -> Tensor:
         """[T]: the training timestep of each denoising step."""
         raise NotImplementedError
+
+    def _set_schedule(self) -> None:
+        """Look up the constants of as many denoising steps as the sampler has."""
+        raise NotImplementedError
+
+    def take_steps(self, count: int) -> None:
+        """From now on denoise in so many steps, with noise in all that have some.
+
+        Raises:
+            InputError: if the model knows fewer timesteps.
+        """
+        self.sampler, self._window = replace(self.sampler, steps=count), None
+        self._set_schedule()
 
     @property
     def scored(self) -> Tensor:

@@ -48,17 +48,21 @@ class StableDiffusionPolicy(PipelinePolicy):
                 + ", ".join(PREDICTION_TYPES)
             )
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
-        if sampler.steps > self.num_train_timesteps:
+        self._set_schedule()
+
+    def _set_schedule(self) -> None:
+        scheduler, steps = self.pipeline.scheduler, self.sampler.steps
+        if steps > self.num_train_timesteps:
             raise InputError(
                 f"sampling.steps: expected at most {self.num_train_timesteps}, which the model was trained on; got "
-                f"{sampler.steps}"
+                f"{steps}"
             )
-        scheduler.set_timesteps(sampler.steps)
+        scheduler.set_timesteps(steps)
         self.tables = ddim_tables(
-            scheduler.alphas_cumprod.to(device),
-            scheduler.timesteps.to(device),
+            scheduler.alphas_cumprod.to(self.device),
+            scheduler.timesteps.to(self.device),
             scheduler.final_alpha_cumprod,
-            sampler.eta,
+            self.sampler.eta,
             self.prediction_type,
         )
 
