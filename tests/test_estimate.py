@@ -47,6 +47,12 @@ CHANGES = [
         "optimizer__updates": 3,
         "optimizer__batch_size": 5,
     },
+    {
+        "objective__loss": "dgpo",
+        "objective__timesteps": 1.0,
+        "optimizer__updates": 5,
+        "optimizer__batch_size": 5,
+    },
 ]
 
 

@@ -130,6 +130,8 @@ def test_one_iteration(method, tmp_path, name):
         ("nft-shaped", ["shaping.ratio=0.0"], "nft", []),
         ("awm", ["objective.loss=clipped_surrogate", "objective.timestep_choice=noisiest"], "grpo", []),
         ("awm-shaped", ["shaping.ratio=0.0"], "awm", ["objective.awm_proximal=50.0"]),
+        ("dgpo", ["objective.loss=clipped_surrogate", "objective.timestep_choice=noisiest"], "grpo", []),
+        ("dgpo-shaped", ["shaping.ratio=0.0"], "dgpo", []),
         ("drift", ["selection.strategy=random", "prompt_noise.eta=0.0", "shaping.ratio=0.0"], "grpo", []),
         ("drift-no-shaping", ["selection.strategy=random", "prompt_noise.eta=0.0"], "grpo", []),
         ("drift-no-selection", ["selection.strategy=nearest_neighbor"], "drift", []),

@@ -22,6 +22,7 @@ from driftrl.loading import reason
 from driftrl.mixture import Part
 from driftrl.objectives.advantage_weighted import AdvantageWeighted
 from driftrl.objectives.gate import Anchor
+from driftrl.objectives.group_preference import GroupPreference
 from driftrl.objectives.negative_aware import NegativeAware
 from driftrl.pipelines import PIPELINES, TINY_ANIMALS, load_pipeline, usual_sampling
 from driftrl.policies.lora import WEIGHTS as LORA
@@ -666,6 +667,8 @@ def objective_of(config: TrainConfig, device: torch.device) -> Objective:
         denoising = NegativeAware(spec.nft_beta, config.advantage.clip, spec.nft_decay, spec.nft_decay_max)
     elif spec.loss == "awm":
         denoising = AdvantageWeighted(spec.awm_power, spec.awm_proximal, spec.awm_clip_range, spec.awm_decay)
+    elif spec.loss == "dgpo":
+        denoising = GroupPreference(spec.dgpo_beta, spec.dgpo_clip_range)
     return Objective(
         clip_range=spec.clip_range,
         kl_weight=spec.kl_weight,

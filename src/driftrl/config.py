@@ -377,10 +377,10 @@ class ShapingConfig(Section):
 class ObjectiveConfig(Section):
     """What is minimised."""
 
-    loss: Literal["clipped_surrogate", "nft", "awm"] = "clipped_surrogate"
-    """The clipped surrogate of the steps that were drawn; or, of images noised anew, a contrast of good and bad ones (`nft`, DiffusionNFT)
-    or the pretraining loss weighed by advantages (`awm`, advantage weighted matching). The last two ask for no density, so that any
-    sampler may draw."""
+    loss: Literal["clipped_surrogate", "nft", "awm", "dgpo"] = "clipped_surrogate"
+    """The clipped surrogate of the steps that were drawn; or, of images noised anew, a contrast of good and bad ones (`nft`, DiffusionNFT),
+    the pretraining loss weighed by advantages (`awm`, advantage weighted matching), or DPO's loss of a prompt's good images against its
+    bad ones (`dgpo`). The last three ask for no density, so that any sampler may draw."""
     nft_beta: float = Field(default=1.0, gt=0)
     """Of `nft`: how far its two implicit policies stand from the one that drew. 1 makes the positive one the policy itself;
     less makes larger steps."""
@@ -400,6 +400,10 @@ class ObjectiveConfig(Section):
     awm_decay: Decay = 0.0
     """Of `awm`: the proximal term is taken to an average of the trained weights that keeps so much of itself after each iteration, so that
     it pulls in every optimiser step; its authors' code has 0.3. 0: to the policy that drew, which holds an iteration's later steps only."""
+    dgpo_beta: float = Field(default=100.0, gt=0)
+    """Of `dgpo`: how sharply a prompt whose good images are preferred to its bad ones already, beside the reference, counts less."""
+    dgpo_clip_range: float = Field(default=0.01, gt=0)
+    """Of `dgpo`'s ratio to the policy that drew, beyond which an image gives no gradient."""
     trust_region: Literal["ratio", "normalized", "divergence"] = "ratio"
     """What keeps the clipped surrogate near the policy that drew: PPO's clipped ratio; the ratio without its drift, on the same scale at
     every step (`normalized`, GRPO-Guard), which also weighs the steps anew; or the exact divergence of the two policies (`divergence`,
@@ -428,11 +432,11 @@ class ObjectiveConfig(Section):
     reference_every: Positive | None = None
     """The reference moves to the current policy after so many iterations."""
     timesteps: float = Field(default=0.34, gt=0, le=1)
-    """Share of the scored denoising steps that each sample is trained on; of all steps with `loss` `nft` or `awm`, unless `kl_weight`
-    wants those with a density."""
+    """Share of the scored denoising steps that each sample is trained on; of all steps with `loss` `nft`, `awm` or `dgpo`,
+    unless `kl_weight` wants those with a density."""
     timestep_choice: Literal["noisiest", "random"] = "noisiest"
-    """Which steps: the first ones, which decide what the picture shows, or others for each sample, drawn anew in
-    each iteration (docs/log.md has the measurement)."""
+    """Which steps: the first ones, which decide what the picture shows, or others for each sample (with `dgpo` for each prompt), drawn
+    anew in each iteration (docs/log.md has the measurement)."""
 
     @property
     def asks_for_density(self) -> bool:
@@ -618,8 +622,8 @@ class TrainConfig(Section):
         self._check_denoising()
         if self.sampling.eta == 0 and self.objective.asks_for_density:
             raise ValueError(
-                "sampling.eta: expected more than 0 to train, for without noise nothing is scored (which objective.loss 'nft' "
-                "and 'awm' with objective.kl_weight 0 do not ask for); got 0"
+                "sampling.eta: expected more than 0 to train, for without noise nothing is scored (which objective.loss 'nft', "
+                "'awm' and 'dgpo' with objective.kl_weight 0 do not ask for); got 0"
             )
         return self
 
@@ -673,7 +677,7 @@ class TrainConfig(Section):
         if loss == "clipped_surrogate":
             return
         if self.objective.trust_region != "ratio":
-            held = {"nft": "nft_decay", "awm": "awm_proximal"}[loss]
+            held = {"nft": "nft_decay", "awm": "awm_proximal", "dgpo": "dgpo_clip_range"}[loss]
             raise ValueError(
                 f"objective.trust_region: {self.objective.trust_region!r} is for the clipped surrogate; objective.loss {loss!r} is held "
                 f"by objective.{held}"

@@ -31,7 +31,8 @@ class Plan:
     epochs: int
     update_batch: int
     reference: int
-    """How many other policies the update asks of each pair: the reference (KL), the one that drew (nft, awm)."""
+    """How many other policies the update asks of each pair: the reference (KL), the one that drew (nft, awm, dgpo), and what
+    groups are weighed by (dgpo: the policy itself, and the reference)."""
     rescored: bool
     """Whether samples are scored again before the update (half precision)."""
     judges: int
@@ -42,6 +43,8 @@ class Plan:
     """Whether every latent on the way to an image is kept, or the last one alone."""
     means: bool = False
     """Whether the mean of every step is kept too."""
+    grouped: bool = False
+    """Whether the kept images of a prompt are learned from together (dgpo): then none of them is in another optimiser step."""
     spared: bool = False
     """Whether the first optimiser step does without asking the one that drew, which it then still is."""
 
@@ -63,8 +66,10 @@ class Plan:
     @property
     def parts(self) -> list[int]:
         """Pairs of each optimiser step of one pass."""
-        several = min(self.updates, self.pairs)
-        return [self.pairs // several + (part < self.pairs % several) for part in range(several)]
+        unit = self.keep if self.grouped else 1
+        count = self.pairs // unit
+        several = min(self.updates, count)
+        return [unit * (count // several + (part < count % several)) for part in range(several)]
 
 
 @dataclass(frozen=True)

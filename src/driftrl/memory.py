@@ -29,7 +29,7 @@ class Memory:
     age: int = 0
     """Iterations since then."""
     behavior: tuple[Tensor, ...] | None = None
-    """The parameters that samples are drawn with (DiffusionNFT), or were (AWM); None where no objective asks for them."""
+    """The parameters that samples are drawn with (DiffusionNFT), or were (AWM, DGPO); None where no objective asks for them."""
     average: tuple[Tensor, ...] | None = None
     """An exponential moving average of the parameters, which checkpoints hand out; None where there is none."""
     anchor: tuple[Tensor, ...] | None = None

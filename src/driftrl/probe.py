@@ -76,12 +76,16 @@ def plan_of(loop: TrainingLoop) -> Plan:
         updates=objective.updates,
         epochs=objective.epochs,
         update_batch=loop.update_batch.now,
-        reference=(objective.kl_weight > 0) + (objective.denoising is not None) + (objective.anchor_kept > 0),
+        reference=(objective.kl_weight > 0)
+        + (objective.denoising is not None)
+        + (objective.anchor_kept > 0)
+        + 2 * objective.in_groups,
         rescored=objective.rescore,
         judges=len(loop.judges),
         backward=int(noisiest_steps(policy.scored, objective.timesteps).sum()) if loop.in_one_pass else 0,
         path=loop.replays,
         means=loop.objective.asks_for_means,
+        grouped=objective.in_groups,
         spared=objective.denoising is not None and objective.denoising.own_behavior,
     )
 

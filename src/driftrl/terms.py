@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from driftrl import noise
+from driftrl.objectives.advantage_weighted import velocity_error
 from driftrl.objectives.clipped_surrogate import ClippedSurrogate, clipped_surrogate
 from driftrl.objectives.trust_region import divergence_surrogate, normalized_surrogate
 from driftrl.rollout import PromptNoise, score_step
@@ -63,8 +64,8 @@ class Replay:
 class Terms(Protocol):
     """How an update asks for the loss of pairs."""
 
-    def begin(self, sample: Tensor, step: Tensor, epoch: int, moved: bool) -> None:
-        """Told of all pairs of an optimiser step, which are then asked for in this order, a few at a time; ``moved`` after the
+    def begin(self, sample: Tensor, step: Tensor, epoch: int, moved: bool, size: int) -> None:
+        """Told of all pairs of an optimiser step, which are then asked for in this order, ``size`` at a time; ``moved`` after the
         iteration's first.
         """
         ...
@@ -96,7 +97,7 @@ class Surrogate:
         self._region, self._max_kl, self._weights = trust_region, max_kl, weights
         self._path = rollout.latents.flatten(0, 1)
 
-    def begin(self, sample: Tensor, step: Tensor, epoch: int, moved: bool) -> None:
+    def begin(self, sample: Tensor, step: Tensor, epoch: int, moved: bool, size: int) -> None:
         """Nothing to do."""
 
     def latents(self, sample: Tensor, step: Tensor) -> Tensor:
@@ -139,6 +140,11 @@ class DenoisingLoss(Protocol):
         """Whether samples are drawn by the trained policy itself, not by a copy that lags behind."""
         ...
 
+    @property
+    def in_groups(self) -> bool:
+        """Whether a prompt's samples go together: at the same steps, noised alike, weighed by `GroupLoss.weights`."""
+        ...
+
     def kept(self, iteration: int) -> float:
         """What the copy that draws keeps of itself after ``iteration``, counted from 0."""
         ...
@@ -163,6 +169,14 @@ class DenoisingLoss(Protocol):
         ...
 
 
+class GroupLoss(DenoisingLoss, Protocol):
+    """One that is of a prompt's samples together."""
+
+    def weights(self, error: Tensor, reference: Tensor, advantages: Tensor) -> Tensor:
+        """What each group weighs [P], by the errors of the policy and the reference and the advantages of its samples [P, G]."""
+        ...
+
+
 class Denoising:
     """A loss of denoising: images that were drawn are noised again, and the policy predicts them from there."""
 
@@ -177,14 +191,17 @@ class Denoising:
         key: tuple[int, int],
         first: int,
         anchor: Callable[[], AbstractContextManager[None]] | None = None,
+        reference: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Of samples P x G with advantages [P * G, T].
 
         ``noised`` is the policy's; ``behavior`` gives a context within which the policy is the one that drew, ``anchor`` one within
-        which it is the average that it is held to; ``key`` is (seed, iteration), and ``first`` the number, among those of all processes,
-        of the first sample.
+        which it is the average that it is held to, ``reference`` one within which it is what groups are weighed beside; ``key`` is
+        (seed, iteration), and ``first`` the number, among those of all processes, of the first sample.
         """
         self._replay, self._advantages, self._settings = replay, advantages, settings
+        self._reference, self._group = reference, rollout.log_probs.shape[1] if settings.in_groups else 1
+        self._weighed = advantages
         self._noised, self._behavior, self._key, self._first = noised, behavior, key, first
         self._anchor = anchor if settings.anchor_kept > 0 else None
         self._clean = rollout.latents[:, :, -1].flatten(0, 1)
@@ -194,15 +211,41 @@ class Denoising:
         self._ahead: list[tuple[int, int, int, int]] = []
         self._same = False
 
-    def begin(self, sample: Tensor, step: Tensor, epoch: int, moved: bool) -> None:
-        """The keys of their noise, so that the host asks the device only here."""
+    def begin(self, sample: Tensor, step: Tensor, epoch: int, moved: bool, size: int) -> None:
+        """The keys of their noise, so that the host asks the device only here; and what groups weigh."""
         self._same = self._settings.own_behavior and not moved
         seed, iteration = self._key[0], self._key[1] + epoch * 2**32
-        pairs = torch.stack([self._first + sample, step], 1).tolist()
-        self._ahead = [(seed, iteration, i, t) for i, t in pairs]
+        own = (self._first + sample) // self._group * self._group  # a group's noise is its first sample's
+        keys = [(seed, iteration, i, t) for i, t in torch.stack([own, step], 1).tolist()]
+        self._ahead = keys
+        if self._settings.in_groups:
+            self._weighed = self._in_groups(cast(GroupLoss, self._settings), sample, step, size)
+            self._ahead = keys
+
+    @torch.no_grad()
+    def _in_groups(self, settings: GroupLoss, sample: Tensor, step: Tensor, size: int) -> Tensor:
+        """Advantages [P * G, T], each times the weight of its group at its step, of all pairs of an optimiser step."""
+        parts = list(zip(sample.split(size), step.split(size), strict=True)) if len(sample) else []
+        noised = [self.latents(*part) for part in parts]
+
+        def errors() -> Tensor:
+            """Of the policy as it is, where pairs have one."""
+            found = torch.zeros_like(self._advantages)
+            for latents, (one, at) in zip(noised, parts, strict=True):
+                x0 = self._replay(latents, one, at).x0
+                found[one, at] = velocity_error(x0, self._clean[one], self._sigma[at])
+            return found.unflatten(0, (-1, self._group)).transpose(1, 2).flatten(0, 1)
+
+        own = errors()
+        with self._reference():
+            reference = errors()
+        advantages = self._advantages.unflatten(0, (-1, self._group))
+        steps = advantages.shape[2]
+        weights = settings.weights(own, reference, advantages.transpose(1, 2).flatten(0, 1))
+        return (advantages * weights.view(-1, 1, steps)).flatten(0, 1)
 
     def latents(self, sample: Tensor, step: Tensor) -> Tensor:
-        """The clean latents, noised to the step by noise of each pair's own, another in each epoch."""
+        """The clean latents, noised to the step by noise of each pair's own, or of its group's, another in each epoch."""
         keys, self._ahead = self._ahead[: len(sample)], self._ahead[len(sample) :]
         draws = [noise.generator(*key, "forward") for key in keys]
         clean = self._clean[sample]
@@ -224,7 +267,7 @@ class Denoising:
             move.x0.detach() if old is None else old,
             clean,
             self._sigma[step],
-            self._advantages[sample, step],
+            self._weighed[sample, step],
             anchor,
         )
         return Term(found.loss, move, found.approx_kl, found.clip_fraction, torch.zeros_like(found.approx_kl))

@@ -65,6 +65,11 @@ class Objective:
         return 0.0 if self.denoising is None else self.denoising.kept(iteration)
 
     @property
+    def in_groups(self) -> bool:
+        """Whether the kept samples of a prompt are learned from together, at the same steps."""
+        return self.denoising is not None and self.denoising.in_groups
+
+    @property
     def anchor_kept(self) -> float:
         """The share of itself that an average which the loss is held to keeps; 0 where there is none."""
         return 0.0 if self.denoising is None else self.denoising.anchor_kept
@@ -182,6 +187,7 @@ def update(
             objective,
             key,
             range(first, first + len(old)),
+            group if objective.in_groups else 1,
         )
     ]
     batch = batch or BatchSize(objective.batch_size, "optimizer.batch_size")
@@ -192,7 +198,18 @@ def update(
         _weights(policy, objective),
     )  # fmt: skip
     terms: Terms = (
-        Denoising(replay, rollout, per_step, objective.denoising, policy.noised, behavior, key, first, anchor)
+        Denoising(
+            replay,
+            rollout,
+            per_step,
+            objective.denoising,
+            policy.noised,
+            behavior,
+            key,
+            first,
+            anchor,
+            reference,
+        )
         if objective.denoising
         else surrogate
     )
@@ -204,7 +221,7 @@ def update(
         optimizer.zero_grad(set_to_none=True)
         before = scores.before(epoch, size, moved)
         sums = _Sums.none(old.device)
-        terms.begin(pairs.sample, pairs.step, epoch, moved)
+        terms.begin(pairs.sample, pairs.step, epoch, moved, size)
         for sample, step, counts in turns(pairs, size):
             latents = terms.latents(sample, step)
             if objective.kl_weight > 0:  # first, for the policy's gradient wants its own weights in place
@@ -371,20 +388,28 @@ def _stats(sums: Tensor, most: Tensor, norms: list[Tensor], total: int, team: Te
 
 
 def _passes(
-    scored: Tensor, samples: int, objective: Objective, key: tuple[int, int], mine: range
+    scored: Tensor, samples: int, objective: Objective, key: tuple[int, int], mine: range, together: int
 ) -> list[list[tuple[Pairs, int]]]:
     """For each pass, and each optimiser step in it, the pairs of the samples ``mine``, which are numbered anew, from 0;
-    and how many pairs the step has of all ``samples``. They are drawn for all, so that processes agree on the steps.
+    and how many pairs the step has of all ``samples``. They are drawn for all, so that processes agree on the steps; ``together``
+    samples have the same steps.
     """
+    members = torch.arange(together, device=scored.device)
     passes = []
     for epoch in range(objective.epochs):
         everything = training_pairs(
-            scored, samples, objective.timesteps, key[0], key[1] + epoch * 2**32, objective.timestep_choice
+            scored,
+            samples // together,
+            objective.timesteps,
+            key[0],
+            key[1] + epoch * 2**32,
+            objective.timestep_choice,
         )
         several = min(objective.updates, len(everything.sample))
         shares = everything.sample.tensor_split(several), everything.step.tensor_split(several)
         parts = []
-        for sample, step in zip(*shares, strict=True):
+        for drawn, at in zip(*shares, strict=True):
+            sample, step = (drawn[:, None] * together + members).flatten(), at.repeat_interleave(together)
             own = (sample >= mine.start) & (sample < mine.stop)
             parts.append((Pairs(sample[own] - mine.start, step[own]), len(sample)))
         passes.append(parts)

@@ -752,7 +752,7 @@ def test_refuses_to_train_without_noise(settings, tmp_path):
 @pytest.mark.filterwarnings(
     "ignore::driftrl.trainer.RewardWarning"
 )  # of JPEG's sizes, which are whole numbers
-@pytest.mark.parametrize("loss", ["nft", "awm"])
+@pytest.mark.parametrize("loss", ["nft", "awm", "dgpo"])
 def test_without_noise_a_loss_of_images_noised_anew_trains(settings, tmp_path, loss):
     config = settings(
         "sd3", sampling__noise_level=0.0, objective__loss=loss, objective__timesteps=1.0, iterations=1

@@ -30,6 +30,8 @@ class AdvantageWeighted:
 
     own_behavior = True
     """Whether samples are drawn by the trained policy itself."""
+    in_groups = False
+    """Whether a prompt's samples go together."""
 
     def kept(self, iteration: int) -> float:
         """What the copy of the policy that drew keeps of itself after ``iteration``: nothing."""
@@ -84,7 +86,7 @@ def matching_score(x0_hat: Tensor, x0: Tensor, sigma: Tensor, power: float = 0.2
     """
     if not 0 < power <= 1:
         raise InputError(f"power: expected more than 0 and at most 1; got {power}")
-    error = _velocity_error(x0_hat, x0, sigma)
+    error = velocity_error(x0_hat, x0, sigma)
     return -sigma.to(error.dtype) * (error + SMALLEST) ** power / power
 
 
@@ -144,11 +146,29 @@ def advantage_weighted(
         clip_range,
     )
     anchor = old if x0_anchor is None else x0_anchor.detach()
-    return found._replace(loss=found.loss + proximal * _velocity_error(x0_hat, anchor, sigma))
+    return found._replace(loss=found.loss + proximal * velocity_error(x0_hat, anchor, sigma))
 
 
-def _velocity_error(x0_hat: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
-    """Mean squared distance [N] of the velocities that two clean latents stand for."""
+def velocity_error(x0_hat: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+    """Mean squared distance of the velocities that two clean latents stand for: ``mean |x0_hat - x0|^2 / sigma^2``.
+
+    Args:
+        x0_hat: [N, ...].
+        x0: [N, ...].
+        sigma: [N], the noise's share of the noised latents that both are of, in (0, 1].
+
+    Returns:
+        [N]; float32, or float64 if an input of clean latents is.
+
+    Raises:
+        InputError: if shapes do not agree.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.objectives.advantage_weighted import velocity_error
+        >>> velocity_error(torch.ones(1, 4), torch.zeros(1, 4), torch.tensor([0.5]))
+        tensor([4.])
+    """
     same_shape("x0", x0, "x0_hat", x0_hat)
     has_shape("sigma", sigma, "[N]")
     if sigma.shape != x0_hat.shape[:1]:

@@ -36,6 +36,8 @@ class NegativeAware:
         """What the policy that draws keeps of itself after ``iteration``, counted from 0 (eta_i in the paper)."""
         return min(self.decay * iteration, self.decay_max)
 
+    in_groups = False
+    """Whether a prompt's samples go together."""
     anchor_kept = 0.0
     """There is no average that it is held to."""
 
