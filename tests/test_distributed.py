@@ -60,6 +60,7 @@ MEMORY = {
         "objective__kl_share": 0.3, "objective__reference_every": 3,
     },
     "nft": {"objective__loss": "nft", "objective__timestep_choice": "random", "objective__nft_decay": 0.5},
+    "dgpo": {"objective__loss": "dgpo", "objective__timestep_choice": "random", "optimizer__updates": 3},
     "stepwise": {"shaping__potential": "stepwise", "objective__timestep_choice": "random", "objective__timesteps": 0.7},
 }  # fmt: skip
 
