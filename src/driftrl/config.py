@@ -992,6 +992,7 @@ _ELSEWHERE = {
     "save_freq": "logging.checkpoint_every",
     "eval_freq": "evaluation.every",
     "eval_num_steps": "evaluation.steps",
+    "beta_dpo": "objective.dgpo_beta",
     "num_checkpoint_limit": "logging.keep_last",
     "report_to": "logging.trackers",
     "log_with": "logging.trackers",
