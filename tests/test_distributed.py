@@ -403,8 +403,28 @@ def test_there_are_as_many_optimiser_steps_as_asked_for(updates):
     sizes = [count for _, count in steps]
     assert len(sizes) == min(updates, 192) and sum(sizes) == 192 and max(sizes) - min(sizes) <= 1
     ones = {field.name: 1 for field in fields(Plan)}
-    plan = Plan(**ones | {"trained": 1.0, "prompts": 8, "keep": 8, "scored": 3, "updates": updates})
-    assert plan.parts == sizes
+    changes = {"trained": 1.0, "prompts": 8, "keep": 8, "scored": 3, "updates": updates, "grouped": False}
+    assert Plan(**ones | changes).parts == sizes
+
+
+@pytest.mark.parametrize("updates", [1, 5, 100])
+def test_samples_that_go_together_are_in_one_optimiser_step(updates):
+    """All eight of a prompt at each of its steps, one after the other; what an estimate counts with is the same."""
+    objective = Objective(updates=updates, timesteps=0.67)
+    (steps,) = _passes(torch.ones(3, dtype=torch.bool), 64, objective, (0, 0), range(64), 8)
+    sizes = [count for _, count in steps]
+    assert len(sizes) == min(updates, 16) and sum(sizes) == 128 and max(sizes) - min(sizes) <= 8
+    groups = [
+        group
+        for pairs, _ in steps
+        for group in zip(pairs.sample.view(-1, 8).tolist(), pairs.step.view(-1, 8).tolist(), strict=True)
+    ]
+    assert all(sample == list(range(sample[0], sample[0] + 8)) for sample, _ in groups)
+    assert all(len(set(at)) == 1 for _, at in groups)
+    assert len({(sample[0] // 8, at[0]) for sample, at in groups}) == 16
+    ones = {field.name: 1 for field in fields(Plan)}
+    changes = {"trained": 0.67, "prompts": 8, "keep": 8, "scored": 3, "updates": updates, "grouped": True}
+    assert Plan(**ones | changes).parts == sizes
 
 
 def test_too_few_prompts_are_refused(config, tmp_path):

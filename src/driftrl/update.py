@@ -388,7 +388,7 @@ def _stats(sums: Tensor, most: Tensor, norms: list[Tensor], total: int, team: Te
 
 
 def _passes(
-    scored: Tensor, samples: int, objective: Objective, key: tuple[int, int], mine: range, together: int
+    scored: Tensor, samples: int, objective: Objective, key: tuple[int, int], mine: range, together: int = 1
 ) -> list[list[tuple[Pairs, int]]]:
     """For each pass, and each optimiser step in it, the pairs of the samples ``mine``, which are numbered anew, from 0;
     and how many pairs the step has of all ``samples``. They are drawn for all, so that processes agree on the steps; ``together``
