@@ -70,7 +70,8 @@ def group_weights(error: Tensor, reference: Tensor, advantages: Tensor, beta: fl
         InputError: if shapes do not agree, or beta is not above 0 and finite.
 
     Source: DGPO, arXiv 2510.08425, as its published code has it: the mean over the group, and the reward's advantages as weights. With two
-    images of a prompt, one of advantage 1 and one of -1, it is Diffusion-DPO (arXiv 2311.12908) of pairs that the policy drew.
+    images of a prompt, one of advantage 1 and one of -1, it is Diffusion-DPO (arXiv 2311.12908) of pairs that the
+    policy drew, but that its error is the predicted noise's.
 
     Example:
         >>> import torch
