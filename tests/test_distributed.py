@@ -157,6 +157,7 @@ def test_weights_in_parts_train_as_whole_ones(train, launch, smooth, tmp_path, k
     close_but_for_signs(weights(tmp_path / "one", 4), weights(tmp_path / "two", 4))
 
 
+@pytest.mark.slow
 def test_what_each_process_holds_of_weights_in_parts(config, launch, tmp_path):
     """In half precision: block by block from where they were loaded, no lowered copies, the reference in place, and only the first
     process with all of a checkpoint.

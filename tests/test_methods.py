@@ -158,11 +158,12 @@ def test_all_of_a_group_in_one_cluster_is_grpo_up_to_rounding(method, tmp_path):
     [
         ("ddpo", ["prompts.set=animals8", "prompts.per_iteration=5"]),  # a prompt comes twice in iteration 2
         ("gardo", ["objective.reference_every=2", "objective.reference_kl=null"]),
-        (
+        pytest.param(
             "gardo",
             ["objective.reference_every=null", "objective.reference_kl=1e-9", "objective.kl_share=1.0"],
+            marks=pytest.mark.slow,
         ),
-        ("drift-stepwise", []),
+        pytest.param("drift-stepwise", [], marks=pytest.mark.slow),  # it remembers nothing
     ],
 )
 def test_resumed_equals_uninterrupted(method, tmp_path, name, overrides):

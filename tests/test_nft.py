@@ -82,7 +82,7 @@ def assert_batch_sizes_only_round(config, tmp_path, settings, **near):
         assert a["policy/grad_norm"] == pytest.approx(b["policy/grad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("epochs", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_batch_sizes_change_nothing_but_rounding(config, tmp_path, epochs):
     settings = NFT | {"iterations": 2, "optimizer__epochs": epochs, "objective__nft_decay": 0.5}
     assert_batch_sizes_only_round(config, tmp_path, settings, rel=1e-4)

@@ -27,6 +27,7 @@ from driftrl.shaping import (
     shape_at_advantage,
     shape_at_reward,
     shape_rewards,
+    shaping_weight,
     stepwise_intrinsic,
 )
 
@@ -457,3 +458,20 @@ def at_steps(scored):
 def test_the_nearest_is_found_whatever_the_diagonal_holds():
     distances = torch.tensor([[[torch.nan, 2.0], [1.0, torch.inf]]])
     assert nearest_distance(distances).tolist() == [[2.0, 1.0]]
+
+
+def test_the_weight_of_shaping_is_in_proportion_to_lambda():
+    plain, bonus = _uniform(3, 8) - 0.5, _uniform(3, 8, seed=1)
+    expected = float(intrinsic_advantage(bonus).abs().mean() / plain.abs().mean())
+    for ratio in (0.0, 0.5, 2.0):
+        shaped = shape_at_advantage(plain, bonus, Shaping(ratio=ratio))
+        assert shaping_weight(plain, shaped) == pytest.approx(ratio * expected)
+
+
+def test_the_weight_of_shaping_counts_scored_steps_alone_and_knows_no_reward():
+    scored, plain = torch.tensor([True, True, False]), _uniform(2, 4) - 0.5
+    shaped = shape_at_advantage(plain, _uniform(2, 4, 3), Shaping(potential="stepwise"), scored)
+    by_hand = (shaped[..., :2] - plain[..., None]).abs().mean() / plain.abs().mean()
+    assert shaping_weight(plain, shaped, scored) == pytest.approx(float(by_hand))
+    assert math.isnan(shaping_weight(torch.zeros(1, 2), torch.tensor([[0.5, -0.5]])))
+    assert shaping_weight(torch.zeros(1, 2), torch.zeros(1, 2)) == 0.0

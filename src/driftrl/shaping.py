@@ -7,6 +7,7 @@ shaping by potentials. Its competitors differ in what they measure and in where 
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -155,6 +156,34 @@ def shape_at_advantage(
     intrinsic = intrinsic_advantage(bonus[..., steps], shaping.clip)
     spread = torch.zeros_like(bonus).index_copy(2, steps, intrinsic)
     return shape_advantages(advantages, spread, shaping.ratio)
+
+
+def shaping_weight(plain: Tensor, shaped: Tensor, scored: Tensor | None = None) -> float:
+    """How much shaping weighs beside the reward: the mean magnitude of what it changes in the advantages, over theirs without it.
+
+    Above 1 it asks for more than the reward does, so that the reward soon rests. With an own standard deviation of each group
+    (`driftrl.advantages.group_relative`, ``selected``) and the level ``advantage`` it is about lambda; with one of the whole batch it is larger where
+    prompts differ more from each other than the images of a prompt do.
+
+    Args:
+        plain: [P, G], the advantages of the rewards alone.
+        shaped: [P, G] or, by step, [P, G, T].
+        scored: bool [T], the steps that count; None for all.
+
+    Returns:
+        0 where nothing was changed; nan where something was and the rewards' own advantages are all 0.
+
+    Example:
+        >>> import torch
+        >>> from driftrl.shaping import shaping_weight
+        >>> shaping_weight(torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, -0.5]]))
+        0.5
+    """
+    if shaped.dim() == 3:
+        shaped = shaped if scored is None else shaped[..., scored]
+        plain = plain.unsqueeze(-1)
+    changed, own = float((shaped - plain).abs().mean()), float(plain.abs().mean())
+    return changed / own if own > 0 else (math.nan if changed > 0 else 0.0)
 
 
 def group_diversity(distances: Tensor) -> Tensor:

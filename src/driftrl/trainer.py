@@ -42,6 +42,7 @@ from driftrl.shaping import (
     group_diversity,
     shape_at_advantage,
     shape_at_reward,
+    shaping_weight,
 )
 from driftrl.types import Conditioning, Encoder, Policy, Reward, Rollout, UpdateStats
 from driftrl.update import Objective, update
@@ -315,7 +316,7 @@ class TrainingLoop:
         kept = kept.path()
         clock.lap("diversity")
 
-        advantages = self._advantages(rewards, kept_rewards, bonus, memory.rows(which))
+        advantages, weight = self._advantages(rewards, kept_rewards, bonus, memory.rows(which))
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
         stats = self._learn(kept, advantages, conditioning, texts, held, memory)
         averaged = kept_share(number, self.ema_decay or 0.0)
@@ -340,6 +341,7 @@ class TrainingLoop:
             "diversity/kept_mean": float(diversity.mean()),
             "diversity/kept_std": float(diversity.std(1, correction=0).mean()),
             "advantage/abs_mean": float(advantages.abs().mean()),
+            "advantage/shaping_weight": weight,
             "loss": stats.loss,
             "loss/surrogate": stats.surrogate,
             "loss/kl": stats.kl,
@@ -457,14 +459,20 @@ class TrainingLoop:
             )
         return pairwise_distances(features.to(self.policy.device))
 
-    def _advantages(self, rewards: Tensor, kept: Tensor, bonus: Tensor, history: History | None) -> Tensor:
-        """Of the kept candidates, shaped: [P, G] or [P, G, T], from all rewards [P, N], those kept and the bonus [P, G]."""
+    def _advantages(
+        self, rewards: Tensor, kept: Tensor, bonus: Tensor, history: History | None
+    ) -> tuple[Tensor, float]:
+        """Of the kept candidates, shaped: [P, G] or [P, G, T], from all rewards [P, N], those kept and the bonus [P, G];
+        and how much shaping weighs in them (`shaping_weight`).
+        """
         rule, shaping = self.method.advantage, self.method.shaping
+        plain = advantages_of(kept, rule, rewards, history)
         with self._saying_once(DiversityWarning):
-            shaped = shape_at_reward(kept, bonus, shaping)
+            rewarded = shape_at_reward(kept, bonus, shaping)
             # Candidates that were dropped have no diversity, so of shaped rewards only the kept ones' spread is known.
-            advantages = advantages_of(shaped, rule, rewards if shaped is kept else shaped, history)
-            return shape_at_advantage(advantages, bonus, shaping, self.policy.scored)
+            advantages = plain if rewarded is kept else advantages_of(rewarded, rule, rewarded, history)
+            shaped = shape_at_advantage(advantages, bonus, shaping, self.policy.scored)
+        return shaped, shaping_weight(plain, shaped, self.policy.scored)
 
     def _by_prompt(self, scores: Tensor) -> Tensor:
         """Scores [P * N, ...] as [P, N, ...]."""

@@ -114,7 +114,14 @@ def replay(policy, conditioning, drawn, spec, batch):
     return out.unflatten(0, drawn.log_probs.shape[:2])
 
 
-@pytest.mark.parametrize("sampler", ["sde", "cps"])
+def samplers():
+    """Every family by the SDE, one by CPS; the other pairs are slow."""
+    every = itertools.product(FAMILIES, ("sde", "cps"))
+    quick = {(family, "sde") for family in FAMILIES if family not in VARIANTS} | {("sd3", "cps")}
+    return [pytest.param(*each, marks=() if each in quick else pytest.mark.slow) for each in every]
+
+
+@pytest.mark.parametrize(("family", "sampler"), samplers())
 def test_replay_has_ratio_one_also_with_gradient_checkpointing(settings, family, sampler):
     """Guidance and prompt noise on; the replay has gradients and so does checkpoint."""
     changes = {"sampling__flow_sampler": sampler, "model__gradient_checkpointing": True}
@@ -129,6 +136,7 @@ def test_replay_has_ratio_one_also_with_gradient_checkpointing(settings, family,
     assert (again - drawn.log_probs).abs().max() <= 1e-6
 
 
+@mostly("sd", "sd3", "sana")
 def test_the_forward_process_is_the_schedulers_and_is_learned_from(settings, family):
     """What the negative-aware loss asks of a policy: drawn images noised again, and predicted from there."""
     policy = build_policy(settings(family))
@@ -150,6 +158,7 @@ def test_the_forward_process_is_the_schedulers_and_is_learned_from(settings, fam
     assert stats.pairs == 6 * len(policy.timesteps) and stats.grad_norm > 0 and math.isfinite(stats.loss)
 
 
+@mostly("sd", "flux", "zimage")
 def test_gradient_checkpointing_computes_again_and_changes_no_gradient(settings, family):
     gradients, calls = [], []
     for on in (False, True):
@@ -209,6 +218,7 @@ def test_guidance_and_every_condition_reach_the_network(settings, family):
         assert (rollout(policy, moved, KEYS, 2, 4).images - base).abs().max() > 1e-6, name
 
 
+@mostly("sd", "sdxl", "flux", "sana")
 def test_other_numbers_of_steps_are_those_of_a_policy_built_for_them(settings, family):
     """There and back, a window of noise forgotten on the way."""
     policy = build_policy(settings(family, sampling__steps=3))
@@ -371,7 +381,7 @@ def test_one_iteration_and_the_adapter_in_the_stock_pipeline(settings, family, f
         assert np.array_equal(written, grid(list(ours.unflatten(0, (2, 2))), PROMPTS))
 
 
-@mostly("sd3", "klein")
+@mostly("sd3")
 def test_training_goes_on_from_a_lora(settings, family, tmp_path):
     """Of another rank and scale, read as diffusers reads it: at first it computes the same."""
     few = {"adapter__rank": 2, "adapter__alpha": 5.0, "adapter__targets": TARGETS[family]}
@@ -494,9 +504,10 @@ def test_in_half_precision_a_lora_computes_in_it_too(settings, family, dtype):
 
 
 def halves():
-    """Every family in bfloat16 with checkpointing, two in float16 without; the other pairs are slow."""
-    quick = {(family, "bfloat16", True) for family in FAMILIES if family not in VARIANTS}
-    quick |= {("sd", "float16", False), ("sd3", "float16", False)}
+    """Four families in bfloat16 with checkpointing, one in float16 without; the other pairs are slow."""
+    quick = {(family, "bfloat16", True) for family in ("sd", "sd3", "flux2", "sana")} | {
+        ("sd3", "float16", False)
+    }
     every = itertools.product(FAMILIES, ("bfloat16", "float16"), (True, False))
     return [pytest.param(*each, marks=() if each in quick else pytest.mark.slow) for each in every]
 
@@ -516,7 +527,7 @@ def test_the_ratio_of_an_untouched_policy_in_half_precision(settings, family, dt
     assert found.log_ratio < 1e-5
 
 
-@pytest.mark.parametrize("region", ["ratio", "divergence"])
+@pytest.mark.parametrize("region", ["ratio", pytest.param("divergence", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("batch", [pytest.param(4, marks=pytest.mark.slow), 3])
 def test_rescoring_makes_up_for_a_network_that_depends_on_its_batch(settings, batch, region):
     """Without it the first step's ratios are off by more than the clip range, and divergences beyond their limit; with it they
@@ -589,7 +600,7 @@ def test_the_loss_scale_changes_no_gradient(settings):
     assert norms[0].grad_norm == pytest.approx(norms[1].grad_norm, rel=1e-6)
 
 
-@mostly("sd", "sd3")
+@mostly("sd3")
 @pytest.mark.filterwarnings("ignore::driftrl.build.UnlikelySettingWarning")
 def test_full_fine_tuning_trains_saves_and_resumes(settings, family, folders, tmp_path):
     """The checkpoint is a network that diffusers loads; the base model stays at hand; resuming changes nothing."""
@@ -633,6 +644,7 @@ def test_in_half_precision_a_network_in_parts_computes_as_it_came(settings, fami
     assert statuses == [0, 0], said
 
 
+@mostly("sd", "flux", "sana")
 def test_image_size_slicing_and_tiling(settings, family):
     """A larger picture than the model was made for; slicing changes nothing but memory."""
     height, width = (PIXELS.get(family, 16) * times // 2 for times in (3, 4))
@@ -752,7 +764,7 @@ def test_refuses_to_train_without_noise(settings, tmp_path):
 @pytest.mark.filterwarnings(
     "ignore::driftrl.trainer.RewardWarning"
 )  # of JPEG's sizes, which are whole numbers
-@pytest.mark.parametrize("loss", ["nft", "awm", "dgpo"])
+@pytest.mark.parametrize("loss", ["nft", *(pytest.param(x, marks=pytest.mark.slow) for x in ("awm", "dgpo"))])
 def test_without_noise_a_loss_of_images_noised_anew_trains(settings, tmp_path, loss):
     config = settings(
         "sd3", sampling__noise_level=0.0, objective__loss=loss, objective__timesteps=1.0, iterations=1
@@ -769,7 +781,7 @@ def test_names_what_a_folder_lacks(settings, folders, tmp_path):
         build_policy(settings("sd3", model__path=str(broken)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_attention_is_computed_by_sdpa(settings, family, dtype, monkeypatch):
     """Every attention layer of the network calls it, and nothing else multiplies queries and keys."""
     policy = build_policy(settings(family, model__dtype=dtype))
@@ -869,7 +881,7 @@ def test_a_folder_without_what_no_policy_asks(settings, folders, tmp_path):
     torch.testing.assert_close(policy.encode(PROMPTS).embeds, same.encode(PROMPTS).embeds)
 
 
-@mostly("sd", "sd3", "flux")
+@mostly("sd", "flux")
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_folder_of_half_precision_files(settings, folders, tmp_path, family, mixed):
     """Downloads often hold no others; or they do for some parts."""
@@ -930,6 +942,7 @@ def test_the_network_computes_as_many_rows_as_estimated(settings, family):
     assert drawn.images.shape[2:] == policy.image_shape
 
 
+@mostly("sd", "sdxl", "flux", "qwen", "klein")
 def test_a_prompt_longer_than_the_model_reads_is_said_once_in_our_words(settings, family, recwarn, capfd):
     """Not where only an encoder that reads less than another one is at its end."""
     policy = build_policy(settings(family))

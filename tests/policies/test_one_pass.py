@@ -1,6 +1,7 @@
 """Gradients that are taken while candidates are drawn make the step that replay makes."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -83,8 +84,21 @@ def near(one, other, relative=1e-4):
     return float((one - other).norm()) < relative * float(other.norm()) and float(other.norm()) > 0
 
 
-@pytest.mark.parametrize(("layers", "share"), [("fast", 1.0), ("stock", 0.5), ("checkpointed", 1.0)])
-@pytest.mark.parametrize("family", ["sd", "sd2", "sdxl", "sd3", "flux", "klein"])
+def pairs():
+    """Every family's own layers; the fast ones, and networks that are checkpointed, of one each. The other pairs are slow."""
+    every = itertools.product(
+        ("sd", "sd2", "sdxl", "sd3", "flux", "klein"), (("fast", 1.0), ("stock", 0.5), ("checkpointed", 1.0))
+    )
+    quick = {("sd", "fast"), ("flux", "checkpointed")}
+    return [
+        pytest.param(
+            family, *how, marks=() if how[0] == "stock" or (family, how[0]) in quick else pytest.mark.slow
+        )
+        for family, how in every
+    ]
+
+
+@pytest.mark.parametrize(("family", "layers", "share"), pairs())
 def test_every_family_takes_the_step_that_replay_takes(make, monkeypatch, family, layers, share):
     """With the layers of a CPU in float32, with PEFT's own, and with gradient checkpointing; guidance and noise on."""
     if layers == "stock":
