@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ README = {
 """The methods of the README's table, and what they are called there."""
 LEVELS, AT = (13.5, 13.85, 14.0), ("diversity", "recall", "coverage")
 """Rewards and measures of the table of adapters turned down."""
+EDGES = (13.0, 14.0)
+"""Rewards of the base model that part the 45 animals into those that it draws badly, better and well."""
 RIVALS = {"sampling": "contrast", "dance": "dancegrpo"}
 """What a folder's methods are compared with, where that is not GRPO."""
 PICTURED = {"flat": 2}
@@ -215,6 +218,49 @@ def figure(methods: list[Method], path: Path) -> None:
     canvas.savefig(path, metadata={"Software": None})
 
 
+def _by_prompt(method: Method, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Per prompt a figure of the base model, and of the end of training; means over seeds."""
+    ends = [run.evaluation.points[-1].figures[metric].per_prompt for run in method.runs]
+    return np.array(method.runs[0].evaluation.base.figures[metric].per_prompt), np.mean(ends, axis=0)
+
+
+def prompt_table(methods: list[Method]) -> str:
+    """What training gains, and leaves, of prompts that the base model draws badly, better and well."""
+    before, _ = _by_prompt(methods[0], "reward")
+    edges = [-np.inf, *EDGES, np.inf]
+    groups = [(before >= low) & (before < high) for low, high in pairwise(edges)]
+    names = [f"below {EDGES[0]:g}", *(f"{a:g} to {b:g}" for a, b in pairwise(EDGES)), f"above {EDGES[-1]:g}"]
+    titles = [f"{name} ({int(rows.sum())} prompts)" for name, rows in zip(names, groups, strict=True)]
+    lines = _matrix("At the end: reward gained; diversity left. Prompts by the base model's reward", titles)
+    for method in methods:
+        (first, last), (varied, left) = (_by_prompt(method, metric) for metric in ("reward", "diversity"))
+        cells = [
+            f"{(last - first)[rows].mean():+.2f}; {left[rows].mean() / varied[rows].mean():.0%}"
+            for rows in groups
+        ]
+        lines.append(f"| {method.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def prompt_figure(methods: list[Method], path: Path) -> None:
+    """The same, each prompt a point."""
+    canvas = Figure(figsize=(9.0, 3.4), dpi=130, layout="constrained")
+    FigureCanvasAgg(canvas)
+    gained, kept = canvas.subplots(1, 2)
+    for k, method in enumerate(methods):
+        look = {"color": COLOURS[k - 1] if k else flag_tables.INK, "s": 18, "alpha": 0.75, "zorder": 3, "label": method.name}
+        (before, after), (varied, left) = (_by_prompt(method, metric) for metric in ("reward", "diversity"))
+        gained.scatter(before, after - before, **look)
+        kept.scatter(before, left / varied, **look)
+    for panel, title, level in ((gained, "reward gained", 0.0), (kept, "share of the diversity left", 1.0)):
+        panel.axhline(level, color=flag_tables.INK, linewidth=0.6)
+        flag_tables.dressed(panel, title)
+        panel.set_xlabel("base model's reward of the prompt", fontsize=8)
+    handles, labels = gained.get_legend_handles_labels()
+    canvas.legend(handles, labels, fontsize=9, frameon=False, loc="outside lower center", ncols=len(labels))
+    canvas.savefig(path, metadata={"Software": None})
+
+
 def main() -> int:
     """Rewrite, or compare."""
     parser = argparse.ArgumentParser(
@@ -250,6 +296,10 @@ def result_blocks(check: bool) -> dict[str, str]:
             key=lambda method: method.name != rival,
         )
         blocks[folder.name] = tables(methods)
+        if folder.name == "animals":
+            blocks["animals-prompts"] = prompt_table(methods)
+            if not check:
+                prompt_figure(methods, DOCS / "images/results-animals-prompts.png")
         if any(method.scaled for method in methods):
             blocks[f"{folder.name}-levels"] = scale_table(folder)
         if not check:

@@ -197,6 +197,7 @@ class FlagPolicy:
     """The model as a policy (`driftrl.types.Policy`)."""
 
     num_train_timesteps = TRAINED_TIMESTEPS
+    predicts_noise = False
     device = torch.device("cpu")
     latent_shape = (3, 1, STRIPES)
 

@@ -141,6 +141,11 @@ class DenoisingLoss(Protocol):
         ...
 
     @property
+    def of_network(self) -> bool:
+        """Whether errors are those of what the network predicts, velocity or noise; else of the velocity for any network."""
+        ...
+
+    @property
     def in_groups(self) -> bool:
         """Whether a prompt's samples go together: at the same steps, noised alike, weighed by `GroupLoss.weights`."""
         ...
@@ -163,8 +168,9 @@ class DenoisingLoss(Protocol):
         advantages: Tensor,
         x0_anchor: Tensor | None = None,
     ) -> ClippedSurrogate:
-        """Of clean latents [n, C, H, W]: predicted with gradient, predicted by what drew, drawn; the noise's share and advantages
-        [n]; and predicted by the average that it is held to, if there is one.
+        """Of clean latents [n, C, H, W]: predicted with gradient, predicted by what drew, drawn; the noise's share, by which errors are
+        divided (with `of_network` over the signal's, where noise is predicted), and advantages [n]; and predicted by the average
+        that it is held to, if there is one.
         """
         ...
 
@@ -187,6 +193,7 @@ class Denoising:
         advantages: Tensor,
         settings: DenoisingLoss,
         noised: Callable[[Tensor, Tensor, Tensor], Tensor],
+        predicts_noise: bool,
         behavior: Callable[[], AbstractContextManager[None]],
         key: tuple[int, int],
         first: int,
@@ -195,7 +202,7 @@ class Denoising:
     ) -> None:
         """Of samples P x G with advantages [P * G, T].
 
-        ``noised`` is the policy's; ``behavior`` gives a context within which the policy is the one that drew, ``anchor`` one within
+        ``noised`` is the policy's, and ``predicts_noise`` says what its network does; ``behavior`` gives a context within which the policy is the one that drew, ``anchor`` one within
         which it is the average that it is held to, ``reference`` one within which it is what groups are weighed beside; ``key`` is
         (seed, iteration), and ``first`` the number, among those of all processes, of the first sample.
         """
@@ -208,6 +215,8 @@ class Denoising:
         none = self._clean.new_zeros(rollout.log_probs.shape[2], *self._clean.shape[1:])
         every = torch.arange(len(none), device=none.device)
         self._sigma = noised(none, torch.ones_like(none), every)[:, 0, 0, 0]  # the noise's share at each step
+        if settings.of_network and predicts_noise:
+            self._sigma = self._sigma / noised(torch.ones_like(none), none, every)[:, 0, 0, 0]
         self._ahead: list[tuple[int, int, int, int]] = []
         self._same = False
 

@@ -129,6 +129,8 @@ class Policy(Protocol):
     """A text-to-image model seen as a stochastic policy: what rollout, update and checkpoint know of it."""
 
     num_train_timesteps: int
+    predicts_noise: bool
+    """Whether its network predicts the noise, not a velocity. Asked for only by the objective ``dgpo``."""
 
     @property
     def device(self) -> torch.device:

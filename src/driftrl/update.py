@@ -204,6 +204,7 @@ def update(
             per_step,
             objective.denoising,
             policy.noised,
+            policy.predicts_noise,
             behavior,
             key,
             first,

@@ -30,6 +30,8 @@ class AdvantageWeighted:
 
     own_behavior = True
     """Whether samples are drawn by the trained policy itself."""
+    of_network = False
+    """Whether errors are those of what the network predicts."""
     in_groups = False
     """Whether a prompt's samples go together."""
 
@@ -152,10 +154,12 @@ def advantage_weighted(
 def velocity_error(x0_hat: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     """Mean squared distance of the velocities that two clean latents stand for: ``mean |x0_hat - x0|^2 / sigma^2``.
 
+    Where variance is preserved, with a signal's share of alpha, ``sigma / alpha`` in place of sigma gives that of the noises.
+
     Args:
         x0_hat: [N, ...].
         x0: [N, ...].
-        sigma: [N], the noise's share of the noised latents that both are of, in (0, 1].
+        sigma: [N], the noise's share of the noised latents that both are of, above 0.
 
     Returns:
         [N]; float32, or float64 if an input of clean latents is.

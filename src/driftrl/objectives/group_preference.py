@@ -24,6 +24,8 @@ class GroupPreference:
 
     own_behavior = True
     """Whether samples are drawn by the trained policy itself."""
+    of_network = True
+    """Whether errors are those of what the network predicts, velocity or noise."""
     in_groups = True
     """Whether a prompt's samples go together: at the same steps, with the same noise, weighed by what all of them say."""
     anchor_kept = 0.0
@@ -58,7 +60,7 @@ def group_weights(error: Tensor, reference: Tensor, advantages: Tensor, beta: fl
     negative: the group is preferred as it should be, and counts less. At the reference itself every group has 1/2.
 
     Args:
-        error: [P, G], e: the mean squared error of the velocity (`velocity_error`) of each image, of the policy.
+        error: [P, G], e: the mean squared error of what is predicted of each image (`velocity_error`), of the policy.
         reference: [P, G], of the reference, at the same noise. No gradient flows through either.
         advantages: [P, G], A.
         beta: above 0.
@@ -70,8 +72,7 @@ def group_weights(error: Tensor, reference: Tensor, advantages: Tensor, beta: fl
         InputError: if shapes do not agree, or beta is not above 0 and finite.
 
     Source: DGPO, arXiv 2510.08425, as its published code has it: the mean over the group, and the reward's advantages as weights. With two
-    images of a prompt, one of advantage 1 and one of -1, it is Diffusion-DPO (arXiv 2311.12908) of pairs that the
-    policy drew, but that its error is the predicted noise's.
+    images of a prompt, one of advantage 1 and one of -1, it is Diffusion-DPO (arXiv 2311.12908) of pairs that the policy drew.
 
     Example:
         >>> import torch
@@ -108,7 +109,8 @@ def group_preference(
         x0_hat: [N, ...], predicted by the policy that is trained, with gradient.
         x0_old: [N, ...], by the policy that drew; no gradient flows into it.
         x0: [N, ...], the clean latents that were drawn.
-        sigma: [N], the noise's share of the noised latents, in (0, 1].
+        sigma: [N], the noise's share of the noised latents; of a network that predicts the noise, that over the signal's
+            (`velocity_error`).
         advantages: [N], each times the weight of its group.
         clip_range: above 0.
 

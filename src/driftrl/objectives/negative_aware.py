@@ -36,6 +36,8 @@ class NegativeAware:
         """What the policy that draws keeps of itself after ``iteration``, counted from 0 (eta_i in the paper)."""
         return min(self.decay * iteration, self.decay_max)
 
+    of_network = False
+    """Whether errors are those of what the network predicts: it has clean latents' alone."""
     in_groups = False
     """Whether a prompt's samples go together."""
     anchor_kept = 0.0

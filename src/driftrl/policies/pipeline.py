@@ -63,6 +63,8 @@ class PipelinePolicy:
     prompts_at_once = 64
     """Prompts that the text encoders read together: more take memory, and no less time."""
     num_train_timesteps: int
+    predicts_noise = False
+    """Whether its network predicts the noise, not a velocity."""
     _said_long = False
     """Whether it was said that prompts are too long."""
 

@@ -47,6 +47,7 @@ class StableDiffusionPolicy(PipelinePolicy):
                 f"model.path: its scheduler predicts '{self.prediction_type}'; expected one of "
                 + ", ".join(PREDICTION_TYPES)
             )
+        self.predicts_noise = self.prediction_type == "epsilon"
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
         self._set_schedule()
 
