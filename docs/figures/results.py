@@ -248,7 +248,13 @@ def prompt_figure(methods: list[Method], path: Path) -> None:
     FigureCanvasAgg(canvas)
     gained, kept = canvas.subplots(1, 2)
     for k, method in enumerate(methods):
-        look = {"color": COLOURS[k - 1] if k else flag_tables.INK, "s": 18, "alpha": 0.75, "zorder": 3, "label": method.name}
+        look = {
+            "color": COLOURS[k - 1] if k else flag_tables.INK,
+            "s": 18,
+            "alpha": 0.75,
+            "zorder": 3,
+            "label": method.name,
+        }
         (before, after), (varied, left) = (_by_prompt(method, metric) for metric in ("reward", "diversity"))
         gained.scatter(before, after - before, **look)
         kept.scatter(before, left / varied, **look)

@@ -86,6 +86,23 @@ def test_a_reward_that_rises_alone_is_pointed_out(tmp_path, similarity, hacked, 
     assert ("match their prompts less" in page) == worse
 
 
+@pytest.mark.parametrize(
+    ("prompts", "stuck", "told"), [(MANY, 1, True), (MANY, 0, False), (PROMPTS, 1, False)]
+)
+def test_prompts_that_were_narrowed_for_nothing_are_pointed_out(tmp_path, prompts, stuck, told):
+    """One of six gains nothing, and keeps as little of its diversity as the others; of three prompts nothing is said."""
+    run = make_run(tmp_path / "run", loss=0.26, prompts=prompts)
+    data = json.loads((run / "evaluation.json").read_text())
+    if stuck:
+        base, last = data["points"][0]["figures"]["reward"], data["points"][-1]["figures"]["reward"]
+        last["per_prompt"][0] = base["per_prompt"][0]
+    (run / "evaluation.json").write_text(json.dumps(data))
+    page = write_report(run).read_text()
+    found = re.search(r"(\d+) of (\d+) prompts lost more than half of their diversity for less", page)
+    assert (found is not None) == told
+    assert found is None or found.groups() == ("1", "6")
+
+
 def test_a_report_without_pictures_log_or_checkpoints(tmp_path):
     run = make_run(tmp_path / "run")
     shutil.rmtree(run / "images")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Unpack
 
 from markupsafe import Markup
@@ -35,6 +36,9 @@ SMOOTHED = 5
 """Iterations from which on a moving average is drawn: of two it would be a level line."""
 AXIS = 34
 """Letters that fit below a plot, beside its hint."""
+LOST, HARDLY = 0.5, 0.25
+"""A prompt that keeps less than the first share of its diversity, and gains less than the second of the mean gain in reward, was
+narrowed for next to nothing."""
 FIRED = {
     "warning/constant_reward_groups": (
         "Groups whose rewards were all equal",
@@ -213,6 +217,15 @@ def _notices(
                 "Prompt-image similarity fell. Noise on the prompt may be too strong, or training went too far.",
             )
         )
+    if tuned is not None and not too_few(evaluation.settings) and (spent := _narrowed(evaluation, tuned)):
+        notices.append(
+            (
+                f"{spent} of {counted(len(evaluation.settings.prompts), 'prompt')} lost more than half of their diversity for "
+                "less than a quarter of the mean gain in reward",
+                "Mostly those that the base model draws well already. Shaping keeps their variety (shaping.ratio), or leave "
+                "them out of training.",
+            )
+        )
     for key in dict.fromkeys(k for line in log for k in line if k.startswith("warning/")):
         counts = [line.get(key, 0) for line in log]
         fired = sum(1 for c in counts if isinstance(c, int | float) and c > 0)
@@ -221,6 +234,20 @@ def _notices(
             total = int(sum(c for c in counts if isinstance(c, int | float) and math.isfinite(c)))
             notices.append((f"{what}: {total}, in {fired} of {counted(len(log), 'iteration')}", meaning))
     return notices
+
+
+def _narrowed(evaluation: Evaluation, tuned: Point) -> int:
+    """How many prompts lost most of their diversity and gained hardly any of the reward that others did."""
+    if _direction(tuned.figures["reward"]) <= 0:
+        return 0
+    before, now = (
+        [point.figures[name].per_prompt for name in ("reward", "diversity")]
+        for point in (evaluation.base, tuned)
+    )
+    gained = [after - first for first, after in zip(before[0], now[0], strict=True)]
+    narrow = [after < LOST * first for first, after in zip(before[1], now[1], strict=True)]
+    enough = HARDLY * fmean(gained)
+    return sum(thin and gain < enough for thin, gain in zip(narrow, gained, strict=True))
 
 
 def _run_fronts(evaluation: Evaluation) -> list[tuple[str, Markup]]:
