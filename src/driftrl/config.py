@@ -368,6 +368,12 @@ class ShapingConfig(Section):
     x 8, for all steps and the image, and `encoder` is for the logs only."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Of `stepwise`: the discount."""
+    target: float | None = Field(default=None, gt=0, le=2)
+    """Share of the base model's diversity to keep of each prompt (0.7, say), whatever the reward and the length of training. Each prompt then has
+    a lambda of its own, from `ratio` to 2: it rises while the prompt has less than that, and falls back while it has more. A prompt's
+    first three groups tell what the base model has. Only at level `advantage`. null: lambda stays `ratio`."""
+    target_rate: float = Field(default=0.1, ge=0)
+    """How fast lambda follows `target`, by iterations that a prompt is drawn in."""
     encoder: Callee = "tiny-animals"
     """Image encoder whose cosine distances measure diversity: tiny-animals, dreamsim (or dreamsim:dino_vitb16 and
     other branches), policy:latents, policy:mid-block, a function of yours as module:function, or a model of transformers by folder or hub
@@ -610,6 +616,14 @@ class TrainConfig(Section):
         if shaping.measure == "entropy" and shaping.level == "multiply":
             raise ValueError(
                 "shaping.level: 'multiply' needs a measure that is not negative; 'entropy' is a logarithm"
+            )
+        if shaping.target is not None and shaping.level != "advantage":
+            raise ValueError(
+                f"shaping.level: with shaping.target expected 'advantage', where lambda needs no unit; got {shaping.level!r}"
+            )
+        if shaping.target is not None and shaping.ratio > 2:
+            raise ValueError(
+                f"shaping.ratio: with shaping.target lambda goes from this to 2; got {shaping.ratio:g}"
             )
         if shaping.potential == "stepwise" and shaping.level != "advantage":
             raise ValueError(

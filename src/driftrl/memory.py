@@ -11,7 +11,9 @@ from torch import Tensor
 
 from driftrl.advantages import AdvantageRule, History, no_history, remember
 from driftrl.checks import InputError
+from driftrl.multipliers import Multipliers, begun, followed
 from driftrl.objectives.gate import Anchor, reference_is_due
+from driftrl.shaping import Shaping
 from driftrl.types import Policy
 
 COPIES = ("reference", "behavior", "average", "anchor")
@@ -34,6 +36,8 @@ class Memory:
     """An exponential moving average of the parameters, which checkpoints hand out; None where there is none."""
     anchor: tuple[Tensor, ...] | None = None
     """Another one, which the loss is held to (AWM); None where there is none."""
+    multipliers: Multipliers | None = None
+    """Each prompt's lambda, where a share of its diversity is to be kept."""
 
     @staticmethod
     def empty(
@@ -43,9 +47,11 @@ class Memory:
         own_behavior: bool = False,
         averaged: bool = False,
         anchored: bool = False,
+        ratio: float | None = None,
     ) -> Memory:
         """At the start of a run over a set of ``prompts``; with ``own_behavior`` a copy of ``policy`` draws, if ``averaged`` an average
-        of it is kept, and if ``anchored`` another one, which its loss is held to.
+        of it is kept, and if ``anchored`` another one, which its loss is held to. Lambda begins at ``ratio`` where each prompt is to
+        have its own.
         """
         running = rule.baseline == "running"
         return Memory(
@@ -53,6 +59,7 @@ class Memory:
             behavior=_copies(policy) if own_behavior else None,
             average=_copies(policy) if averaged else None,
             anchor=_copies(policy) if anchored else None,
+            multipliers=None if ratio is None else begun(prompts, ratio),
         )
 
     def with_rewards(self, which: Sequence[int], rewards: Tensor) -> Memory:
@@ -60,6 +67,19 @@ class Memory:
         if self.history is None:
             return self
         return replace(self, history=remember(self.history, which, rewards))
+
+    def with_diversity(
+        self, which: Sequence[int], diversity: Tensor, shaping: Shaping
+    ) -> tuple[Memory, Tensor | None, Tensor | None]:
+        """With how varied the prompts ``which`` are now, ``diversity`` [P]; and lambda and the share of the base model's diversity of
+        each, [P], where a share is to be kept.
+        """
+        if self.multipliers is None or shaping.target is None:
+            return self, None, None
+        new, ratio, share = followed(
+            self.multipliers, which, diversity, shaping.target, shaping.ratio, shaping.target_rate
+        )
+        return replace(self, multipliers=new), ratio.to(diversity), share
 
     def rows(self, which: Sequence[int]) -> History | None:
         """The past of the prompts ``which``."""
@@ -113,6 +133,8 @@ class Memory:
         found: dict[str, Tensor] = {}
         if self.history is not None:
             found |= {"history/values": self.history.values, "history/filled": self.history.filled}
+        if self.multipliers is not None:
+            found |= {f"multipliers/{name}": value for name, value in self.multipliers._asdict().items()}
         for name in COPIES:
             found |= {f"{name}/{i:05d}": value for i, value in enumerate(getattr(self, name) or ())}
         if self.age or self.reference is not None:
@@ -151,7 +173,19 @@ class Memory:
                 f"the checkpoint has {'an' if held else 'no'} average that its loss is held to, and objective.awm_decay asks for "
                 f"{'none' if held else 'one'}"
             )
-        return Memory(history, reference, int(found["age"]) if "age" in found else 0, behavior, average, held)
+        age = int(found["age"]) if "age" in found else 0
+        return Memory(history, reference, age, behavior, average, held, self._restored_multipliers(found))
+
+    def _restored_multipliers(self, found: Mapping[str, Tensor]) -> Multipliers | None:
+        if self.multipliers is None or "multipliers/ratio" not in found:
+            return self.multipliers
+        values = Multipliers(*(found[f"multipliers/{name}"].cpu() for name in Multipliers._fields))
+        if values.ratio.shape != self.multipliers.ratio.shape:
+            raise InputError(
+                f"the checkpoint has the lambdas of {len(values.ratio)} prompts; this run's prompt set has "
+                f"{len(self.multipliers.ratio)}: has the prompt file changed?"
+            )
+        return values
 
 
 def _copies(policy: Policy) -> tuple[Tensor, ...]:

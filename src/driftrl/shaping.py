@@ -63,6 +63,15 @@ class Shaping:
     """One of ``POTENTIALS``."""
     gamma: float = 1.0
     """Discount of the potential ``stepwise``."""
+    target: float | None = None
+    """Share of the base model's diversity to keep of each prompt: lambda rises above ``ratio`` for it (`driftrl.multipliers`). None: it stays."""
+    target_rate: float = 0.1
+    """How fast."""
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is added."""
+        return self.ratio > 0 or self.target is not None
 
 
 def diversity_bonus(distances: Tensor, shaping: Shaping) -> Tensor:
@@ -82,9 +91,9 @@ def diversity_bonus(distances: Tensor, shaping: Shaping) -> Tensor:
     one_of("potential", shaping.potential, POTENTIALS)
     if shaping.potential == "terminal":
         has_shape("distances", distances, "[P, G, G]")
-        return novelty(distances, shaping) if shaping.ratio > 0 else torch.zeros_like(distances[..., 0])
+        return novelty(distances, shaping) if shaping.on else torch.zeros_like(distances[..., 0])
     has_shape("distances", distances, "[P, T + 1, G, G]")
-    if shaping.ratio == 0:
+    if not shaping.on:
         return torch.zeros_like(distances[:, 1:, :, 0]).mT
     potentials = novelty(distances.flatten(0, 1), shaping).unflatten(0, distances.shape[:2]).mT
     return stepwise_intrinsic(potentials, shaping.gamma)[1]
@@ -128,11 +137,15 @@ def shape_at_reward(rewards: Tensor, bonus: Tensor, shaping: Shaping) -> Tensor:
 
 
 def shape_at_advantage(
-    advantages: Tensor, bonus: Tensor, shaping: Shaping, scored: Tensor | None = None
+    advantages: Tensor,
+    bonus: Tensor,
+    shaping: Shaping,
+    scored: Tensor | None = None,
+    ratio: Tensor | None = None,
 ) -> Tensor:
     """The advantages [P, G], with the bonus [P, G] or [P, G, T] if it enters there; else, or with ratio 0, as
     they are. Of the steps only ``scored`` ones (bool [T], None for all) get a bonus: the last one is often exact,
-    so that its return is 0 for everyone.
+    so that its return is 0 for everyone. ``ratio`` [P] is each group's own lambda; by default all have that of ``shaping``.
 
     Raises:
         InputError: if ``bonus`` has a value for each step and ``scored`` is not [T], or as the functions do that it calls.
@@ -141,21 +154,22 @@ def shape_at_advantage(
         DiversityWarning: if some group's bonus is constant, so that it decides nothing. At level ``multiply`` not for the
             measure ``clusters``, whose clusters may well be of one size: then all advantages stay.
     """
-    if one_of("level", shaping.level, LEVELS) == "reward" or shaping.ratio == 0:
+    if one_of("level", shaping.level, LEVELS) == "reward" or not shaping.on:
         return advantages
     if shaping.level == "multiply":
         if shaping.measure != "clusters":
             _warn_of_constant(bonus)
         return reweight_above_average(advantages, bonus, shaping.ratio)
+    own = shaping.ratio if ratio is None else ratio
     if is_tensor("bonus", bonus).dim() == 2 or scored is None:
-        return shape_advantages(advantages, intrinsic_advantage(bonus, shaping.clip), shaping.ratio)
+        return shape_advantages(advantages, intrinsic_advantage(bonus, shaping.clip), own)
     has_shape("bonus", bonus, "[P, G, T]")
     if has_shape("scored", scored, "[T]").shape != bonus.shape[2:]:
         raise InputError(f"scored: expected one per step, [{bonus.shape[2]}]; got {list(scored.shape)}")
     steps = scored.nonzero()[:, 0]
     intrinsic = intrinsic_advantage(bonus[..., steps], shaping.clip)
     spread = torch.zeros_like(bonus).index_copy(2, steps, intrinsic)
-    return shape_advantages(advantages, spread, shaping.ratio)
+    return shape_advantages(advantages, spread, own)
 
 
 def shaping_weight(plain: Tensor, shaped: Tensor, scored: Tensor | None = None) -> float:
@@ -370,13 +384,13 @@ def _warn_of_constant(diversity: Tensor, vanishes: Tensor | None = None, clip: f
         )
 
 
-def shape_advantages(advantages: Tensor, intrinsic: Tensor, ratio: float = 0.5) -> Tensor:
+def shape_advantages(advantages: Tensor, intrinsic: Tensor, ratio: float | Tensor = 0.5) -> Tensor:
     """Decoupled shaping, DRIFT's default: ``A + ratio * A_int``.
 
     Args:
         advantages: [P, G].
         intrinsic: [P, G], or [P, G, T] for one value per denoising step.
-        ratio: lambda, at least 0.
+        ratio: lambda, at least 0; or [P], one for each group.
 
     Returns:
         The shape of ``intrinsic``.
@@ -390,13 +404,19 @@ def shape_advantages(advantages: Tensor, intrinsic: Tensor, ratio: float = 0.5) 
         >>> shape_advantages(torch.tensor([[1.0, -1.0]]), torch.tensor([[-1.0, 1.0]]))
         tensor([[ 0.5000, -0.5000]])
     """
-    at_least("ratio", ratio, 0.0)
     has_shape("advantages", advantages, "[P, G]")
+    if isinstance(ratio, Tensor):
+        if has_shape("ratio", ratio, "[P]").shape != advantages.shape[:1] or not bool((ratio >= 0).all()):
+            raise InputError(f"ratio: expected {len(advantages)} numbers of at least 0; got {ratio.tolist()}")
+    else:
+        at_least("ratio", ratio, 0.0)
     if is_tensor("intrinsic", intrinsic).dim() not in (2, 3) or intrinsic.shape[:2] != advantages.shape:
         raise InputError(
             f"intrinsic: expected {list(advantages.shape)}, or that and a last dimension for steps; "
             f"got {list(intrinsic.shape)}"
         )
+    if isinstance(ratio, Tensor):
+        ratio = ratio.to(intrinsic).view(-1, *(1,) * (intrinsic.dim() - 1))
     return (advantages if intrinsic.dim() == 2 else advantages.unsqueeze(-1)) + ratio * intrinsic
 
 

@@ -169,6 +169,7 @@ class TrainingLoop:
             own_behavior=objective.denoising is not None,
             averaged=ema_decay is not None,
             anchored=objective.anchor_kept > 0,
+            ratio=None if method.shaping.target is None else method.shaping.ratio,
         )
         self._saved: int | None = None
         self.on_sampled: Callable[[int], None] | None = None
@@ -316,16 +317,16 @@ class TrainingLoop:
         kept = kept.path()
         clock.lap("diversity")
 
-        advantages, weight = self._advantages(rewards, kept_rewards, bonus, memory.rows(which))
+        memory, ratio, share = memory.with_diversity(which, diversity.mean(1), method.shaping)
+        advantages, weight = self._advantages(rewards, kept_rewards, bonus, memory.rows(which), ratio)
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
         stats = self._learn(kept, advantages, conditioning, texts, held, memory)
-        averaged = kept_share(number, self.ema_decay or 0.0)
         self.memory = memory.after(
             stats.kl,
             method.anchor,
             self.policy,
             self.objective.kept(number),
-            averaged,
+            kept_share(number, self.ema_decay or 0.0),
             self.objective.anchor_kept,
         )
         clock.lap("update")
@@ -342,6 +343,11 @@ class TrainingLoop:
             "diversity/kept_std": float(diversity.std(1, correction=0).mean()),
             "advantage/abs_mean": float(advantages.abs().mean()),
             "advantage/shaping_weight": weight,
+            **(
+                {}
+                if ratio is None or share is None
+                else {"shaping/ratio": float(ratio.mean()), "shaping/kept": float(share.mean())}
+            ),
             "loss": stats.loss,
             "loss/surrogate": stats.surrogate,
             "loss/kl": stats.kl,
@@ -460,10 +466,10 @@ class TrainingLoop:
         return pairwise_distances(features.to(self.policy.device))
 
     def _advantages(
-        self, rewards: Tensor, kept: Tensor, bonus: Tensor, history: History | None
+        self, rewards: Tensor, kept: Tensor, bonus: Tensor, history: History | None, ratio: Tensor | None
     ) -> tuple[Tensor, float]:
-        """Of the kept candidates, shaped: [P, G] or [P, G, T], from all rewards [P, N], those kept and the bonus [P, G];
-        and how much shaping weighs in them (`shaping_weight`).
+        """Of the kept candidates, shaped: [P, G] or [P, G, T], from all rewards [P, N], those kept, the bonus [P, G], and lambda where
+        each group has its own, [P]; and how much shaping weighs in them (`shaping_weight`).
         """
         rule, shaping = self.method.advantage, self.method.shaping
         plain = advantages_of(kept, rule, rewards, history)
@@ -471,7 +477,7 @@ class TrainingLoop:
             rewarded = shape_at_reward(kept, bonus, shaping)
             # Candidates that were dropped have no diversity, so of shaped rewards only the kept ones' spread is known.
             advantages = plain if rewarded is kept else advantages_of(rewarded, rule, rewarded, history)
-            shaped = shape_at_advantage(advantages, bonus, shaping, self.policy.scored)
+            shaped = shape_at_advantage(advantages, bonus, shaping, self.policy.scored, ratio)
         return shaped, shaping_weight(plain, shaped, self.policy.scored)
 
     def _by_prompt(self, scores: Tensor) -> Tensor:
