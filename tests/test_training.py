@@ -433,7 +433,8 @@ def test_figures_meanwhile_are_told(config, tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore::driftrl.build.UnlikelySettingWarning")
 def test_every_logged_name_is_documented(config, tmp_path):
     several = [{"name": "incompressibility"}, {"name": "tiny-animals", "weight": 0.5}]
-    run = Trainer(config(iterations=1, reward=several, evaluation__every=1), tmp_path / "run").run()
+    settings = config(iterations=1, reward=several, evaluation__every=1, shaping__target=0.7)
+    run = Trainer(settings, tmp_path / "run").run()
     text = (
         (Path(__file__).parents[1] / "docs" / "metrics.md")
         .read_text("utf-8")

@@ -76,6 +76,17 @@ def test_grpo_learns_and_collapses_and_a_run_is_repeated_to_the_digit(flags, bas
     assert last == 120 and after > reward + 0.5 and left < 0.67 * diversity
 
 
+def test_the_share_that_is_asked_for_is_kept(flags, base):
+    """Where the same lambda, if it stays, ends with much less."""
+    _, run = flags
+    for target, least, most in ((None, 0.2, 0.6), (0.7, 0.63, 0.8)):
+        overrides = [] if target is None else [f"shaping.target={target}"]
+        config = configured(run, "drift-no-selection", 240, 2e-3, *overrides)
+        (_, before, _), (_, after, _) = run.train(base, config, 1)
+        assert after[0] > before[0] + 0.5
+        assert least < after[1] / before[1] < most
+
+
 @pytest.mark.parametrize("name", ["drift", "gardo", "ddpo", "drift-stepwise"])
 def test_replay_is_the_policy_that_drew(flags, base, name):
     """In the loop of the package, with what is particular to each method."""
