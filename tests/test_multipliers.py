@@ -15,7 +15,7 @@ from driftrl.shaping import shape_advantages
 from test_methods import assert_same, metrics
 from test_nft import tensors
 
-KEEP = {"prompts__set": ["a cat", "a dog", "a cow"], "shaping__target": 1.5, "shaping__target_rate": 0.5}
+KEEP = {"shaping__ratio": 0.0, "prompts__set": ["a cat", "a dog", "a cow"], "shaping__target": 1.5, "shaping__target_rate": 0.5}
 
 
 def test_the_rule_written_out():
@@ -116,8 +116,9 @@ def test_resumed_equals_uninterrupted(config, tmp_path):
         parts = Trainer(config(iterations=stop, **KEEP), tmp_path / "parts", resume=stop > 4).run()
     for name in ("training.safetensors", MEMORY):
         assert_same(*(tensors(run, 6, name) for run in (whole, parts)))
-    ratios = [line["shaping/ratio"] for line in metrics(whole)]
-    assert ratios[:3] == [0.5] * 3 and ratios[5] != 0.5
+    for name in ("shaping/ratio", "advantage/shaping_weight"):
+        values = [line[name] for line in metrics(whole)]
+        assert values[:3] == [0.0] * 3 and values[5] > 0
 
 
 @pytest.mark.parametrize(
