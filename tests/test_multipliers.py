@@ -8,14 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from driftrl import Trainer
+from driftrl.build import build_loop
 from driftrl.checkpoint import MEMORY
 from driftrl.checks import InputError
 from driftrl.multipliers import FIRST, LARGEST, Multipliers, begun, followed
-from driftrl.shaping import shape_advantages
+from driftrl.shaping import group_diversity, shape_advantages
 from test_methods import assert_same, metrics
 from test_nft import tensors
 
-KEEP = {"shaping__ratio": 0.0, "prompts__set": ["a cat", "a dog", "a cow"], "shaping__target": 1.5, "shaping__target_rate": 0.5}
+KEEP = {
+    "shaping__ratio": 0.0,
+    "prompts__set": ["a cat", "a dog", "a cow"],
+    "shaping__target": 1.5,
+    "shaping__target_rate": 0.5,
+}
 
 
 def test_the_rule_written_out():
@@ -102,12 +108,22 @@ def test_without_diversity_there_is_nothing_to_keep():
 
 
 def test_a_rate_of_none_is_a_lambda_that_stays(config, tmp_path):
-    few = {"iterations": 5, "prompts__set": KEEP["prompts__set"]}
+    few = {"iterations": 5, "prompts__set": KEEP["prompts__set"], "sampling__candidates": 4}
     kept = Trainer(config(**few, shaping__target=1.5, shaping__target_rate=0.0), tmp_path / "a").run()
     plain = Trainer(config(**few), tmp_path / "b").run()
     assert_same(tensors(kept, 5), tensors(plain, 5))
     for a, b in zip(metrics(kept), metrics(plain), strict=True):
         assert a | {"shaping/ratio": 0.5} == b | {"shaping/ratio": 0.5, "shaping/kept": a["shaping/kept"]}
+
+
+def test_the_share_is_of_all_candidates_and_the_bonus_of_those_that_are_kept(config, tmp_path):
+    loop = build_loop(config(iterations=1, **KEEP), tmp_path)
+    images = torch.rand(2, 6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    chosen = torch.tensor([[5, 0, 2], [1, 3, 4]])
+    kept = torch.stack([one[rows] for one, rows in zip(images, chosen, strict=True)])
+    distances, varied = loop._varieties(kept, images, ["a", "b"], chosen)
+    torch.testing.assert_close(distances, loop._distances(kept, ["a", "b"]))
+    torch.testing.assert_close(varied, group_diversity(loop._distances(images, ["a", "b"])).mean(1))
 
 
 def test_resumed_equals_uninterrupted(config, tmp_path):

@@ -306,9 +306,7 @@ class TrainingLoop:
         drawn = sampled.images
         del sampled  # the trajectories of those that were not chosen, before gradients need the memory
 
-        with team.together():
-            distances = self._distances(kept.images, texts[mine])
-        distances = team.gather(distances)
+        distances, varied = self._varieties(kept.images, drawn, texts[mine], chosen)
         diversity = group_diversity(distances)
         bonus = diversity_bonus(
             distances if kept.clean is None else team.gather(pairwise_distances(kept.clean.transpose(1, 2))),
@@ -317,7 +315,7 @@ class TrainingLoop:
         kept = kept.path()
         clock.lap("diversity")
 
-        memory, ratio, share = memory.with_diversity(which, diversity.mean(1), method.shaping)
+        memory, ratio, share = memory.with_diversity(which, varied, method.shaping)
         advantages, weight = self._advantages(rewards, kept_rewards, bonus, memory.rows(which), ratio)
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
         stats = self._learn(kept, advantages, conditioning, texts, held, memory)
@@ -448,6 +446,29 @@ class TrainingLoop:
             lambda: memory.drawing(self.policy), lambda: memory.anchoring(self.policy),
         )  # fmt: skip
 
+    def _varieties(
+        self, kept: Tensor, drawn: Tensor, texts: list[str], chosen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Distances [P, G, G] between the kept images of each group, of all processes, and how varied each prompt is, [P].
+
+        That is asked of all that was drawn where a share of it is to be kept, for a selection makes images alike; else of the kept ones.
+
+        Args:
+            kept: [p, G, 3, H, W], of this process's prompts.
+            drawn: [p, N, 3, H, W].
+            texts: p prompts.
+            chosen: [P, G], which of the N were kept.
+        """
+        every = self.method.shaping.target is not None
+        with self.team.together():
+            distances = self._distances(drawn if every else kept, texts)
+        distances = self.team.gather(distances)
+        varied = group_diversity(distances).mean(1)
+        if every:
+            rows = distances.gather(1, chosen[:, :, None].expand(-1, -1, distances.shape[2]))
+            distances = rows.gather(2, chosen[:, None].expand(-1, chosen.shape[1], -1))
+        return distances, varied
+
     def _distances(self, images: Tensor, texts: list[str]) -> Tensor:
         """Cosine distances [P, G, G] between the images [P, G, 3, H, W] of each group.
 
@@ -461,7 +482,8 @@ class TrainingLoop:
         if bool(wrong.any()):
             prompt, candidate = wrong.nonzero()[0].tolist()
             raise NotFiniteError(
-                f"the encoder's features are all 0, or not finite, for {texts[prompt]!r}, kept candidate {candidate}"
+                f"the encoder's features are all 0, or not finite, for {texts[prompt]!r}, "
+                f"{'candidate' if self.method.shaping.target else 'kept candidate'} {candidate}"
             )
         return pairwise_distances(features.to(self.policy.device))
 
