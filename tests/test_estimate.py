@@ -135,6 +135,8 @@ def test_seconds_and_peaks_add_up():
     assert calls(plan).rollout == 9 and calls(plan).update == calls(plan).reference == 4
     costs = Costs(1.0, 10.0, 100.0, 1000.0, 5.0, 7.0, Phases(1, 2, 3, 4, 5))
     assert seconds(plan, costs) == Phases(24.0, 80.0, 1600.0, 4000.0, 8 * 5.0 + 2 * 7.0)
+    every = dataclasses.replace(plan, all_embedded=True)
+    assert seconds(every, costs) == dataclasses.replace(seconds(plan, costs), diversity=8000.0)
     assert evaluation_seconds(plan, costs, 2) == 2 * (3 + 10 + 100 + 1000)
     assert evaluation_seconds(plan, costs, 2, steps=40) == 2 * (40 + 10 + 100 + 1000)
     most = peaks(plan, Standing(1, 2, 3, 4, 10), 100, 40, 50, costs.working)

@@ -113,7 +113,7 @@ def test_a_rate_of_none_is_a_lambda_that_stays(config, tmp_path):
     plain = Trainer(config(**few), tmp_path / "b").run()
     assert_same(tensors(kept, 5), tensors(plain, 5))
     for a, b in zip(metrics(kept), metrics(plain), strict=True):
-        assert a | {"shaping/ratio": 0.5} == b | {"shaping/ratio": 0.5, "shaping/kept": a["shaping/kept"]}
+        assert a | {"shaping/ratio": 0.5} == b | {"shaping/ratio": 0.5, "shaping/left": a["shaping/left"]}
 
 
 def test_the_share_is_of_all_candidates_and_the_bonus_of_those_that_are_kept(config, tmp_path):

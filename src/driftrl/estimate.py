@@ -47,6 +47,8 @@ class Plan:
     """Whether the kept images of a prompt are learned from together (dgpo): then none of them is in another optimiser step."""
     spared: bool = False
     """Whether the first optimiser step does without asking the one that drew, which it then still is."""
+    all_embedded: bool = False
+    """Whether the encoder sees all candidates, of which a share of diversity is to be kept, or those that are learned from alone."""
 
     @property
     def images(self) -> int:
@@ -192,7 +194,7 @@ def seconds(plan: Plan, costs: Costs) -> Phases:
         denoising=plan.images * (costs.step * (plan.steps - plan.backward) + costs.backward * plan.backward),
         decoding=costs.decode * plan.images,
         reward=costs.reward * plan.images * (1 + plan.judges),
-        diversity=costs.encode * plan.kept,
+        diversity=costs.encode * (plan.images if plan.all_embedded else plan.kept),
         update=(0 if plan.backward else costs.pair * plan.pairs * plan.epochs)
         + costs.optimizer * calls(plan).optimizer,
     )

@@ -87,6 +87,7 @@ def plan_of(loop: TrainingLoop) -> Plan:
         means=loop.objective.asks_for_means,
         grouped=objective.in_groups,
         spared=objective.denoising is not None and objective.denoising.own_behavior,
+        all_embedded=method.shaping.target is not None,
     )
 
 

@@ -344,7 +344,7 @@ class TrainingLoop:
             **(
                 {}
                 if ratio is None or share is None
-                else {"shaping/ratio": float(ratio.mean()), "shaping/kept": float(share.mean())}
+                else {"shaping/ratio": float(ratio.mean()), "shaping/left": float(share.mean())}
             ),
             "loss": stats.loss,
             "loss/surrogate": stats.surrogate,

@@ -124,8 +124,8 @@ def _trained(
         skipped += m.get("warning/skipped") == 1
         told = [f"{title} {gain.told(m)}" for title, gain in gains.items()]
         figures = "  ".join([*told, f"diversity {m['diversity/kept_mean']:.3f}"])
-        if "shaping/kept" in m:
-            figures += f" ({m['shaping/kept']:.0%} left, lambda {m['shaping/ratio']:.2f})"
+        if "shaping/left" in m:
+            figures += f" ({m['shaping/left']:.0%} left, lambda {m['shaping/ratio']:.2f})"
         progress.update(task, completed=iteration.number, figures=figures)
         if not quiet and (line := _meanwhile(m)):
             console.print(f"iteration {iteration.number}: {line}", highlight=False, markup=False)
