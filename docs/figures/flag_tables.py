@@ -179,6 +179,58 @@ def rate_table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+ASKED = {
+    "drift-no-selection": "as it is",
+    "drift-no-selection+keep-0.9": "90%",
+    "drift-no-selection+keep-0.7": "70%",
+    "drift-no-selection+keep-0.5": "50%",
+    "drift-no-selection+keep-0.3": "30%",
+}
+"""Runs of the figure of a share to keep, and what was asked of them."""
+
+
+def target_figure(data: dict[str, Any], path: Path) -> None:
+    """Over the iterations how much diversity is left, beside what was asked for, and the reward gained: seeds faint, means bold."""
+    curves = curves_of(data["runs"], lambda run: run["name"])
+    canvas = Figure(figsize=(8.4, 3.0), dpi=130, layout="constrained")
+    FigureCanvasAgg(canvas)
+    left, gained = canvas.subplots(1, 2)
+    for (name, asked), colour in zip(ASKED.items(), (MUTED, *COLOURS), strict=False):
+        every = [
+            [(at, reward - run[0][1], diversity / run[0][2]) for at, reward, diversity, *_ in run]
+            for run in curves[name]
+        ]
+        mean = [
+            [sum(part) / len(part) for part in zip(*points, strict=True)]
+            for points in zip(*every, strict=True)
+        ]
+        for axes, place in ((left, 2), (gained, 1)):
+            for run in every:
+                axes.plot(
+                    [p[0] for p in run], [p[place] for p in run], color=colour, alpha=0.25, linewidth=0.7
+                )
+            axes.plot(
+                [p[0] for p in mean], [p[place] for p in mean], color=colour, linewidth=1.8, label=asked
+            )
+        if asked.endswith("%"):
+            left.axhline(float(asked[:-1]) / 100, color=colour, linewidth=0.9, linestyle=":")
+    for axes, title in ((left, "share of the diversity left"), (gained, "reward gained")):
+        dressed(axes, title)
+        axes.set_xlabel("iteration", fontsize=8, color=MUTED)
+    left.set_ylim(0.0, 1.1)
+    handles, labels = left.get_legend_handles_labels()
+    canvas.legend(
+        handles,
+        labels,
+        fontsize=9,
+        frameon=False,
+        loc="outside lower center",
+        ncols=5,
+        title="lambda, or what is to be left",
+    )
+    canvas.savefig(path, metadata={"Software": None})
+
+
 def figure(data: dict[str, Any], path: Path, shown: tuple[str, ...]) -> None:
     """Variety over reward, a panel for each measure: seeds faint, means over seeds bold."""
     curves = curves_of(data["runs"], lambda run: run["name"])

@@ -327,6 +327,8 @@ def flag_blocks(check: bool) -> dict[str, str]:
             blocks[file.stem] = flag_tables.effect_table(data)
         else:
             blocks[file.stem] = flag_tables.method_table(data, data["against"])
+        if file.stem == "target-rest" and not check:
+            flag_tables.target_figure(data, DOCS / "images/flags-target.png")
         if file.stem == "methods" and not check:
             flag_tables.figure(data, DOCS / "images/flags-methods.png", flag_tables.SHOWN)
     return blocks

@@ -222,7 +222,7 @@ def _notices(
             (
                 f"{spent} of {counted(len(evaluation.settings.prompts), 'prompt')} lost more than half of their diversity for "
                 "less than a quarter of the mean gain in reward",
-                "Mostly those that the base model draws well already. Shaping keeps their variety (shaping.ratio), or leave "
+                "Mostly those that the base model draws well already. Shaping keeps their variety (shaping.target), or leave "
                 "them out of training.",
             )
         )
