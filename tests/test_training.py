@@ -192,7 +192,7 @@ def test_a_bonus_in_the_reward_counts_where_rewards_are_equal(config, tmp_path, 
 
 
 def test_shaping_weighs_more_beside_the_batch_s_deviation_where_prompts_differ(config, tmp_path):
-    """The reason why lambda does not carry over from one set of prompts to another (docs/results.md)."""
+    """Lambda is beside a smaller part of the reward there."""
     weights = {}
     for scale in ("selected", "global"):
         loop = build_loop(config(iterations=1, advantage__scale=scale), tmp_path / scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,11 @@ def rate_table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def mean_of(runs: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """Point by point the mean over seeds."""
+    return [[sum(part) / len(part) for part in zip(*at, strict=True)] for at in zip(*runs, strict=True)]
+
+
 ASKED = {
     "drift-no-selection": "as it is",
     "drift-no-selection+keep-0.9": "90%",
@@ -200,10 +205,7 @@ def target_figure(data: dict[str, Any], path: Path) -> None:
             [(at, reward - run[0][1], diversity / run[0][2]) for at, reward, diversity, *_ in run]
             for run in curves[name]
         ]
-        mean = [
-            [sum(part) / len(part) for part in zip(*points, strict=True)]
-            for points in zip(*every, strict=True)
-        ]
+        mean = mean_of(every)
         for axes, place in ((left, 2), (gained, 1)):
             for run in every:
                 axes.plot(
@@ -244,10 +246,7 @@ def figure(data: dict[str, Any], path: Path, shown: tuple[str, ...]) -> None:
                 axes.plot(
                     [p[1] for p in run], [p[place] for p in run], color=colour, alpha=0.2, linewidth=0.7
                 )
-            means = [
-                [sum(part) / len(part) for part in zip(*at, strict=True)]
-                for at in zip(*curves[name], strict=True)
-            ]
+            means = mean_of(curves[name])
             axes.plot(
                 [p[1] for p in means], [p[place] for p in means], color=colour, linewidth=1.8, label=name
             )

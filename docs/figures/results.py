@@ -28,6 +28,7 @@ from driftrl.evaluation.compare import Method
 from driftrl.evaluation.measures import METRICS, VARIETY
 from driftrl.evaluation.pareto import Interval, difference_at_equal, front_area, upper_envelope
 from driftrl.evaluation.picture import COLOURS
+from driftrl.evaluation.report import narrowed
 
 DOCS = Path(__file__).resolve().parents[1]
 README = {
@@ -231,6 +232,7 @@ def prompt_table(methods: list[Method]) -> str:
     groups = [(before >= low) & (before < high) for low, high in pairwise(edges)]
     names = [f"below {EDGES[0]:g}", *(f"{a:g} to {b:g}" for a, b in pairwise(EDGES)), f"above {EDGES[-1]:g}"]
     titles = [f"{name} ({int(rows.sum())} prompts)" for name, rows in zip(names, groups, strict=True)]
+    titles.append("narrowed for next to nothing")
     lines = _matrix("At the end: reward gained; diversity left. Prompts by the base model's reward", titles)
     for method in methods:
         (first, last), (varied, left) = (_by_prompt(method, metric) for metric in ("reward", "diversity"))
@@ -238,6 +240,9 @@ def prompt_table(methods: list[Method]) -> str:
             f"{(last - first)[rows].mean():+.2f}; {left[rows].mean() / varied[rows].mean():.0%}"
             for rows in groups
         ]
+        cells.append(
+            ", ".join(str(narrowed(run.evaluation, run.evaluation.points[-1])) for run in method.runs)
+        )
         lines.append(f"| {method.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -69,12 +69,12 @@ class Memory:
         return replace(self, history=remember(self.history, which, rewards))
 
     def with_diversity(
-        self, which: Sequence[int], diversity: Tensor, shaping: Shaping
+        self, which: Sequence[int], diversity: Tensor | None, shaping: Shaping
     ) -> tuple[Memory, Tensor | None, Tensor | None]:
-        """With how varied the prompts ``which`` are now, ``diversity`` [P]; and lambda and the share of the base model's diversity of
-        each, [P], where a share is to be kept.
+        """With how varied the prompts ``which`` are now, ``diversity`` [P], and lambda and the share of the base model's diversity of
+        each, [P]; as it is where no share is to be kept.
         """
-        if self.multipliers is None or shaping.target is None:
+        if self.multipliers is None or shaping.target is None or diversity is None:
             return self, None, None
         new, ratio, share = followed(
             self.multipliers, which, diversity, shaping.target, shaping.ratio, shaping.target_rate

@@ -202,9 +202,9 @@ class Denoising:
     ) -> None:
         """Of samples P x G with advantages [P * G, T].
 
-        ``noised`` is the policy's, and ``predicts_noise`` says what its network does; ``behavior`` gives a context within which the policy is the one that drew, ``anchor`` one within
-        which it is the average that it is held to, ``reference`` one within which it is what groups are weighed beside; ``key`` is
-        (seed, iteration), and ``first`` the number, among those of all processes, of the first sample.
+        ``noised`` is the policy's, and ``predicts_noise`` says what its network does; ``behavior`` gives a context within which the
+        policy is the one that drew, ``anchor`` one within which it is the average that it is held to, ``reference`` one within which
+        it is what groups are weighed beside; ``key`` is (seed, iteration), and ``first`` the number, among those of all processes, of the first sample.
         """
         self._replay, self._advantages, self._settings = replay, advantages, settings
         self._reference, self._group = reference, rollout.log_probs.shape[1] if settings.in_groups else 1

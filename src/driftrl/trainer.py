@@ -448,10 +448,9 @@ class TrainingLoop:
 
     def _varieties(
         self, kept: Tensor, drawn: Tensor, texts: list[str], chosen: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Distances [P, G, G] between the kept images of each group, of all processes, and how varied each prompt is, [P].
-
-        That is asked of all that was drawn where a share of it is to be kept, for a selection makes images alike; else of the kept ones.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Distances [P, G, G] between the kept images of each group, of all processes; and, where a share of it is to be kept, how
+        varied each prompt is, [P]: all that was drawn, for a selection makes images alike.
 
         Args:
             kept: [p, G, 3, H, W], of this process's prompts.
@@ -463,11 +462,11 @@ class TrainingLoop:
         with self.team.together():
             distances = self._distances(drawn if every else kept, texts)
         distances = self.team.gather(distances)
-        varied = group_diversity(distances).mean(1)
-        if every:
-            rows = distances.gather(1, chosen[:, :, None].expand(-1, -1, distances.shape[2]))
-            distances = rows.gather(2, chosen[:, None].expand(-1, chosen.shape[1], -1))
-        return distances, varied
+        if not every:
+            return distances, None
+        rows = distances.gather(1, chosen[:, :, None].expand(-1, -1, distances.shape[2]))
+        among = rows.gather(2, chosen[:, None].expand(-1, chosen.shape[1], -1))
+        return among, group_diversity(distances).mean(1)
 
     def _distances(self, images: Tensor, texts: list[str]) -> Tensor:
         """Cosine distances [P, G, G] between the images [P, G, 3, H, W] of each group.
@@ -483,7 +482,7 @@ class TrainingLoop:
             prompt, candidate = wrong.nonzero()[0].tolist()
             raise NotFiniteError(
                 f"the encoder's features are all 0, or not finite, for {texts[prompt]!r}, "
-                f"{'candidate' if self.method.shaping.target else 'kept candidate'} {candidate}"
+                f"{'kept candidate' if self.method.shaping.target is None else 'candidate'} {candidate}"
             )
         return pairwise_distances(features.to(self.policy.device))
 

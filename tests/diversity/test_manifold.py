@@ -198,7 +198,7 @@ generator = torch.Generator().manual_seed(0)
 
 
 SMALL = """
-x = torch.randn(11_000, 8, generator=generator)
+x = torch.randn(16_000, 8, generator=generator)
 F.manifold(x[:100], x[100:200])
 before = peak()
 F.manifold(x, x)
@@ -223,7 +223,7 @@ print(json.dumps(peak() - before))
 
 
 def test_memory_does_not_grow_with_the_number_of_pairs():
-    assert _rise_in_peak_memory(SMALL) < 0.25  # all pairs: 0.9 GiB
+    assert _rise_in_peak_memory(SMALL) < 0.25  # all pairs: 1.9 GiB
 
 
 def test_memory_does_not_grow_with_the_neighbours_that_are_measured_again():

@@ -217,7 +217,7 @@ def _notices(
                 "Prompt-image similarity fell. Noise on the prompt may be too strong, or training went too far.",
             )
         )
-    if tuned is not None and not too_few(evaluation.settings) and (spent := _narrowed(evaluation, tuned)):
+    if tuned is not None and not too_few(evaluation.settings) and (spent := narrowed(evaluation, tuned)):
         notices.append(
             (
                 f"{spent} of {counted(len(evaluation.settings.prompts), 'prompt')} lost more than half of their diversity for "
@@ -236,8 +236,10 @@ def _notices(
     return notices
 
 
-def _narrowed(evaluation: Evaluation, tuned: Point) -> int:
-    """How many prompts lost most of their diversity and gained hardly any of the reward that others did."""
+def narrowed(evaluation: Evaluation, tuned: Point) -> int:
+    """How many prompts lost more than half of their diversity for less than a quarter of the mean gain in reward; 0 where the reward
+    did not rise.
+    """
     if _direction(tuned.figures["reward"]) <= 0:
         return 0
     before, now = (
