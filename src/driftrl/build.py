@@ -18,19 +18,21 @@ from driftrl.advantages import AdvantageRule
 from driftrl.checks import InputError, nearest, one_of
 from driftrl.config import AdapterConfig, ModelConfig, RewardPart, SamplingConfig, TrainConfig
 from driftrl.distributed import ALONE, Team, join
+from driftrl.gradients import on_demand
 from driftrl.loading import reason
 from driftrl.mixture import Part
 from driftrl.objectives.advantage_weighted import AdvantageWeighted
 from driftrl.objectives.gate import Anchor
 from driftrl.objectives.group_preference import GroupPreference
 from driftrl.objectives.negative_aware import NegativeAware
+from driftrl.objectives.pathwise import AdjointMatching, DirectReward, PathwiseLoss
 from driftrl.pipelines import PIPELINES, TINY_ANIMALS, load_pipeline, usual_sampling
 from driftrl.policies.lora import WEIGHTS as LORA
 from driftrl.policies.pipeline import PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy
 from driftrl.policies.start import Start, layer_kind, load_start
 from driftrl.prompts import called, trained, warn_of_doubles
-from driftrl.rewards.calling import with_metadata
+from driftrl.rewards.calling import ask, scores_of, with_metadata
 from driftrl.rewards.guarded import GuardedReward
 from driftrl.rewards.several import SeveralRewards
 from driftrl.rewards.tower import CLIPTower
@@ -489,7 +491,7 @@ def _own_encoder(name: str) -> Encoder:
     return partial(_features, name, encoder)
 
 
-@torch.no_grad()
+@on_demand
 def _features(name: str, encoder: Encoder, images: Tensor) -> Tensor:
     """What a user's encoder makes of ``images``, if it is features."""
     features = encoder(images)
@@ -557,6 +559,8 @@ def build_loop(
             + ("raise sampling.steps or lower it" if most else "without noise leave it out")
         )
     demand_second_branch(policy, config.sampling.negative_prompt)
+    if config.objective.follows_gradient:
+        demand_gradient(config, policy, reward, encoder, prompt_set[0])
     _, usual = usual_sampling(policy.pipeline)
     unguided = policy.branches == 1 and config.sampling.guidance_scale <= 1.0 < usual
     if config.model.path != "tiny-animals" and unguided:
@@ -601,6 +605,41 @@ def build_loop(
         schedule=schedule_of(config),
         ema_decay=config.optimizer.ema_decay,
     )
+
+
+def demand_gradient(
+    config: TrainConfig, policy: PipelinePolicy, reward: Reward, encoder: Encoder, prompt: str
+) -> None:
+    """Refuse rewards, and an encoder whose diversity is shaped with, that say nothing of how they change with the image.
+
+    Raises:
+        InputError: if one of them is not differentiable, by one grey image.
+    """
+    loss, guarded = config.objective.loss, getattr(reward, "rewards", (reward,))
+    names = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
+
+    def scored(name: str, one: GuardedReward) -> Callable[[Tensor], Tensor]:
+        return lambda images: scores_of(ask(one.reward, images, [prompt]), 1, f"reward {name}", followed=True)
+
+    asked = {f"reward {name}": scored(name, one) for name, one in zip(names, guarded, strict=True)}
+    if config.shaping.ratio > 0 or config.shaping.target is not None:
+        asked[f"shaping.encoder {config.shaping.encoder}"] = encoder
+    for title, function in asked.items():
+        images = torch.full((1, *policy.image_shape), 0.5, device=policy.device, requires_grad=True)
+        why = ""
+        try:
+            with torch.enable_grad():
+                found = bool(function(images).requires_grad)
+        except InputError:
+            raise
+        except Exception as error:  # NumPy's and PIL's ways lead out of the graph with one
+            found, why = False, f": {reason(error)}"
+        if not found:
+            raise InputError(
+                f"{title} is not differentiable in the images, and objective.loss {loss!r} follows its gradient; expected "
+                "one that torch computes throughout (tiny-animals, pickscore, hpsv2, clipscore, imagereward, aesthetic, or a function "
+                f"of yours), or another loss, such as clipped_surrogate{why}"
+            )
 
 
 def unlikely_settings(config: TrainConfig) -> list[str]:
@@ -669,20 +708,26 @@ def objective_of(config: TrainConfig, device: torch.device) -> Objective:
         denoising = AdvantageWeighted(spec.awm_power, spec.awm_proximal, spec.awm_clip_range, spec.awm_decay)
     elif spec.loss == "dgpo":
         denoising = GroupPreference(spec.dgpo_beta, spec.dgpo_clip_range)
+    pathwise: PathwiseLoss | None = None
+    if spec.loss == "adjoint":
+        pathwise = AdjointMatching(spec.adjoint_scale)
+    elif spec.loss == "draft":
+        pathwise = DirectReward(spec.draft_steps)
     return Objective(
         clip_range=spec.clip_range,
         kl_weight=spec.kl_weight,
-        timesteps=spec.timesteps,
+        timesteps=1.0 if spec.loss == "draft" else spec.timesteps,
         timestep_choice=spec.timestep_choice,
         updates=config.optimizer.updates,
         epochs=config.optimizer.epochs,
         batch_size=config.optimizer.batch_size or (48 if device.type == "cpu" else 96),
         max_grad_norm=config.optimizer.max_grad_norm,
-        rescore=denoising is None and rounds_by_batch(config.model, device),
+        rescore=denoising is None and pathwise is None and rounds_by_batch(config.model, device),
         loss_scale=2.0**14 if config.model.dtype == "float16" else 1.0,
         divergence=spec.divergence,
         kl_schedule=spec.kl_schedule,
         denoising=denoising,
+        pathwise=pathwise,
         trust_region=spec.trust_region,
         max_kl=spec.max_kl,
     )

@@ -383,10 +383,11 @@ class ShapingConfig(Section):
 class ObjectiveConfig(Section):
     """What is minimised."""
 
-    loss: Literal["clipped_surrogate", "nft", "awm", "dgpo"] = "clipped_surrogate"
+    loss: Literal["clipped_surrogate", "nft", "awm", "dgpo", "adjoint", "draft"] = "clipped_surrogate"
     """The clipped surrogate of the steps that were drawn; or, of images noised anew, a contrast of good and bad ones (`nft`, DiffusionNFT),
     the pretraining loss weighed by advantages (`awm`, advantage weighted matching), or DPO's loss of a prompt's good images against its
-    bad ones (`dgpo`). The last three ask for no density, so that any sampler may draw."""
+    bad ones (`dgpo`): these three ask for no density, so that any sampler may draw. Or, for rewards that are differentiable, the gradient
+    of the reward in the picture, carried back along the path that was drawn (`adjoint`, adjoint matching; `draft`, DRaFT-K, AlignProp)."""
     nft_beta: float = Field(default=1.0, gt=0)
     """Of `nft`: how far its two implicit policies stand from the one that drew. 1 makes the positive one the policy itself;
     less makes larger steps."""
@@ -410,6 +411,11 @@ class ObjectiveConfig(Section):
     """Of `dgpo`: how sharply a prompt whose good images are preferred to its bad ones already, beside the reference, counts less."""
     dgpo_clip_range: float = Field(default=0.01, gt=0)
     """Of `dgpo`'s ratio to the policy that drew, beyond which an image gives no gradient."""
+    adjoint_scale: float = Field(default=1.0, gt=0)
+    """Of `adjoint`: what is learned is the base model times exp(adjoint_scale x advantage), the advantage's mean and standard deviation
+    held; with advantage.scale `none` exp(adjoint_scale x reward)."""
+    draft_steps: Positive = 1
+    """Of `draft`: K, the last denoising steps that the gradient goes through, each of which is trained on."""
     trust_region: Literal["ratio", "normalized", "divergence"] = "ratio"
     """What keeps the clipped surrogate near the policy that drew: PPO's clipped ratio; the ratio without its drift, on the same scale at
     every step (`normalized`, GRPO-Guard), which also weighs the steps anew; or the exact divergence of the two policies (`divergence`,
@@ -439,7 +445,7 @@ class ObjectiveConfig(Section):
     """The reference moves to the current policy after so many iterations."""
     timesteps: float = Field(default=0.34, gt=0, le=1)
     """Share of the scored denoising steps that each sample is trained on; of all steps with `loss` `nft`, `awm` or `dgpo`,
-    unless `kl_weight` wants those with a density."""
+    unless `kl_weight` wants those with a density. With `draft` it is all of its `draft_steps`."""
     timestep_choice: Literal["noisiest", "random"] = "noisiest"
     """Which steps: the first ones, which decide what the picture shows, or others for each sample (with `dgpo` for each prompt), drawn
     anew in each iteration (docs/log.md has the measurement)."""
@@ -447,7 +453,12 @@ class ObjectiveConfig(Section):
     @property
     def asks_for_density(self) -> bool:
         """Whether steps without noise cannot be learned from."""
-        return self.loss == "clipped_surrogate" or self.kl_weight > 0
+        return self.loss in ("clipped_surrogate", "adjoint") or self.kl_weight > 0
+
+    @property
+    def follows_gradient(self) -> bool:
+        """Whether the reward must be differentiable in the images."""
+        return self.loss in ("adjoint", "draft")
 
 
 class OptimizerConfig(Section):
@@ -637,7 +648,7 @@ class TrainConfig(Section):
         if self.sampling.eta == 0 and self.objective.asks_for_density:
             raise ValueError(
                 "sampling.eta: expected more than 0 to train, for without noise nothing is scored (which objective.loss 'nft', "
-                "'awm' and 'dgpo' with objective.kl_weight 0 do not ask for); got 0"
+                "'awm', 'dgpo' and 'draft' with objective.kl_weight 0 do not ask for); got 0"
             )
         return self
 
@@ -691,15 +702,41 @@ class TrainConfig(Section):
         if loss == "clipped_surrogate":
             return
         if self.objective.trust_region != "ratio":
-            held = {"nft": "nft_decay", "awm": "awm_proximal", "dgpo": "dgpo_clip_range"}[loss]
+            held = {"nft": "nft_decay", "awm": "awm_proximal", "dgpo": "dgpo_clip_range", "adjoint": "adjoint_scale",
+                    "draft": "kl_weight"}[loss]  # fmt: skip
             raise ValueError(
                 f"objective.trust_region: {self.objective.trust_region!r} is for the clipped surrogate; objective.loss {loss!r} is held "
                 f"by objective.{held}"
             )
         if self.shaping.potential == "stepwise":
             raise ValueError(
-                f"shaping.potential: 'stepwise' is of the steps that were drawn, and objective.loss {loss!r} learns from others; use "
-                "'terminal'"
+                f"shaping.potential: 'stepwise' is of the steps that were drawn, and objective.loss {loss!r} learns from "
+                f"{'the picture alone' if self.objective.follows_gradient else 'others'}; use 'terminal'"
+            )
+        if self.objective.follows_gradient:
+            self._check_gradient(loss)
+
+    def _check_gradient(self, loss: str) -> None:
+        shaping, on = self.shaping, self.shaping.ratio > 0 or self.shaping.target is not None
+        if on and shaping.level == "multiply":
+            raise ValueError(
+                f"shaping.level: 'multiply' weighs samples, and objective.loss {loss!r} follows the gradient of a sum; use 'advantage', or "
+                "shaping.ratio 0"
+            )
+        if on and shaping.measure == "clusters":
+            raise ValueError(
+                f"shaping.measure: the sizes of clusters have no gradient, which objective.loss {loss!r} follows; use 'pairwise', or "
+                "shaping.ratio 0"
+            )
+        objective = self.objective
+        if loss == "draft" and objective.draft_steps > self.sampling.steps:
+            raise ValueError(
+                f"objective.draft_steps: expected at most sampling.steps ({self.sampling.steps}); got {objective.draft_steps}"
+            )
+        if loss == "draft" and objective.kl_weight > 0 and objective.draft_steps == 1:
+            raise ValueError(
+                "objective.kl_weight: the last denoising step has no noise, so that with objective.draft_steps 1 there is no divergence; "
+                "use more steps, or 0"
             )
 
     def _check_start(self) -> None:
@@ -720,7 +757,12 @@ class TrainConfig(Section):
             )
         if self.objective.loss != "clipped_surrogate":
             raise ValueError(
-                f"adapter.shard: does not go with objective.loss {self.objective.loss!r}, which keeps a copy of the policy that drew"
+                f"adapter.shard: does not go with objective.loss {self.objective.loss!r}, which "
+                + (
+                    "takes gradients in the latents"
+                    if self.objective.follows_gradient
+                    else "keeps a copy of the policy that drew"
+                )
             )
         if self.optimizer.ema_decay is not None:
             raise ValueError(

@@ -40,6 +40,9 @@ def refusal(objective: Objective, potential: str) -> str | None:
         "objective.loss must be clipped_surrogate: the others learn from other latents than those that are drawn": (
             objective.denoising is not None
         ),
+        "objective.loss must be clipped_surrogate: the others follow the gradient of the reward": (
+            objective.pathwise is not None
+        ),
         "objective.trust_region must be ratio: the others ask for the means of what was drawn": (
             objective.asks_for_means
         ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from driftrl.gradients import asked
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MODES = {2: "bilinear", 3: "bicubic"}
@@ -85,7 +88,7 @@ def resized(images: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Ten
 
     Two passes of weighted sums, rounded to whole levels after each, with PIL's whole-number weights. Where the aspect
     is not kept, new releases of PIL may take the passes in the other order, and round some pixels differently. On MPS,
-    which has no float64, a level may be off by one in a few pixels of a million.
+    which has no float64, a level may be off by one in a few pixels of a million. Gradients, where they are asked for, are those without rounding.
 
     Args:
         images: [N, 3, H, W] in 0..1, rounded here to 256 levels.
@@ -104,7 +107,7 @@ def resized(images: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Ten
         tensor([[[[128., 148.]]]])
     """
     wide = torch.float32 if images.device.type == "mps" else torch.float64
-    x = (images.clamp(0, 1) * 255).round().to(wide)
+    x = _through((images.clamp(0, 1) * 255).to(wide), torch.round)
     height, width = images.shape[-2:]
     if width != size[1]:
         x = _levels(x @ _weights(width, size[1], mode).to(x.device, wide).T)
@@ -114,7 +117,12 @@ def resized(images: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Ten
 
 
 def _levels(sums: Tensor) -> Tensor:
-    return ((sums + UNIT // 2) / UNIT).floor().clamp(0, 255)
+    return _through(sums / UNIT, lambda x: ((x * UNIT + UNIT // 2) / UNIT).floor()).clamp(0, 255)
+
+
+def _through(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """``rounded(x)``, whose gradient is taken for that of x: a staircase has none of its own."""
+    return x + (rounded(x) - x).detach() if asked(x) else rounded(x)
 
 
 @lru_cache(16)

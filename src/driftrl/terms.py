@@ -61,6 +61,20 @@ class Replay:
         return score_step(self._policy, latents, step, rows, eps, self._spec)
 
 
+Context = Callable[[], AbstractContextManager[None]]
+
+
+class Others(NamedTuple):
+    """Contexts within which the policy is another one; in each it is by default what it is."""
+
+    reference: Context = nullcontext
+    """What the divergence is taken from, groups are weighed beside, and base gradients are carried back by."""
+    behavior: Context = nullcontext
+    """The one that drew."""
+    anchor: Context = nullcontext
+    """The average that a loss is held to."""
+
+
 class Terms(Protocol):
     """How an update asks for the loss of pairs."""
 
@@ -192,30 +206,26 @@ class Denoising:
         rollout: Rollout,
         advantages: Tensor,
         settings: DenoisingLoss,
-        noised: Callable[[Tensor, Tensor, Tensor], Tensor],
-        predicts_noise: bool,
-        behavior: Callable[[], AbstractContextManager[None]],
+        policy: Policy,
+        others: Others,
         key: tuple[int, int],
         first: int,
-        anchor: Callable[[], AbstractContextManager[None]] | None = None,
-        reference: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Of samples P x G with advantages [P * G, T].
-
-        ``noised`` is the policy's, and ``predicts_noise`` says what its network does; ``behavior`` gives a context within which the
-        policy is the one that drew, ``anchor`` one within which it is the average that it is held to, ``reference`` one within which
-        it is what groups are weighed beside; ``key`` is (seed, iteration), and ``first`` the number, among those of all processes, of the first sample.
+        """Of samples P x G with advantages [P * G, T]; ``key`` is (seed, iteration), and ``first`` the number, among those of all
+        processes, of the first sample.
         """
         self._replay, self._advantages, self._settings = replay, advantages, settings
-        self._reference, self._group = reference, rollout.log_probs.shape[1] if settings.in_groups else 1
+        self._reference, self._behavior = others.reference, others.behavior
+        self._anchor = others.anchor if settings.anchor_kept > 0 else None
+        self._group = rollout.log_probs.shape[1] if settings.in_groups else 1
         self._weighed = advantages
-        self._noised, self._behavior, self._key, self._first = noised, behavior, key, first
-        self._anchor = anchor if settings.anchor_kept > 0 else None
+        self._noised, self._key, self._first = policy.noised, key, first
+        noised = policy.noised
         self._clean = rollout.latents[:, :, -1].flatten(0, 1)
         none = self._clean.new_zeros(rollout.log_probs.shape[2], *self._clean.shape[1:])
         every = torch.arange(len(none), device=none.device)
         self._sigma = noised(none, torch.ones_like(none), every)[:, 0, 0, 0]  # the noise's share at each step
-        if settings.of_network and predicts_noise:
+        if settings.of_network and policy.predicts_noise:
             self._sigma = self._sigma / noised(torch.ones_like(none), none, every)[:, 0, 0, 0]
         self._ahead: list[tuple[int, int, int, int]] = []
         self._same = False

@@ -30,6 +30,7 @@ from driftrl.memory import Memory
 from driftrl.mixture import Part, columns, mixed
 from driftrl.noise import generator
 from driftrl.objectives.gate import Anchor, gate, reward_disagreement
+from driftrl.pathwise import Worth, gradient_of_images, worth
 from driftrl.rollout import PromptNoise, Window, rollout
 from driftrl.schedule import kept_share
 from driftrl.scoring import Scoring
@@ -152,6 +153,7 @@ class TrainingLoop:
         self.encoder_batch = BatchSize(
             prompts_per_iteration * method.keep, "shaping.encoder: images at once,"
         )
+        self.gradient_batch = BatchSize(objective.batch_size, "optimizer.batch_size: images at once,")
         self.checkpoint_every, self.keep_last, self.keep_every = checkpoint_every, keep_last, keep_every
         self.max_failures, self.configuration, self.judges, self.team, self.similarity = (
             max_failures,
@@ -318,7 +320,9 @@ class TrainingLoop:
         memory, ratio, share = memory.with_diversity(which, varied, method.shaping)
         advantages, weight = self._advantages(rewards, kept_rewards, bonus, memory.rows(which), ratio)
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
-        stats = self._learn(kept, advantages, conditioning, texts, held, memory)
+        earned = scores, rewards, chosen, bonus
+        pull = self._pull(kept, texts[mine], mine, earned, memory.rows(which), ratio)
+        stats = self._learn(kept, advantages, conditioning, texts, held, memory, pull)
         self.memory = memory.after(
             stats.kl,
             method.anchor,
@@ -428,7 +432,7 @@ class TrainingLoop:
 
     def _learn(
         self, kept: Rollout, advantages: Tensor, conditioning: Conditioning, texts: list[str], held: Tensor | None,
-        memory: Memory,
+        memory: Memory, pull: Tensor | None,
     ) -> UpdateStats:  # fmt: skip
         """The update: by replay, or from gradients that the rollout has taken."""
         if self.schedule is not None:
@@ -443,8 +447,38 @@ class TrainingLoop:
         return update(
             self.policy, self.optimizer, kept, advantages, conditioning, self.objective, key,
             self.method.prompt_noise, texts, held, lambda: memory.reference_of(self.policy), team, self.update_batch,
-            lambda: memory.drawing(self.policy), lambda: memory.anchoring(self.policy),
+            lambda: memory.drawing(self.policy), lambda: memory.anchoring(self.policy), pull,
         )  # fmt: skip
+
+    def _pull(
+        self, kept: Rollout, texts: list[str], mine: slice, earned: tuple[Tensor, Tensor, Tensor, Tensor],
+        history: History | None, ratio: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """The gradient of what is wanted of this process's kept images, in their clean latents [p, G, C, H, W]; None where no loss
+        follows it.
+
+        Args:
+            kept: of the p prompts ``texts``, which are those at ``mine`` of all.
+            texts: see there.
+            mine: see there.
+            earned: of all prompts, scores [P, N] or [P, N, R], rewards [P, N], chosen [P, G] and bonus [P, G].
+            history: the prompts' past, where it counts.
+            ratio: lambda where each group has its own, [P].
+
+        Raises:
+            NotFiniteError: if it is not finite.
+        """
+        if self.objective.pathwise is None:
+            return None
+        method = self.method
+        weigh = worth(*earned, method.advantage, method.shaping, method.rewards, history, ratio)
+        with self.team.together():
+            found = gradient_of_images(
+                kept.latents[:, :, -1], texts, self.policy, self.reward, self.encoder, method.shaping,
+                Worth(*(part[mine] for part in weigh)), self.gradient_batch,
+            )  # fmt: skip
+            _demand_finite("gradient of reward and diversity", found[:, :, None], texts)
+        return found
 
     def _varieties(
         self, kept: Tensor, drawn: Tensor, texts: list[str], chosen: Tensor

@@ -16,10 +16,12 @@ from driftrl.batches import BatchSize
 from driftrl.checks import NotFiniteError
 from driftrl.distributed import ALONE, Team, in_parts, whole
 from driftrl.objectives.kl import divergence, step_weights
+from driftrl.objectives.pathwise import PathwiseLoss
 from driftrl.objectives.trust_region import time_weights
+from driftrl.pathwise import Pathwise, carried_back
 from driftrl.rollout import NO_NOISE, PromptNoise
-from driftrl.terms import Denoising, DenoisingLoss, Drawn, Replay, Surrogate, Term, Terms
-from driftrl.types import Conditioning, Policy, Rollout, UpdateStats
+from driftrl.terms import Denoising, DenoisingLoss, Drawn, Others, Replay, Surrogate, Term, Terms
+from driftrl.types import Conditioning, Policy, Rollout, Transition, UpdateStats
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Objective:
     kl_schedule: str = "uniform"
     denoising: DenoisingLoss | None = None
     """A loss of drawn images noised anew, in place of the clipped surrogate."""
+    pathwise: PathwiseLoss | None = None
+    """One that follows the gradient of the reward along the path that was drawn, in its place."""
     trust_region: str = "ratio"
     """What keeps a step near the policy that drew: the clipped ratio, or, of `driftrl.objectives.trust_region`, the ``normalized``
     one or the ``divergence``."""
@@ -54,10 +58,12 @@ class Objective:
     @property
     def asks_for_means(self) -> bool:
         """Whether the means of what drew are wanted beside its log-probabilities."""
-        return self.trust_region != "ratio" and self.denoising is None
+        return self.trust_region != "ratio" and self.denoising is None and self.pathwise is None
 
     def trainable(self, scored: Tensor) -> Tensor:
         """Which of the denoising steps [T] pairs are of: those with a density, where one is asked for."""
+        if self.pathwise is not None:
+            return self.pathwise.learned(scored)
         return scored if self.denoising is None or self.kl_weight > 0 else torch.ones_like(scored)
 
     def kept(self, iteration: int) -> float:
@@ -136,6 +142,7 @@ def update(
     batch: BatchSize | None = None,
     behavior: Callable[[], AbstractContextManager[None]] = nullcontext,
     anchor: Callable[[], AbstractContextManager[None]] = nullcontext,
+    gradient: Tensor | None = None,
 ) -> UpdateStats:
     """Take `objective.updates` optimiser steps on a rollout.
 
@@ -161,6 +168,8 @@ def update(
         behavior: a context within which the policy is the one that drew the samples, for an objective that asks it; by default
             the policy as it is.
         anchor: a context within which the policy is the average that the objective is held to, if it is to one.
+        gradient: [p, G, C, H, W], of what is wanted of the pictures, in this process's clean latents (`driftrl.pathwise`), for an objective
+            that follows it.
 
     Returns:
         Averages over all pairs.
@@ -178,7 +187,7 @@ def update(
     drawn = Drawn(old, None if rollout.means is None else rollout.means.flatten(0, 1))
     parameters = policy.parameters()
     reference = reference or policy.reference
-    held = _held(step_weights(policy.scored, objective.kl_schedule, policy.durations), old, gate, mine)
+    held = _held(_step_weights(policy, objective), old, gate, mine)
     passes = [
         [(_used(pairs, per_step, objective), count) for pairs, count in parts]
         for parts in _passes(
@@ -197,22 +206,18 @@ def update(
         replay, rollout, per_step, objective.clip_range, objective.trust_region, objective.max_kl,
         _weights(policy, objective),
     )  # fmt: skip
-    terms: Terms = (
-        Denoising(
-            replay,
-            rollout,
-            per_step,
-            objective.denoising,
-            policy.noised,
-            policy.predicts_noise,
-            behavior,
-            key,
-            first,
-            anchor,
-            reference,
-        )
-        if objective.denoising
-        else surrogate
+    terms = _terms(
+        surrogate,
+        replay,
+        rollout,
+        per_step,
+        policy,
+        objective,
+        Others(reference, behavior, anchor),
+        (key, first),
+        gradient,
+        batch,
+        team,
     )
     compiled = bool(getattr(policy, "compiled", False))
     scores = _Scores(surrogate, drawn, passes, turns, objective.rescore, compiled)
@@ -231,8 +236,8 @@ def update(
             term = terms(latents, sample, step, before)
             weight, kl = held[sample, step], torch.zeros_like(term.loss)
             if objective.kl_weight > 0:
-                kl = weight * divergence(objective.divergence, term.move.mean, anchor.mean, term.move.std)
-            loss = term.loss + objective.kl_weight * kl
+                kl = weight * _divergence(objective, term.move, anchor.mean)
+            loss = term.loss + _beta(objective, latents) * kl
             (loss.sum() * (counts * objective.loss_scale / count)).backward()
             sums = sums.plus(loss, term, kl, weight, counts, (first + sample) * steps + step)
         return sums
@@ -256,6 +261,36 @@ def update(
     return _stats(totals, torch.stack([deviation, scores.rescored_by()]), norms, total, team)
 
 
+def _terms(
+    surrogate: Surrogate,
+    replay: Replay,
+    rollout: Rollout,
+    advantages: Tensor,
+    policy: Policy,
+    objective: Objective,
+    others: Others,
+    place: tuple[tuple[int, int], int],
+    gradient: Tensor | None,
+    batch: BatchSize,
+    team: Team,
+) -> Terms:
+    """What pairs are asked for: the surrogate, or what the objective has in its place. Adjoints are carried back here, once."""
+    if objective.denoising is not None:
+        return Denoising(replay, rollout, advantages, objective.denoising, policy, others, *place)
+    loss = objective.pathwise
+    if loss is None:
+        return surrogate
+    assert gradient is not None, "a pathwise loss wants the gradient of what it follows"
+    path, wanted = rollout.latents.flatten(0, 1), loss.learned(policy.scored)
+    if objective.timestep_choice == "noisiest":
+        wanted = noisiest_steps(wanted, objective.timesteps)
+    by = others.reference if loss.by_reference else nullcontext
+    with team.together():
+        return Pathwise(
+            replay, path, carried_back(replay, path, gradient.flatten(0, 1), wanted, batch, by), loss
+        )
+
+
 def _weights(policy: Policy, objective: Objective) -> Tensor | None:
     """What the surrogate weighs at each step [T], where that is not the same."""
     if objective.trust_region != "normalized":
@@ -273,7 +308,7 @@ def _per_step(advantages: Tensor, like: Tensor) -> Tensor:
 
 def _used(pairs: Pairs, advantages: Tensor, objective: Objective) -> Pairs:
     """The pairs to replay: without KL one of zero advantage has no gradient of the surrogate, and is left out."""
-    if objective.kl_weight > 0 or objective.denoising is not None:
+    if objective.kl_weight > 0 or objective.denoising is not None or objective.pathwise is not None:
         return pairs
     used = advantages[pairs.sample, pairs.step].nonzero()[:, 0]
     return Pairs(pairs.sample[used], pairs.step[used])
@@ -415,6 +450,24 @@ def _passes(
             parts.append((Pairs(sample[own] - mine.start, step[own]), len(sample)))
         passes.append(parts)
     return passes
+
+
+def _step_weights(policy: Policy, objective: Objective) -> Tensor:
+    """What the divergence weighs at each step [T]."""
+    weights = step_weights(policy.scored, objective.kl_schedule, policy.durations)
+    # A pathwise loss may be of steps without noise, where there is no divergence.
+    return weights if objective.pathwise is None else weights * policy.scored
+
+
+def _beta(objective: Objective, latents: Tensor) -> float:
+    """What a divergence that is a mean over latent dimensions weighs: with a pathwise loss, which is a sum over them, as many times more."""
+    return objective.kl_weight * (1 if objective.pathwise is None else latents[0].numel())
+
+
+def _divergence(objective: Objective, move: Transition, mean_ref: Tensor) -> Tensor:
+    """Of transitions [n]; where they have no noise, and no weight, it is finite."""
+    std = torch.where(move.std > 0, move.std, 1.0)
+    return divergence(objective.divergence, move.mean, mean_ref, std)
 
 
 def _held(steps: Tensor, like: Tensor, gate: Tensor | None, mine: slice) -> Tensor:

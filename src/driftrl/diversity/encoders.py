@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from driftrl.checks import InputError
+from driftrl.gradients import on_demand
 from driftrl.loading import load_whole
 from driftrl.preprocess import preprocessing_of, resized
 
@@ -53,7 +54,7 @@ class TransformersEncoder:
         self.device, self.batch_size = torch.device(device), batch_size
         self.preprocess = preprocessing_of(folder, int(size) if isinstance(size, int) else None)
 
-    @torch.no_grad()
+    @on_demand
     def __call__(self, images: Tensor) -> Tensor:
         """Features float32 [N, D]."""
         return _in_batches(images, self.batch_size, self._encode)
@@ -97,7 +98,7 @@ class DreamSimEncoder:
         self.model.eval().requires_grad_(False)
         self.device, self.batch_size = torch.device(device), batch_size
 
-    @torch.no_grad()
+    @on_demand
     def __call__(self, images: Tensor) -> Tensor:
         """Features float32 [N, D]; the package normalises by itself, and wants 224 x 224 pixels in 0..1."""
         return _in_batches(images, self.batch_size, self._encode)
@@ -117,7 +118,7 @@ class LatentEncoder:
         """Take a diffusers autoencoder, which stays as it is; with ``side`` latents are averaged down to that size."""
         self.vae, self.batch_size, self.side = vae, batch_size, side
 
-    @torch.no_grad()
+    @on_demand
     def __call__(self, images: Tensor) -> Tensor:
         """Features float32 [N, C * h * w], h and w at most ``side``."""
         return _in_batches(images, self.batch_size, self._encode)
@@ -163,7 +164,7 @@ class MidBlockEncoder:
         self.vae, self.unet, self.run, self.reference = vae, unet, run, reference
         self.alpha, self.timestep, self.batch_size = alpha, timestep, batch_size
 
-    @torch.no_grad()
+    @on_demand
     def __call__(self, images: Tensor) -> Tensor:
         """Features float32 [N, C]."""
         return _in_batches(images, self.batch_size, self._encode)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from driftrl.checks import InputError
+from driftrl.gradients import on_demand
 from driftrl.policies import fast_linear, fast_unet, long_prompts
 from driftrl.policies.full import FullWeights
 from driftrl.policies.lora import LoRA
@@ -301,7 +302,7 @@ class PipelinePolicy:
         """What computes the network's output for ``latents`` in its place."""
         return self.fast if self.fast is not None and self.fast.fits(latents) else None
 
-    @torch.no_grad()
+    @on_demand
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [n, C, H, W] as images float32 [n, 3, height, width] in 0..1."""
         scaled = self._unscaled(latents.to(self.pipeline.vae.dtype))

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from driftrl.checks import InputError
+from driftrl.gradients import on_demand
 from driftrl.rewards.tower import CLIPTower
 
 HEAD = "aesthetic.safetensors"
@@ -52,7 +52,7 @@ class AestheticReward:
             reason = str(error).splitlines()[0]
             raise InputError(f"{path}: expected the predictor's five linear layers: {reason}") from error
 
-    @torch.no_grad()
+    @on_demand
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score N images [N, 3, H, W] in 0..1: float32 [N]."""
         scores: Tensor = self.head(self.tower.embed_images(images))

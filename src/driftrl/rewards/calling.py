@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from driftrl.checks import InputError
+from driftrl.gradients import on_demand
 from driftrl.types import Prompt, Reward
 
 
@@ -42,19 +43,19 @@ def metadata_of(prompts: Sequence[str]) -> list[dict[str, object]]:
     return [dict(prompt.metadata) if isinstance(prompt, Prompt) else {} for prompt in prompts]
 
 
-@torch.no_grad()
+@on_demand
 def ask(reward: Reward, images: Tensor, prompts: Sequence[str]) -> object:
     """What a reward gives, with its prompts' metadata if it asks for them.
 
-    Without gradients: a user's function around a network would else keep all that a backward pass needs.
+    Without gradients, unless the images have one coming: a user's function around a network would else keep all that a backward pass needs.
     """
     given: Callable[..., object] = reward
     placed, named = with_metadata(given, metadata_of(prompts))
     return given(images, prompts, *placed, **named)
 
 
-def scores_of(answer: object, count: int, title: str) -> Tensor:
-    """A reward's answer as a tensor [count] of its own dtype, detached.
+def scores_of(answer: object, count: int, title: str, followed: bool = False) -> Tensor:
+    """A reward's answer as a tensor [count] of its own dtype, detached unless its gradient is to be ``followed``.
 
     A tensor, NumPy's or a list of as many numbers will do, [count, 1] too, truth values, which count as 0 and 1, and a pair of one of these and a dictionary of
     anything, which is left out: what DDPO's and Flow-GRPO's rewards return.
@@ -73,7 +74,7 @@ def scores_of(answer: object, count: int, title: str) -> Tensor:
             values = torch.as_tensor(values)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise InputError(f"{wanted}; got a {type(answer).__name__} of something else") from None
-    values = values.detach()
+    values = values if followed else values.detach()
     if values.dtype == torch.bool:  # whether an answer is right, say
         values = values.to(torch.float32)
     if values.shape == (count, 1):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from driftrl.checks import one_of
+from driftrl.gradients import on_demand
 from driftrl.rewards.tower import CLIPTower
 
 KINDS = ("pickscore", "hpsv2", "clipscore")
@@ -32,7 +32,7 @@ class CLIPReward:
         self.tower, self.kind = tower, one_of("kind", kind, KINDS)
         _ = tower.tokenizer  # what is missing should be said now
 
-    @torch.no_grad()
+    @on_demand
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score N images [N, 3, H, W] in 0..1 against N prompts: float32 [N]."""
         prefix = CLIPSCORE_PREFIX if self.kind == "clipscore" else ""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from driftrl.batches import BatchSize, in_batches
 from driftrl.checks import InputError, RunFailedError
+from driftrl.gradients import asked
 from driftrl.rewards.calling import ask, scores_of
 from driftrl.types import Reward
 
@@ -43,7 +44,7 @@ class GuardedReward:
         self._batch: BatchSize | None = None
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score N images: float32 [N], detached.
+        """Score N images: float32 [N], detached unless the images have a gradient coming.
 
         Raises:
             InputError: if what the reward returned is no tensor of N numbers: it would do so again.
@@ -81,7 +82,8 @@ class GuardedReward:
         return scores
 
     def _part(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return scores_of(self._call(images, prompts), len(prompts), self.title).to(torch.float32)
+        answer = self._call(images, prompts)
+        return scores_of(answer, len(prompts), self.title, asked(images)).to(torch.float32)
 
     def _call(self, images: Tensor, prompts: Sequence[str]) -> object:
         return untouched(self.title, images, lambda: self._answer(images, prompts))
@@ -129,7 +131,7 @@ def untouched(title: str, images: Tensor, call: Callable[[], object]) -> object:
 def _writes(images: Tensor) -> tuple[int, str]:
     """What changes when a tensor is written to in place; NumPy's writes are not counted, so on a CPU the sum is taken too."""
     count = 0 if images.is_inference() else images._version
-    return count, str(float(images.sum(dtype=torch.float64))) if images.device.type == "cpu" else ""
+    return count, str(float(images.detach().sum(dtype=torch.float64))) if images.device.type == "cpu" else ""
 
 
 def where_raised(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from driftrl.checks import InputError
+from driftrl.gradients import on_demand
 from driftrl.loading import demand_words
 from driftrl.preprocess import preprocessing_of
 from driftrl.rewards.aesthetic import head
@@ -82,7 +83,7 @@ class ImageReward:
             preprocessing_of(folder, int(config.vision_config.image_size)), rounded=True
         )
 
-    @torch.no_grad()
+    @on_demand
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score N images [N, 3, H, W] in 0..1 against N prompts: float32 [N]."""
         tokens = self.tokenizer(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from driftrl.checks import InputError
+from driftrl.gradients import asked, on_demand
 from driftrl.loading import demand_words, load_whole
 from driftrl.preprocess import preprocessing_of
 
@@ -103,9 +104,11 @@ class CLIPTower:
         """``exp(logit_scale)``."""
         return self.model.logit_scale.exp()
 
-    @torch.no_grad()
+    @on_demand
     def embed_images(self, images: Tensor) -> Tensor:
-        """Unit vectors float32 [N, D] of images [N, 3, H, W] in 0..1."""
+        """Unit vectors float32 [N, D] of images [N, 3, H, W] in 0..1; embedded anew where they have a gradient coming."""
+        if asked(images):
+            return torch.cat([self._embed(chunk.to(self.device)) for chunk in images.split(self.batch_size)])
         # The very tensor, unchanged since: `_version` counts what is written into it.
         version = -1 if images.is_inference() else images._version
         if self._last is not None and self._last[0]() is images and self._last[1] == version >= 0:

@@ -1,0 +1,320 @@
+"""Training along the gradient of the reward (adjoint matching, DRaFT): what is followed, against backpropagation written out, and that it learns."""
+
+import pytest
+import torch
+
+from driftrl import Trainer
+from driftrl.batches import BatchSize
+from driftrl.build import build_encoder, build_loop, build_policy
+from driftrl.checkpoint import MEMORY
+from driftrl.checks import InputError, NotFiniteError
+from driftrl.diversity.functional import pairwise_distances
+from driftrl.objectives.pathwise import AdjointMatching, DirectReward
+from driftrl.pathwise import Worth, gradient_of_images
+from driftrl.rollout import PromptNoise, rollout, score_step
+from driftrl.shaping import Shaping, group_diversity
+from driftrl.update import Objective, update
+from test_methods import assert_same, shift
+from test_methods import metrics as lines
+from test_nft import assert_batch_sizes_only_round, tensors
+from test_training import brightness
+
+SPEC = PromptNoise(0.3)
+KEYS, PROMPTS = [(0, 3, 0), (0, 3, 1)], ["a cat", "a dog"]
+
+
+def smooth(images, prompts):
+    """A reward that torch computes throughout."""
+    side = torch.linspace(-1, 1, images.shape[-1], device=images.device)
+    return (side * images[:, 0]).mean((1, 2)) + images[:, 1].square().mean((1, 2))
+
+
+def by_numpy(images, prompts):
+    return torch.from_numpy(images.numpy().mean((1, 2, 3)))
+
+
+def still(images, prompts):
+    return images.detach().mean((1, 2, 3))
+
+
+ADJOINT = {
+    "objective__loss": "adjoint",
+    "objective__adjoint_scale": 30.0,
+    "reward": "test_reward_gradients:smooth",
+    "optimizer__learning_rate": 0.01,
+}
+DRAFT = {
+    "objective__loss": "draft",
+    "objective__draft_steps": 2,
+    "reward": "test_reward_gradients:smooth",
+    "optimizer__learning_rate": 0.01,
+}
+BOTH = pytest.mark.parametrize("settings", [ADJOINT, DRAFT], ids=["adjoint", "draft"])
+
+
+@pytest.fixture
+def drawn(config):
+    """A policy that has left the base model, what it is asked with, and 2 x 3 samples of it."""
+    policy = build_policy(config())
+    shift(policy, 0)
+    conditioning = policy.encode(PROMPTS)
+    return policy, conditioning, rollout(policy, conditioning, KEYS, 3, 4, SPEC)
+
+
+def moved(policy, conditioning, drawn, x, step):
+    """The transition of all six samples."""
+    rows = conditioning.rows(torch.tensor([0, 0, 0, 1, 1, 1]))
+    return score_step(policy, x, torch.full((6,), step), rows, drawn.prompt_noise.flatten(0, 1), SPEC)
+
+
+def rewarded(policy, latents):
+    """By diffusers' own autoencoder."""
+    vae = policy.pipeline.vae
+    return smooth((vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1), []).sum()
+
+
+def learn(policy, conditioning, drawn, loss, size, gradient, **more):
+    """The gradient of one optimiser step, by parameter; and its figures."""
+    found = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            found.extend(p.grad.clone() for p in policy.parameters())
+
+    stats = update(
+        policy, Watched(policy.parameters(), lr=1.0), drawn.path(), torch.zeros(2, 3), conditioning,
+        Objective(pathwise=loss, batch_size=size, max_grad_norm=1e9, **more), (4, 9), SPEC, gradient=gradient,
+    )  # fmt: skip
+    return found, stats
+
+
+def pulled(policy, drawn, size=4):
+    """The gradient of the plain sum of rewards, in the clean latents."""
+    weigh = Worth(torch.ones(2, 3, 1), torch.zeros(2))
+    given = drawn.latents[:, :, -1], PROMPTS, policy, smooth, None, Shaping(0.0), weigh
+    return gradient_of_images(*given, BatchSize(size, "x"))
+
+
+@pytest.mark.parametrize("size", [100, 4])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_draft_is_backpropagation_through_the_last_steps(drawn, steps, size):
+    """The chain is drawn again with the same noise, and differentiated as a whole."""
+    policy, conditioning, samples = drawn
+    path, total = samples.latents.flatten(0, 1), len(policy.timesteps)
+    x = path[:, total - steps]
+    for step in range(total - steps, total):
+        move = moved(policy, conditioning, samples, x, step)
+        with torch.no_grad():
+            added = path[:, step + 1] - moved(policy, conditioning, samples, path[:, step], step).mean
+        x = move.mean + added
+    torch.testing.assert_close(x, path[:, -1], atol=1e-5, rtol=0)
+    rewarded(policy, x).backward()
+    expected = [-p.grad / (6 * steps) for p in policy.parameters()]
+    policy.network.zero_grad()
+    found, stats = learn(
+        policy, conditioning, samples, DirectReward(steps), size, pulled(policy, samples, size)
+    )
+    assert stats.pairs == 6 * steps
+    assert stats.ratio_deviation == pytest.approx(0, abs=1e-5) and stats.loss == pytest.approx(0, abs=1e-5)
+    for own, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+    assert sum(float(p.norm()) for p in expected) > 0
+
+
+@pytest.mark.parametrize("size", [100, 4])
+def test_adjoint_matching_is_its_formula_with_the_base_model_s_jacobians(drawn, size):
+    policy, conditioning, samples = drawn
+    path, steps = samples.latents.flatten(0, 1), policy.scored.nonzero()[:, 0].tolist()
+    total = torch.zeros(())
+    for step in steps:
+        with policy.reference():
+            x = path[:, step + 1].detach().requires_grad_()
+            end = x
+            for later in range(step + 1, len(policy.timesteps)):
+                move = moved(policy, conditioning, samples, end, later)
+                here = moved(policy, conditioning, samples, path[:, later], later)
+                end = move.mean + (path[:, later + 1] - here.mean).detach()
+            (adjoint,) = torch.autograd.grad(rewarded(policy, end), x)
+            base = moved(policy, conditioning, samples, path[:, step], step).mean.detach()
+        move = moved(policy, conditioning, samples, path[:, step], step)
+        control = (move.mean - base) / move.std
+        total = total + 0.5 * (control - move.std * 7.0 * adjoint).square().sum()
+    (total / (6 * len(steps))).backward()
+    expected = [p.grad.clone() for p in policy.parameters()]
+    policy.network.zero_grad()
+    gradient = pulled(policy, samples, size)
+    found, stats = learn(policy, conditioning, samples, AdjointMatching(7.0), size, gradient)
+    assert stats.loss == pytest.approx(float(total.detach()) / (6 * len(steps)), rel=1e-4)
+    assert stats.pairs == 6 * len(steps) < 6 * len(policy.timesteps)
+    for own, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+    # Only the noisiest steps, though the gradient comes from the image.
+    few, stats = learn(
+        policy,
+        conditioning,
+        samples,
+        AdjointMatching(7.0),
+        size,
+        gradient,
+        timesteps=0.3,
+        timestep_choice="noisiest",
+    )
+    assert stats.pairs == 6
+    assert not torch.allclose(few[0], found[0])
+
+
+@pytest.mark.parametrize("size", [100, 2])
+@pytest.mark.parametrize("level", ["advantage", "reward"])
+def test_what_is_followed_is_the_shaped_advantage_with_its_statistics_held(
+    config, drawn, encoder_folder, level, size
+):
+    policy, _, samples = drawn
+    encoder = build_encoder(str(encoder_folder), policy.device)
+    latents = samples.latents[:, :, -1]
+    weigh = Worth(torch.rand(2, 3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0.7, 2.0]))
+
+    def both(images, prompts):
+        assert list(prompts) == [text for text in PROMPTS for _ in range(3)][: len(images)] or size == 2
+        return torch.stack([smooth(images, prompts), images[:, 2].mean((1, 2))], 1)
+
+    found = gradient_of_images(
+        latents, PROMPTS, policy, both, encoder, Shaping(0.5, level=level), weigh, BatchSize(size, "x")
+    )
+    x = latents.clone().requires_grad_()
+    vae = policy.pipeline.vae
+    images = (vae.decode(x.flatten(0, 1) / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    pixels = encoder.preprocess(images)
+    features = encoder.model(pixel_values=pixels).pooler_output.flatten(1).unflatten(0, (2, 3))
+    scores = torch.stack([smooth(images, PROMPTS), images[:, 2].mean((1, 2))], 1).unflatten(0, (2, 3))
+    total = (weigh.reward * scores).sum() + (
+        weigh.bonus[:, None] * group_diversity(pairwise_distances(features))
+    ).sum()
+    total.backward()
+    torch.testing.assert_close(found, x.grad, rtol=1e-3, atol=1e-4 * float(x.grad.abs().max()))
+    without = gradient_of_images(
+        latents, PROMPTS, policy, both, encoder, Shaping(0.0), weigh, BatchSize(size, "x")
+    )
+    assert (found - without).abs().max() > 1e-2 * found.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore::driftrl.build.GuidanceWarning")
+def test_learning_happens(config, tmp_path):
+    """DRaFT goes on, adjoint matching to where its scale says."""
+    settings = {
+        "iterations": 10, "sampling__guidance_scale": 1.0, "shaping__ratio": 0.0, "advantage__scale": "none",
+        "logging__checkpoint_every": 100, "adapter__rank": 4, "optimizer__updates": 1,
+    }  # fmt: skip
+    gained = {}
+    for name, own in {
+        "draft": DRAFT,
+        "far": ADJOINT | {"objective__adjoint_scale": 100.0},
+        "near": ADJOINT | {"objective__adjoint_scale": 10.0},
+    }.items():
+        loop, rewards = build_loop(config(**settings | own), tmp_path / name), []
+        loop.reward = brightness
+        loop.run(10, lambda iteration, rewards=rewards: rewards.append(iteration.metrics["reward/mean"]))
+        gained[name] = rewards[-1] - rewards[0]
+    assert gained["draft"] > 0.05 and gained["far"] > 0.05 and 0 < gained["near"] < 0.5 * gained["far"], gained
+
+
+@BOTH
+def test_batch_sizes_change_nothing_but_rounding(config, tmp_path, settings):
+    assert_batch_sizes_only_round(config, tmp_path, settings | {"iterations": 2}, rel=1e-3, abs=1e-5)
+
+
+@BOTH
+def test_resumed_equals_uninterrupted(config, tmp_path, settings):
+    whole = Trainer(config(**settings, iterations=3), tmp_path / "whole").run()
+    for stop in (1, 3):
+        parts = Trainer(config(**settings, iterations=stop), tmp_path / "parts", resume=stop > 1).run()
+    for name in ("training.safetensors", MEMORY):
+        if (whole / "checkpoints/000003" / name).is_file():
+            assert_same(*(tensors(run, 3, name) for run in (whole, parts)))
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+
+
+def test_a_divergence_holds_where_there_is_noise(config, tmp_path):
+    """Of DRaFT's two steps the last has none."""
+    run = Trainer(config(**DRAFT, iterations=3, objective__kl_weight=0.5), tmp_path / "run").run()
+    found = lines(run)
+    assert all(line["loss/kl"] >= 0 for line in found) and found[-1]["loss/kl"] > 0
+    assert found[-1]["loss"] != found[-1]["loss/surrogate"]
+
+
+def test_without_noise_draft_learns(config, tmp_path):
+    run = Trainer(config(**DRAFT, iterations=1, sampling__eta=0.0), tmp_path / "run").run()
+    assert lines(run)[0]["policy/grad_norm"] > 0
+    with pytest.raises(InputError, match=r"sampling\.eta: expected more than 0"):
+        config(**ADJOINT, sampling__eta=0.0)
+
+
+def test_a_gradient_that_is_not_finite_skips_the_iteration(config, tmp_path):
+    loop = build_loop(config(**DRAFT), tmp_path)
+    loop.reward = lambda images, prompts: (images.mean((1, 2, 3)) * 0).sqrt() + smooth(images, prompts)
+    with pytest.raises(
+        NotFiniteError, match=r"a gradient of reward and diversity is not finite for 'a .*', candidate 0"
+    ):
+        loop.iterate()
+
+
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        (
+            "incompressibility",
+            "reward incompressibility is not differentiable in the images, and objective.loss 'draft'",
+        ),
+        (
+            "test_reward_gradients:by_numpy",
+            "reward test_reward_gradients:by_numpy is not differentiable .*numpy",
+        ),
+        (
+            "test_reward_gradients:still",
+            "reward test_reward_gradients:still is not differentiable .*such as clipped_surrogate$",
+        ),
+        (
+            ["test_reward_gradients:smooth", "test_reward_gradients:still"],
+            "reward test_reward_gradients:still is not differentiable",
+        ),
+    ],
+)
+def test_rewards_without_a_gradient_are_refused_before_anything_is_drawn(config, tmp_path, reward, says):
+    with pytest.raises(InputError, match=says):
+        build_loop(config(**DRAFT | {"reward": reward}), tmp_path)
+
+
+def blind(images):
+    return images.detach().flatten(1)
+
+
+def test_an_encoder_without_a_gradient_is_refused_where_it_shapes(config, tmp_path):
+    settings = DRAFT | {"shaping__encoder": "test_reward_gradients:blind"}
+    with pytest.raises(
+        InputError, match=r"shaping\.encoder test_reward_gradients:blind is not differentiable"
+    ):
+        build_loop(config(**settings), tmp_path)
+    build_loop(config(**settings, shaping__ratio=0.0), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"adapter__shard": True, "adapter__kind": "full"}, r"adapter\.shard: does not go with objective\.loss 'draft', which takes gradients"),
+        ({"shaping__potential": "stepwise"}, r"objective\.loss 'draft' learns from the picture alone"),
+        ({"shaping__level": "multiply"}, r"shaping\.level: 'multiply' weighs samples"),
+        ({"shaping__measure": "clusters", "shaping__level": "reward"}, r"shaping\.measure: the sizes of clusters have no gradient"),
+        ({"objective__trust_region": "normalized"}, r"objective\.loss 'draft' is held by objective\.kl_weight"),
+        ({"objective__draft_steps": 9}, r"objective\.draft_steps: expected at most sampling\.steps \(4\); got 9"),
+        ({"objective__draft_steps": 1, "objective__kl_weight": 0.1}, r"objective\.kl_weight: the last denoising step has no noise"),
+        ({"optimizer__one_pass": True, "optimizer__updates": 1}, None),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_with_it_is_refused(config, tmp_path, settings, says):
+    if says is None:
+        with pytest.raises(
+            InputError, match=r"optimizer\.one_pass: objective\.loss must be clipped_surrogate: .*follow"
+        ):
+            build_loop(config(**DRAFT | settings), tmp_path)
+        return
+    with pytest.raises(InputError, match=says):
+        config(**DRAFT | settings)
