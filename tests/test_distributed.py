@@ -61,6 +61,8 @@ MEMORY = {
     },
     "nft": {"objective__loss": "nft", "objective__timestep_choice": "random", "objective__nft_decay": 0.5},
     "dgpo": {"objective__loss": "dgpo", "objective__timestep_choice": "random", "optimizer__updates": 3},
+    "adjoint": {"objective__loss": "adjoint", "objective__adjoint_scale": 30.0, "advantage__scale": "none"},
+    "draft": {"objective__loss": "draft", "objective__draft_steps": 2, "optimizer__updates": 3},
     "target": {"shaping__target": 1.5, "shaping__target_rate": 0.5, "prompts__set": ["a cat", "a dog", "a cow", "an ox"]},
     "stepwise": {"shaping__potential": "stepwise", "objective__timestep_choice": "random", "objective__timesteps": 0.7},
 }  # fmt: skip

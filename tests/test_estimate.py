@@ -53,6 +53,13 @@ CHANGES = [
         "optimizer__updates": 5,
         "optimizer__batch_size": 5,
     },
+    {"objective__loss": "adjoint", "optimizer__batch_size": 5, "reward": "test_reward_gradients:smooth"},
+    {
+        "objective__loss": "draft",
+        "objective__draft_steps": 2,
+        "objective__kl_weight": 0.1,
+        "reward": "test_reward_gradients:smooth",
+    },
 ]
 
 
@@ -80,7 +87,8 @@ def test_the_network_is_called_as_often_as_estimated(config, tmp_path, changes):
     assert len(steps) == expected.optimizer
     replayed = 0 if plan.backward else plan.pairs * plan.epochs * (1 + plan.reference + plan.rescored)
     spared = plan.parts[0] if plan.spared else 0
-    assert sum(rows) == plan.branches * (plan.images * plan.steps + replayed - spared)
+    carried = plan.carried * plan.kept
+    assert sum(rows) == plan.branches * (plan.images * plan.steps + replayed - spared + carried)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +126,15 @@ def test_bytes_are_those_of_a_real_iteration(config, tmp_path, monkeypatch, chan
     )
 
 
-def test_the_probe_covers_every_phase(config, tmp_path):
+@pytest.mark.parametrize("loss", ["clipped_surrogate", "adjoint"])
+def test_the_probe_covers_every_phase(config, tmp_path, loss):
     """Also with few pairs, more of them than images are drawn at once, and a reference."""
     changes = {"sampling__batch_size": 2, "objective__kl_weight": 0.1, "objective__timesteps": 1.0}
+    changes |= {"objective__loss": loss, "reward": "test_reward_gradients:smooth"}
     loop, told = build_loop(config(**changes), tmp_path), []
     costs = probe.measure(loop, told.append)
-    assert told == [name for name, _ in costs.working.items()]
+    assert list(dict.fromkeys(told)) == [name for name, _ in costs.working.items()]
+    assert (costs.followed > 0) == (loss == "adjoint")
     assert min(costs.step, costs.decode, costs.reward, costs.encode, costs.pair, costs.optimizer) > 0
     assert all(value >= 0 for _, value in costs.working.items())
 

@@ -49,6 +49,10 @@ class Plan:
     """Whether the first optimiser step does without asking the one that drew, which it then still is."""
     all_embedded: bool = False
     """Whether the encoder sees all candidates, of which a share of diversity is to be kept, or those that are learned from alone."""
+    carried: int = 0
+    """Denoising steps that the gradient of the reward is carried back through (adjoint, draft), of every kept image."""
+    adjoints: int = 0
+    """Steps whose adjoint and mean are kept for the update."""
 
     @property
     def images(self) -> int:
@@ -86,11 +90,13 @@ class Calls:
     optimizer: int
     backward: int = 0
     """Those of the rollout that are backward too."""
+    carried: int = 0
+    """Those that carry a gradient back: forward and, but for the last step, backward."""
 
     @property
     def forward(self) -> int:
         """All calls of the network."""
-        return self.rollout + self.update + self.reference + self.rescoring
+        return self.rollout + self.update + self.reference + self.rescoring + self.carried
 
 
 def batches(count: int, size: int) -> list[int]:
@@ -121,7 +127,13 @@ def calls(plan: Plan) -> Calls:
         - (len(batches(plan.parts[0], plan.update_batch)) if plan.spared else 0),
         rescoring=update if plan.rescored else 0,
         optimizer=plan.epochs * len(plan.parts),
+        carried=plan.carried * len(batches(plan.kept, plan.update_batch)),
     )
+
+
+def adjoint_bytes(plan: Plan, latent: tuple[int, ...]) -> int:
+    """Bytes of adjoints and means, and of the gradient in the clean latents, of latents [C, H, W]; 0 without any."""
+    return FLOAT * plan.kept * (2 * plan.adjoints + 1) * math.prod(latent) if plan.carried else 0
 
 
 def picture_bytes(plan: Plan, image: tuple[int, ...]) -> int:
@@ -186,6 +198,8 @@ class Costs:
     """Bytes above what stays, with batches as large as the run's; the update's without its gradients."""
     backward: float = 0.0
     """Seconds of one denoising step of one image with its gradient; 0 where none is taken."""
+    followed: float = 0.0
+    """Of the gradient of one image's reward and diversity, through autoencoder, reward and encoder; 0 where none is taken."""
 
 
 def seconds(plan: Plan, costs: Costs) -> Phases:
@@ -196,6 +210,7 @@ def seconds(plan: Plan, costs: Costs) -> Phases:
         reward=costs.reward * plan.images * (1 + plan.judges),
         diversity=costs.encode * (plan.images if plan.all_embedded else plan.kept),
         update=(0 if plan.backward else costs.pair * plan.pairs * plan.epochs)
+        + (costs.pair * plan.carried + costs.followed) * (plan.kept if plan.carried else 0)
         + costs.optimizer * calls(plan).optimizer,
     )
 

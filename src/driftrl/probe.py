@@ -20,6 +20,7 @@ from driftrl.batches import BatchSize, MemoryWarning, out_of_memory
 from driftrl.checks import RunFailedError
 from driftrl.distributed import own
 from driftrl.estimate import FLOAT, Costs, Need, Phases, Plan, Standing, picture_bytes, remedies, stored_bytes
+from driftrl.pathwise import Worth, gradient_of_images
 from driftrl.policies.full import FullWeights
 from driftrl.policies.pipeline import PipelinePolicy
 from driftrl.rollout import ScoreGradients, latent_features, rollout
@@ -88,7 +89,17 @@ def plan_of(loop: TrainingLoop) -> Plan:
         grouped=objective.in_groups,
         spared=objective.denoising is not None and objective.denoising.own_behavior,
         all_embedded=method.shaping.target is not None,
+        carried=_carried(loop),
+        adjoints=0 if objective.pathwise is None else int(objective.followed(policy.scored).sum()),
     )
+
+
+def _carried(loop: TrainingLoop) -> int:
+    """Denoising steps from the first one that is learned from to the image, for a loss that carries a gradient back."""
+    if loop.objective.pathwise is None:
+        return 0
+    wanted = loop.objective.followed(loop.policy.scored)
+    return len(wanted) - int(wanted.int().argmax())
 
 
 def stored_of(loop: TrainingLoop, plan: Plan) -> int:
@@ -173,6 +184,7 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
     rewarding = attempt("reward", lambda n: loop.reward(images[:n], [row] * n), decoding.count)
     encoding = attempt("diversity", lambda n: loop.encoder(images[:n]), min(decoding.count, plan.kept))
 
+    following = attempt("update", work.follow, min(decoding.count, plan.kept)) if plan.carried else None
     waiting = _Stopwatch(loop.optimizer, device)
     learning = attempt("update", lambda n: work.learn(drawn, n, loop.optimizer), together)
     optimizer = statistics.median(waiting.seconds[1:] or waiting.seconds)
@@ -181,16 +193,21 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
         decode=decoding.each,
         reward=rewarding.each,
         encode=encoding.each,
-        pair=max(0.0, learning.seconds - optimizer) / learning.count,
+        pair=max(0.0, learning.seconds - optimizer) / learning.count / (1 + work.carried),
         optimizer=optimizer,
         working=Phases(
             (with_gradients or denoising).working(at_once),
             decoding.working(at_once),
             rewarding.working(rewarding.count),
             encoding.working(encoding.count),
-            max(0.0, learning.working(together) - gradients_of(loop)),
+            max(
+                0.0,
+                learning.working(together) - gradients_of(loop),
+                0.0 if following is None else following.working(min(together, plan.kept)),
+            ),
         ),
         backward=0.0 if with_gradients is None else with_gradients.each / work.policy.count,
+        followed=0.0 if following is None else following.each,
     )
 
 
@@ -354,6 +371,24 @@ class _Work:
             timestep_choice="noisiest",
         )
 
+    @property
+    def carried(self) -> int:
+        """Denoising steps that `learn` carries a gradient back through: all that it has."""
+        return 0 if self._objective.pathwise is None else self.policy.count
+
+    def follow(self, count: int) -> None:
+        """The gradient of the reward, and of diversity where it is shaped, of so many images."""
+        loop, whole = self._loop, _policy(self._loop)
+        shaping = loop.method.shaping
+        clean = torch.zeros(1, count, *whole.latent_shape, device=whole.device)
+        rewards = torch.ones(1, count, len(loop.method.rewards) or 1, device=whole.device)
+        # Two images at least have a diversity.
+        weigh = Worth(rewards, torch.full((1,), float(count > 1 and shaping.on), device=whole.device))
+        spread = clean + torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean)
+        gradient_of_images(
+            spread, [loop.prompt_set[0]], whole, loop.reward, loop.encoder, shaping, weigh, _firm(count)
+        )
+
     def draw(self, count: int, score_gradients: ScoreGradients | None = None) -> Rollout:
         """``count`` candidates in one batch."""
         loop = self._loop
@@ -381,6 +416,7 @@ class _Work:
             self.policy, optimizer, kept, torch.ones(1, count, device=device), self._one, self._objective,
             (loop.seed, 0), loop.method.prompt_noise,
             reference=lambda: loop.memory.reference_of(loop.policy), batch=_firm(count),
+            gradient=torch.ones_like(kept.latents[:, :, -1]),
         )  # fmt: skip
 
 

@@ -70,6 +70,11 @@ class Objective:
         """The share of itself that what draws keeps after ``iteration``, where it is no longer the policy itself."""
         return 0.0 if self.denoising is None else self.denoising.kept(iteration)
 
+    def followed(self, scored: Tensor) -> Tensor:
+        """Which of the denoising steps [T] a pathwise loss may be asked at: what adjoints are kept for."""
+        learned = self.trainable(scored)
+        return noisiest_steps(learned, self.timesteps) if self.timestep_choice == "noisiest" else learned
+
     @property
     def in_groups(self) -> bool:
         """Whether the kept samples of a prompt are learned from together, at the same steps."""
@@ -281,9 +286,7 @@ def _terms(
     if loss is None:
         return surrogate
     assert gradient is not None, "a pathwise loss wants the gradient of what it follows"
-    path, wanted = rollout.latents.flatten(0, 1), loss.learned(policy.scored)
-    if objective.timestep_choice == "noisiest":
-        wanted = noisiest_steps(wanted, objective.timesteps)
+    path, wanted = rollout.latents.flatten(0, 1), objective.followed(policy.scored)
     by = others.reference if loss.by_reference else nullcontext
     with team.together():
         return Pathwise(

@@ -16,7 +16,7 @@ from driftrl import Trainer
 from driftrl.build import build_encoder, build_policy
 from driftrl.checks import InputError
 from driftrl.diversity.encoders import MidBlockEncoder, TransformersEncoder
-from driftrl.preprocess import preprocessing_of
+from driftrl.preprocess import preprocessing_of, resized
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -177,3 +177,35 @@ def test_dreamsim_is_asked_as_its_package_wants(monkeypatch, tmp_path):
         InputError, match="cannot be loaded: File is not a zip file; its weights come from the network"
     ):
         build_encoder("dreamsim", CPU)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_gradients_through_pil_s_resizing_are_those_without_rounding(mode):
+    """The pictures are PIL's to the last bit all the same."""
+    images = torch.rand(2, 3, 9, 20, generator=torch.Generator().manual_seed(0)).mul(0.6).add(0.2)
+    weights = torch.randn(2, 3, 6, 31, generator=torch.Generator().manual_seed(1))
+    mine, theirs = (images.clone().requires_grad_() for _ in range(2))
+    small = resized(mine, (6, 31), mode)
+    assert torch.equal(small.detach(), resized(images, (6, 31), mode))
+    (small * weights).sum().backward()
+    # torch's bicubic has PIL's filter where it is asked to be antialiased.
+    smooth = torch.nn.functional.interpolate(theirs, (6, 31), mode=mode, antialias=True, align_corners=False)
+    (smooth * weights).sum().backward()
+    torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["policy:latents", "policy:mid-block"])
+def test_encoders_are_differentiable_where_the_images_ask_for_it(config, name):
+    policy = build_policy(config())
+    encoder = build_encoder(name, CPU, policy)
+    images = torch.rand(2, *policy.image_shape, generator=torch.Generator().manual_seed(0)).mul(0.8).add(0.1)
+    free, way = (
+        images.clone().requires_grad_(),
+        torch.randn(images.shape, generator=torch.Generator().manual_seed(1)),
+    )
+    plain = encoder(images)
+    weights = torch.randn(plain.shape, generator=torch.Generator().manual_seed(2))
+    assert not plain.requires_grad
+    (gradient,) = torch.autograd.grad((encoder(free) * weights).sum(), free)
+    change = ((encoder(images + 2e-4 * way) - encoder(images - 2e-4 * way)) * weights).double().sum() / 4e-4
+    assert float((gradient * way).double().sum()) == pytest.approx(float(change), rel=0.05, abs=1e-2)

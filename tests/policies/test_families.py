@@ -32,6 +32,7 @@ from driftrl.ratio import replay_untouched
 from driftrl.rollout import PromptNoise, rollout, score_step
 from driftrl.transitions import gaussian
 from driftrl.update import Objective, update
+from test_methods import shift
 
 PROMPTS = ["a cat", "a dog"]
 KEYS = [(0, 3, 0), (0, 3, 1)]
@@ -156,6 +157,38 @@ def test_the_forward_process_is_the_schedulers_and_is_learned_from(settings, fam
         conditioning, Objective(denoising=NegativeAware()), (0, 0), spec,
     )  # fmt: skip
     assert stats.pairs == 6 * len(policy.timesteps) and stats.grad_norm > 0 and math.isfinite(stats.loss)
+
+
+@mostly("sd", "flux", "zimage")
+def test_a_gradient_is_carried_back_through_guidance_and_network(settings, family):
+    """Against a difference in a direction, for the policy and for its base model; and out of the autoencoder."""
+    policy = build_policy(settings(family))
+    conditioning = policy.encode(PROMPTS)
+    shift(policy, 0)
+    x, way, out = (
+        noise.normal([noise.generator(i, 0, p, 0, "x") for p in (0, 1)], policy.latent_shape)
+        for i in range(3)
+    )
+    at = torch.full((2,), 1)
+
+    def mean(latents):
+        return policy.transition(latents, at, conditioning).mean
+
+    def check(function, size, weights):
+        free = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad((function(free) * weights).sum(), free)
+        with torch.no_grad():
+            change = ((function(x + size * way) - function(x - size * way)) * weights).double().sum() / (
+                2 * size
+            )
+        assert float((found * way).double().sum()) == pytest.approx(float(change), rel=0.02, abs=1e-3)
+
+    check(mean, 1e-2, out)
+    with policy.reference():
+        check(mean, 1e-2, out)
+    images = policy.decode(x)
+    check(policy.decode, 1e-3, torch.randn(images.shape, generator=torch.Generator().manual_seed(3)))
+    assert not policy.decode(x).requires_grad
 
 
 @mostly("sd", "flux", "zimage")

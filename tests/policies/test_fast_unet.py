@@ -99,6 +99,29 @@ def test_outputs_and_gradients_are_as_near_the_truth_as_those_of_diffusers_and_p
         assert (gradient - exact_gradient).norm() < 1e-5 * exact_gradient.norm()
 
 
+@pytest.mark.parametrize("adapter", [True, False], ids=["with its adapter", "without"])
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_gradients_of_latents_are_as_near_the_truth(shape, branches, adapter):
+    """They lead back along a path (`driftrl.pathwise`); by the base model, none of whose weights has one."""
+    theirs = network(**shape)
+    own, fast = fast_form(theirs)
+    latents, times, embeds = inputs(branches=branches)
+    truth = copy.deepcopy(theirs).double()
+    for unet in (own, truth):
+        if not adapter:
+            unet.disable_adapters()
+    weights = torch.randn(branches * 3, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+
+    def led_back(run, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad((run(x) * weights.to(x.dtype)).sum(), x)[0]
+
+    exact = led_back(lambda x: stock(truth, x, times, embeds.double()), latents.double())
+    found = led_back(lambda x: fast(x, times, embeds), latents)
+    assert (found - exact).norm() < 1e-5 * exact.norm()
+
+
 def test_without_gradients_it_computes_the_same_bits():
     _, fast = fast_form(network(**SHAPES["wide enough for Winograd"]))
     with torch.no_grad():

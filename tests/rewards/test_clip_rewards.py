@@ -273,3 +273,23 @@ def test_what_cannot_be_loaded_is_one_message(folder, tmp_path):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(InputError, match=r"expected the predictor's five linear layers"):
         build_reward(f"aesthetic@{tmp_path}", CPU)
+
+
+@pytest.mark.parametrize("kind", ["pickscore", "hpsv2", "clipscore", "aesthetic"])
+@pytest.mark.parametrize("size", [(16, 16), (28, 41)])
+def test_rewards_are_differentiable_where_the_images_ask_for_it(folder, kind, size):
+    """By the very scores that training sees; against a difference, where no pixel is rounded."""
+    reward = build_reward(f"{kind}@{folder}", CPU)
+    images = torch.rand(4, 3, *size, generator=torch.Generator().manual_seed(1)).mul(0.8).add(0.1)
+    plain = reward(images, PROMPTS)
+    free = images.clone().requires_grad_()
+    scores = reward(free, PROMPTS)
+    assert torch.equal(scores.detach(), plain) and not plain.requires_grad
+    (gradient,) = torch.autograd.grad(scores.sum(), free)
+    with torch.no_grad():  # nothing is kept then, whoever asks
+        assert not reward(free, PROMPTS).requires_grad
+    if size == (16, 16):
+        way = torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
+        change = (reward(images + 1e-3 * way, PROMPTS) - reward(images - 1e-3 * way, PROMPTS)).sum() / 2e-3
+        assert float((gradient * way).sum()) == pytest.approx(float(change), rel=0.02, abs=1e-2)
+    assert torch.equal(gradient.flatten(1).norm(dim=1) > 0, plain != 0)  # CLIPScore is 0 below 0

@@ -229,3 +229,15 @@ def test_what_cannot_be_used_is_one_message(folder, tmp_path):
     save_file({"mlp.0.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"expected ImageReward's weights, converted"):
         build_reward(f"imagereward@{tmp_path}", CPU)
+
+
+def test_it_is_differentiable_where_the_images_ask_for_it(folder):
+    reward = build_reward(f"imagereward@{folder}", CPU)
+    images = torch.rand(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)).mul(0.8).add(0.1)
+    free = images.clone().requires_grad_()
+    scores = reward(free, PROMPTS)
+    assert torch.equal(scores.detach(), reward(images, PROMPTS))
+    (gradient,) = torch.autograd.grad(scores.sum(), free)
+    way = torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
+    change = (reward(images + 1e-3 * way, PROMPTS) - reward(images - 1e-3 * way, PROMPTS)).sum() / 2e-3
+    assert float((gradient * way).sum()) == pytest.approx(float(change), rel=0.02, abs=1e-2)

@@ -12,7 +12,18 @@ from rich.table import Table
 from driftrl.batches import out_of_memory
 from driftrl.checks import RunFailedError
 from driftrl.config import TrainConfig, load_config
-from driftrl.estimate import Calls, Costs, Phases, Plan, Standing, calls, evaluation_seconds, peaks, seconds
+from driftrl.estimate import (
+    Calls,
+    Costs,
+    Phases,
+    Plan,
+    Standing,
+    adjoint_bytes,
+    calls,
+    evaluation_seconds,
+    peaks,
+    seconds,
+)
 
 EVALUATED = 3
 """Models that are drawn at the end: the base model twice (once as the reference of recall), the last checkpoint."""
@@ -49,12 +60,13 @@ def estimate(config: Path | None, settings: list[str], probed: bool) -> None:
             plan, device = probe.plan_of(loop), loop.policy.device
             standing, gradients = probe.standing_of(loop), probe.gradients_of(loop)
             stored, pictures = probe.stored_of(loop, plan), probe.pictures_of(loop, plan)
+            adjoints = adjoint_bytes(plan, loop.policy.latent_shape)
             costs = probe.measure(loop, lambda phase: status.update(f"trying {phase}")) if probed else None
     _, asked = evaluated(parsed.evaluation.prompts, parsed.prompts.set)
     console.print(_times(parsed, plan, costs, images_evaluated(parsed, len(asked))))
     working = Phases(0, 0, 0, 0, 0) if costs is None else costs.working
-    console.print(_memory(plan, standing, stored, gradients, working, costs is not None))
-    in_use = peaks(plan, standing, stored, pictures, gradients, working)
+    console.print(_memory(plan, standing, stored, gradients, adjoints, working, costs is not None))
+    in_use = peaks(plan, standing, stored, pictures, gradients + adjoints, working)
     phase, most = max(in_use.items(), key=lambda item: item[1])
     room = probe.room(device, parsed.model.memory_budget)
     where = f"{device} with {size(room)}" if room else str(device)
@@ -124,6 +136,8 @@ def _work(plan: Plan, called: Calls) -> dict[str, str]:
         update += f", {called.reference} forward by other policies"
     if called.rescoring:
         update += f", {called.rescoring} scored again"
+    if called.carried:
+        update += f", {called.carried} that carry the reward's gradient back"
     if plan.backward:
         update = "of gradients that denoising took"
     scored = f"{plan.images * (1 + plan.judges)} images"
@@ -170,7 +184,13 @@ def _times(config: TrainConfig, plan: Plan, costs: Costs | None, evaluated: int)
 
 
 def _memory(
-    plan: Plan, standing: Standing, stored: int, gradients: int, working: Phases, measured: bool
+    plan: Plan,
+    standing: Standing,
+    stored: int,
+    gradients: int,
+    adjoints: int,
+    working: Phases,
+    measured: bool,
 ) -> Table:
     table = Table(title="memory", title_justify="left", header_style="bold")
     table.add_column("kind")
@@ -185,6 +205,8 @@ def _memory(
         ("", f"the {plan.kept} kept ones, copied; the others then go", stored * plan.keep / plan.candidates),
         ("", "gradients", gradients),
     ]
+    if adjoints:
+        rows.append(("", "gradients in the kept images' latents, and means there", adjoints))
     if standing.program:
         rows.insert(0, ("stays", "Python and libraries", standing.program))
         rows[1] = ("", *rows[1][1:])
