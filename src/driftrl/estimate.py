@@ -50,9 +50,9 @@ class Plan:
     all_embedded: bool = False
     """Whether the encoder sees all candidates, of which a share of diversity is to be kept, or those that are learned from alone."""
     carried: int = 0
-    """Denoising steps that the gradient of the reward is carried back through (adjoint, draft), of every kept image."""
+    """Denoising steps that are asked again to carry the gradient of the reward back (adjoint, draft), for every kept image."""
     adjoints: int = 0
-    """Steps whose adjoint and mean are kept for the update."""
+    """Latents that are kept of each for the update: of every step that is learned from the adjoint, and the base model's mean (adjoint)."""
 
     @property
     def images(self) -> int:
@@ -133,7 +133,7 @@ def calls(plan: Plan) -> Calls:
 
 def adjoint_bytes(plan: Plan, latent: tuple[int, ...]) -> int:
     """Bytes of adjoints and means, and of the gradient in the clean latents, of latents [C, H, W]; 0 without any."""
-    return FLOAT * plan.kept * (2 * plan.adjoints + 1) * math.prod(latent) if plan.carried else 0
+    return FLOAT * plan.kept * (plan.adjoints + 1) * math.prod(latent) if plan.adjoints else 0
 
 
 def picture_bytes(plan: Plan, image: tuple[int, ...]) -> int:
@@ -210,7 +210,7 @@ def seconds(plan: Plan, costs: Costs) -> Phases:
         reward=costs.reward * plan.images * (1 + plan.judges),
         diversity=costs.encode * (plan.images if plan.all_embedded else plan.kept),
         update=(0 if plan.backward else costs.pair * plan.pairs * plan.epochs)
-        + (costs.pair * plan.carried + costs.followed) * (plan.kept if plan.carried else 0)
+        + (costs.pair * plan.carried + costs.followed) * plan.kept
         + costs.optimizer * calls(plan).optimizer,
     )
 

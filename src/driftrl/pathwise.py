@@ -146,8 +146,8 @@ class Carried:
     """int64 [T]: where a step is in the next two; -1 where it is not."""
     adjoints: Tensor
     """float32 [S, K, C, H, W]: gradients in what the step ends in."""
-    means: Tensor
-    """float32 [S, K, C, H, W]: of the transitions that carried them."""
+    means: Tensor | None
+    """float32 [S, K, C, H, W]: of the transitions that carried them; None where they are not wanted."""
 
 
 def carried_back(
@@ -157,6 +157,7 @@ def carried_back(
     wanted: Tensor,
     batch: BatchSize,
     within: Callable[[], AbstractContextManager[None]] = nullcontext,
+    with_means: bool = True,
 ) -> Carried:
     """Carry a gradient in x_0 back to every step that is wanted: ``a_t = J_t^T a_{t-1}``, J_t the Jacobian of the mean at x_t.
 
@@ -167,6 +168,7 @@ def carried_back(
         wanted: bool [T].
         batch: samples at once; each takes as much memory as a pair of an update.
         within: a context within which the policy is the one whose Jacobians are meant.
+        with_means: whether its means are wanted too; without them the first of the steps needs no pass.
     """
     steps = wanted.nonzero()[:, 0].tolist()
     place = torch.full((len(wanted),), -1, dtype=torch.long, device=path.device)
@@ -176,25 +178,28 @@ def carried_back(
     def work(rows: slice) -> Tensor:
         sample = torch.arange(len(path), device=path.device)[rows]
         adjoint = gradient[rows].float()
-        found = adjoint.new_empty(len(sample), 2, len(steps), *adjoint.shape[1:])
+        found = adjoint.new_empty(len(sample), 1 + with_means, len(steps), *adjoint.shape[1:])
         for step in range(len(wanted) - 1, steps[0] - 1, -1):
-            last = step == steps[0]
-            at = torch.full_like(sample, step)
+            last, at = step == steps[0], torch.full_like(sample, step)
+            if step in number:
+                found[:, 0, number[step]] = adjoint
+            if last and not with_means:
+                break
             with torch.set_grad_enabled(not last):
                 latents = path[rows, step].detach().requires_grad_(not last)
                 mean = replay(latents, sample, at).mean
-                if step in number:
-                    found[:, 0, number[step]], found[:, 1, number[step]] = adjoint, mean.detach()
-                if not last:
-                    # In a unit of its own, so that half precision neither overflows nor loses it.
-                    unit = adjoint.abs().amax((1, 2, 3), keepdim=True)
-                    unit = torch.where(unit > 0, unit, 1.0)
-                    adjoint = unit * torch.autograd.grad(mean, latents, adjoint / unit)[0].float()
+            if with_means and step in number:
+                found[:, 1, number[step]] = mean.detach()
+            if not last:
+                # In a unit of its own, so that half precision neither overflows nor loses it.
+                unit = adjoint.abs().amax((1, 2, 3), keepdim=True)
+                unit = torch.where(unit > 0, unit, 1.0)
+                adjoint = unit * torch.autograd.grad(mean, latents, adjoint / unit)[0].float()
         return found
 
     with within():
         found = in_batches(batch, len(path), work)
-    return Carried(place, found[:, 0], found[:, 1])
+    return Carried(place, found[:, 0], found[:, 1] if with_means else None)
 
 
 class Pathwise:
@@ -214,15 +219,12 @@ class Pathwise:
     def __call__(self, latents: Tensor, sample: Tensor, step: Tensor, before: Drawn) -> Term:
         """The policy there, and how far it is from the one that drew, where there is noise to tell."""
         move = self._replay(latents, sample, step)
-        at = self._carried.place[step]
-        loss = self._loss(
-            move.mean, self._carried.means[sample, at], move.std, self._carried.adjoints[sample, at]
-        )
+        at, means, drawn = self._carried.place[step], self._carried.means, self._path[sample, step + 1]
+        other = drawn if means is None else means[sample, at]
+        loss = self._loss(move.mean, other, move.std, self._carried.adjoints[sample, at])
         with torch.no_grad():
             noisy = move.std > 0
-            drawn = gaussian.log_prob(
-                self._path[sample, step + 1], move.mean, torch.where(noisy, move.std, 1.0)
-            )
-            log_ratio = torch.where(noisy.flatten(), drawn - before.log_probs[sample, step], 0.0)
+            log_prob = gaussian.log_prob(drawn, move.mean, torch.where(noisy, move.std, 1.0))
+            log_ratio = torch.where(noisy.flatten(), log_prob - before.log_probs[sample, step], 0.0)
             deviation, approx_kl = (log_ratio.exp() - 1).abs().max(), 0.5 * log_ratio.square().mean()
         return Term(loss, move, approx_kl, torch.zeros_like(approx_kl), deviation)

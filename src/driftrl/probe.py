@@ -90,16 +90,21 @@ def plan_of(loop: TrainingLoop) -> Plan:
         spared=objective.denoising is not None and objective.denoising.own_behavior,
         all_embedded=method.shaping.target is not None,
         carried=_carried(loop),
-        adjoints=0 if objective.pathwise is None else int(objective.followed(policy.scored).sum()),
+        adjoints=0
+        if objective.pathwise is None
+        else int(objective.followed(policy.scored).sum()) * (1 + objective.pathwise.by_reference),
     )
 
 
 def _carried(loop: TrainingLoop) -> int:
-    """Denoising steps from the first one that is learned from to the image, for a loss that carries a gradient back."""
-    if loop.objective.pathwise is None:
+    """Denoising steps from the first one that is learned from to the image, for a loss that carries a gradient back; without that one where
+    its mean is not wanted.
+    """
+    loss = loop.objective.pathwise
+    if loss is None:
         return 0
     wanted = loop.objective.followed(loop.policy.scored)
-    return len(wanted) - int(wanted.int().argmax())
+    return len(wanted) - int(wanted.int().argmax()) - (not loss.by_reference)
 
 
 def stored_of(loop: TrainingLoop, plan: Plan) -> int:
@@ -184,7 +189,7 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
     rewarding = attempt("reward", lambda n: loop.reward(images[:n], [row] * n), decoding.count)
     encoding = attempt("diversity", lambda n: loop.encoder(images[:n]), min(decoding.count, plan.kept))
 
-    following = attempt("update", work.follow, min(decoding.count, plan.kept)) if plan.carried else None
+    following = attempt("update", work.follow, min(decoding.count, plan.kept)) if plan.adjoints else None
     waiting = _Stopwatch(loop.optimizer, device)
     learning = attempt("update", lambda n: work.learn(drawn, n, loop.optimizer), together)
     optimizer = statistics.median(waiting.seconds[1:] or waiting.seconds)
@@ -373,8 +378,9 @@ class _Work:
 
     @property
     def carried(self) -> int:
-        """Denoising steps that `learn` carries a gradient back through: all that it has."""
-        return 0 if self._objective.pathwise is None else self.policy.count
+        """Passes of each pair of `learn` that carry a gradient back."""
+        loss = self._objective.pathwise
+        return 0 if loss is None else self.policy.count - (not loss.by_reference)
 
     def follow(self, count: int) -> None:
         """The gradient of the reward, and of diversity where it is shaped, of so many images."""

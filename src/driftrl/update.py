@@ -289,9 +289,10 @@ def _terms(
     path, wanted = rollout.latents.flatten(0, 1), objective.followed(policy.scored)
     by = others.reference if loss.by_reference else nullcontext
     with team.together():
-        return Pathwise(
-            replay, path, carried_back(replay, path, gradient.flatten(0, 1), wanted, batch, by), loss
+        carried = carried_back(
+            replay, path, gradient.flatten(0, 1), wanted, batch, by, with_means=loss.by_reference
         )
+    return Pathwise(replay, path, carried, loss)
 
 
 def _weights(policy: Policy, objective: Objective) -> Tensor | None:

@@ -182,9 +182,12 @@ def test_adjoints_are_what_autograd_says_of_the_whole_path():
     noise = [path[:, t + 1] - chain.transition(path[:, t], t).mean.detach() for t in range(6)]
     given = draws(5, 1, 2, 2, seed=3)
     wanted = torch.tensor([False, True, False, True, True, False])
+    bare = carried_back(chain.replay, path, given, wanted, BatchSize(8, "x"), with_means=False)
+    assert bare.means is None
     for size in (8, 2):
         carried = carried_back(chain.replay, path, given, wanted, BatchSize(size, "x"))
         assert carried.place.tolist() == [-1, 0, -1, 1, 2, -1]
+        torch.testing.assert_close(bare.adjoints, carried.adjoints)
         for step, place in ((1, 0), (3, 1), (4, 2)):
             x = path[:, step + 1].clone().requires_grad_()
             end = x

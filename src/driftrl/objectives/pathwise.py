@@ -24,7 +24,7 @@ class PathwiseLoss(Protocol):
 
     @property
     def by_reference(self) -> bool:
-        """Whether the reference's Jacobians carry the gradient back, or those of the policy that drew."""
+        """Whether the reference's Jacobians carry the gradient back, and its means are asked for, or the policy that drew, whose are not."""
         ...
 
     def learned(self, scored: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ class PathwiseLoss(Protocol):
         ...
 
     def __call__(self, mean: Tensor, before: Tensor, std: Tensor, adjoint: Tensor) -> Tensor:
-        """The loss [n] of means [n, ...] of the policy, with gradient; ``before`` are those of what carried the adjoint back, which
-        is of x_{t-1}.
+        """The loss [n] of means [n, ...] of the policy, with gradient, and adjoints of x_{t-1}; ``before`` is the reference's mean, or
+        x_{t-1} as it was drawn.
         """
         ...
 
@@ -115,16 +115,16 @@ def adjoint_matching(mean: Tensor, mean_ref: Tensor, std: Tensor, adjoint: Tenso
     return (0.5 * (moved - scale * adjoint.detach().to(dtype)).square()).flatten(1).sum(1)
 
 
-def direct_reward(mean: Tensor, before: Tensor, adjoint: Tensor) -> Tensor:
-    """``-<mean - before, a>``, the **sum** over all dimensions but the first: to first order what is gained by this step's move.
+def direct_reward(mean: Tensor, drawn: Tensor, adjoint: Tensor) -> Tensor:
+    """``-<mean - x, a>``, the **sum** over all dimensions but the first: to first order what is gained by this step's move.
 
     Where the policy is the one that drew, the gradient of its sum over the last K steps is that of the negative reward by
     backpropagation through them.
 
     Args:
         mean: [n, ...], of the policy's transitions, with gradient.
-        before: [n, ...], those of the policy that drew; only the loss's value depends on them.
-        adjoint: [n, ...], of what the transitions end in, carried back by the policy that drew.
+        drawn: [n, ...], what the transitions ended in, x_{t-1}; only the loss's value depends on it.
+        adjoint: [n, ...], the gradient there, carried back by the policy that drew.
 
     Returns:
         [n]; float32, or float64 if a mean is.
@@ -141,10 +141,10 @@ def direct_reward(mean: Tensor, before: Tensor, adjoint: Tensor) -> Tensor:
         >>> direct_reward(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), torch.tensor([[4.0, -1.0]]))
         tensor([-2.])
     """
-    same_shape("before", before, "mean", mean)
+    same_shape("drawn", drawn, "mean", mean)
     same_shape("adjoint", adjoint, "mean", mean)
     dtype = torch.promote_types(mean.dtype, torch.float32)
-    moved = mean.to(dtype) - before.detach().to(dtype)
+    moved = mean.to(dtype) - drawn.detach().to(dtype)
     return -(moved * adjoint.detach().to(dtype)).flatten(1).sum(1)
 
 
