@@ -28,7 +28,7 @@ from driftrl.objectives.negative_aware import NegativeAware
 from driftrl.objectives.pathwise import AdjointMatching, DirectReward, PathwiseLoss
 from driftrl.pipelines import PIPELINES, TINY_ANIMALS, load_pipeline, usual_sampling
 from driftrl.policies.lora import WEIGHTS as LORA
-from driftrl.policies.pipeline import PipelinePolicy, Sampler
+from driftrl.policies.pipeline import DECODED_PIXELS, PipelinePolicy, Sampler
 from driftrl.policies.stable_diffusion import StableDiffusionPolicy
 from driftrl.policies.start import Start, layer_kind, load_start
 from driftrl.prompts import called, trained, warn_of_doubles
@@ -604,6 +604,7 @@ def build_loop(
         in_one_pass=in_one_pass(config, policy, objective, team),
         schedule=schedule_of(config),
         ema_decay=config.optimizer.ema_decay,
+        gradient_batch=followed_at_once(policy),
     )
 
 
@@ -640,6 +641,12 @@ def demand_gradient(
                 "one that torch computes throughout (tiny-animals, pickscore, hpsv2, clipscore, imagereward, aesthetic, or a function "
                 f"of yours), or another loss, such as clipped_surrogate{why}"
             )
+
+
+def followed_at_once(policy: PipelinePolicy) -> int:
+    """Images through which the gradient of a reward is taken at once: a quarter of the pixels that are decoded without one."""
+    _, height, width = policy.image_shape
+    return max(1, min(64, DECODED_PIXELS // 4 // (height * width)))
 
 
 def unlikely_settings(config: TrainConfig) -> list[str]:

@@ -189,7 +189,8 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
     rewarding = attempt("reward", lambda n: loop.reward(images[:n], [row] * n), decoding.count)
     encoding = attempt("diversity", lambda n: loop.encoder(images[:n]), min(decoding.count, plan.kept))
 
-    following = attempt("update", work.follow, min(decoding.count, plan.kept)) if plan.adjoints else None
+    together_followed = min(loop.gradient_batch.now, plan.kept)
+    following = attempt("update", work.follow, together_followed) if plan.adjoints else None
     waiting = _Stopwatch(loop.optimizer, device)
     learning = attempt("update", lambda n: work.learn(drawn, n, loop.optimizer), together)
     optimizer = statistics.median(waiting.seconds[1:] or waiting.seconds)
@@ -208,7 +209,7 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
             max(
                 0.0,
                 learning.working(together) - gradients_of(loop),
-                0.0 if following is None else following.working(min(together, plan.kept)),
+                0.0 if following is None else following.working(together_followed),
             ),
         ),
         backward=0.0 if with_gradients is None else with_gradients.each / work.policy.count,

@@ -123,6 +123,7 @@ class TrainingLoop:
         in_one_pass: bool = False,
         schedule: Callable[[int], float] | None = None,
         ema_decay: float | None = None,
+        gradient_batch: int = 32,
     ) -> None:
         """Take over built objects; ``checkpoints`` is the folder that checkpoints go to, each with
         ``configuration``. ``judges`` are rewards whose disagreement with ``reward`` decides whom the divergence
@@ -132,7 +133,8 @@ class TrainingLoop:
         ``similarity`` of image and prompt shows whether the noise on the prompt is too strong; None does not look.
         ``in_one_pass`` takes gradients while the candidates are drawn (`driftrl.one_pass`), with batches of the update's
         size. ``schedule`` is the share of the optimizer's learning rate that an iteration has. With ``ema_decay``
-        checkpoints hand out a moving average of the weights (`driftrl.schedule`).
+        checkpoints hand out a moving average of the weights (`driftrl.schedule`). The gradient of the reward, for losses that
+        follow it, is taken of ``gradient_batch`` images at once.
         """
         self.policy, self.reward, self.encoder, self.prompt_set = policy, reward, encoder, prompt_set
         self.method, self.objective, self.optimizer, self.checkpoints = (
@@ -153,7 +155,7 @@ class TrainingLoop:
         self.encoder_batch = BatchSize(
             prompts_per_iteration * method.keep, "shaping.encoder: images at once,"
         )
-        self.gradient_batch = BatchSize(objective.batch_size, "optimizer.batch_size: images at once,")
+        self.gradient_batch = BatchSize(gradient_batch, "objective.loss: images at once,")
         self.checkpoint_every, self.keep_last, self.keep_every = checkpoint_every, keep_last, keep_every
         self.max_failures, self.configuration, self.judges, self.team, self.similarity = (
             max_failures,
