@@ -1,11 +1,11 @@
-"""docs/images/same-reward.png: the base model, shaping with a weak KL, GRPO at the same reward and GRPO at its end, from the same noise.
+"""docs/images/same-reward.png: the base model, GRPO, shaping by its gradient at the same reward and at its end, from the same noise.
 
     driftrl experiment experiments/plans/flat.yaml --out runs/flat                       # or these two runs of it
-    python docs/figures/same_reward.py runs/flat/runs/grpo-seed0 runs/flat/runs/shaped-kl-0.02-seed0
+    python docs/figures/same_reward.py runs/flat/runs/grpo-seed0 runs/flat/runs/draft-shaped-seed0
 
-Of the second run it takes the last checkpoint, of the first the one that is nearest to that in reward, and the last; and prompts evenly
-spaced from the one that lost most diversity to the one that lost least, in the first at the same reward. The curves are those of
-docs/results/flat: means over seeds bold, seeds faint.
+Of the first run it takes the checkpoint of iteration 96, of the second the one that is nearest to that in reward, and the last; and prompts
+evenly spaced from the one that lost most diversity to the one that lost least, in the first. The curves are those of docs/results/flat:
+means over seeds bold, seeds faint.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from driftrl.evaluation.gallery import evenly, prompt_rows, side
 from driftrl.evaluation.picture import COLOURS, MUTED, Chart, Stroke, draw
 
 DOCS = Path(__file__).resolve().parents[1]
-CURVES = {"grpo": COLOURS[0], "shaped-kl-0.02": COLOURS[1]}
+CURVES = {"grpo": COLOURS[0], "draft-shaped": COLOURS[1], "shaped-kl-0.02": COLOURS[2]}
 """Of docs/results/flat: colours, as of the pictures."""
-PROMPTS, IMAGES = 6, 4
+PROMPTS, IMAGES, AT = 6, 4, 96
 
 
 def main() -> None:
@@ -33,15 +33,15 @@ def main() -> None:
     parser.add_argument("shaped", type=Path)
     runs = parser.parse_args()
     evaluations = [load_evaluation(folder) for folder in (runs.grpo, runs.shaped)]
-    last = evaluations[1].tuned[-1]
-    level = last.figures["reward"].mean
-    near = min(evaluations[0].tuned, key=lambda point: abs(point.figures["reward"].mean - level))
-    rows = evenly(prompt_rows(evaluations[0], near), PROMPTS)
+    plain = next(point for point in evaluations[0].tuned if point.iteration == AT)
+    level = plain.figures["reward"].mean
+    near = min(evaluations[1].tuned, key=lambda point: abs(point.figures["reward"].mean - level))
+    rows = evenly(prompt_rows(evaluations[0], plain), PROMPTS)
     shown = [
         ("base model", MUTED, 0, evaluations[0].base),
-        ("shaping + KL", CURVES["shaped-kl-0.02"], 1, last),
-        ("GRPO", CURVES["grpo"], 0, near),
-        ("GRPO, later", CURVES["grpo"], 0, evaluations[0].tuned[-1]),
+        ("GRPO", CURVES["grpo"], 0, plain),
+        ("shaped, by gradient", CURVES["draft-shaped"], 1, near),
+        ("its end", CURVES["draft-shaped"], 1, evaluations[1].tuned[-1]),
     ]
     folders = (runs.grpo, runs.shaped)
     sides = [
