@@ -40,6 +40,8 @@ README = {
     "drift": "DRIFT (`experiments/drift.yaml`, λ 0.2)",
     "shaped-0.75": "its shaping alone (`experiments/shaped.yaml`, λ 0.75)",
     "shaped-kl-0.02": "**and a weak KL (`experiments/shaped-kl.yaml`)**",
+    "draft": "DRaFT (`experiments/methods/draft.yaml`; needs the reward's gradient)",
+    "draft-shaped": "**and DRIFT's shaping by its gradient (`experiments/methods/draft-shaped.yaml`)**",
 }
 """The methods of the README's table, and what they are called there."""
 LEVELS, AT = (13.5, 13.85, 14.0), ("diversity", "recall", "coverage")
@@ -167,16 +169,17 @@ def short_table(methods: list[Method]) -> str:
     pairs = {(p.metric, p.method): p for p in compare.compare(methods, list(gained), "grpo")}
     base = methods[0].runs[0].evaluation.base.figures
     lines = [
-        "| Method, three seeds | Reward at the end | Diversity at the end | Gained over GRPO at equal reward: diversity | CLIP diversity | latent diversity |",
-        "| --- | --- | --- | --- | --- | --- |",
-        f"| base model | {base['reward'].mean:.2f} | {base['diversity'].mean:.3f} | | | |",
+        "| Method | Seeds | Reward at the end | Diversity at the end | Gained over GRPO at equal reward: diversity | CLIP diversity | latent diversity |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| base model | | {base['reward'].mean:.2f} | {base['diversity'].mean:.3f} | | | |",
     ]
     by_name = {method.name: method for method in methods}
     for name, title in README.items():
         method = by_name[name]
         reward, diversity = (method.over_time(metric)[-1].mean for metric in ("reward", "diversity"))
         gains = [_gained(pairs[metric, name]) if name != "grpo" else "" for metric in gained]
-        lines.append(f"| {title} | {reward:.2f} | {diversity:.3f} | {' | '.join(gains)} |")
+        seeds = len(method.runs)
+        lines.append(f"| {title} | {seeds} | {reward:.2f} | {diversity:.3f} | {' | '.join(gains)} |")
     return "\n".join(lines)
 
 
