@@ -220,6 +220,13 @@ def test_learning_happens(config, tmp_path):
     )
 
 
+def test_a_divergence_where_no_step_has_noise_is_refused(config, tmp_path):
+    with pytest.raises(
+        InputError, match=r"objective\.kl_weight: .* the last 1 of this model's denoising steps has none"
+    ):
+        build_loop(config(**DRAFT | {"objective__draft_steps": 1}, objective__kl_weight=0.1), tmp_path)
+
+
 @BOTH
 def test_batch_sizes_change_nothing_but_rounding(config, tmp_path, settings):
     assert_batch_sizes_only_round(config, tmp_path, settings | {"iterations": 2}, rel=1e-3, abs=1e-5)
@@ -308,7 +315,6 @@ def test_an_encoder_without_a_gradient_is_refused_where_it_shapes(config, tmp_pa
         ({"shaping__measure": "clusters", "shaping__level": "reward"}, r"shaping\.measure: the sizes of clusters have no gradient"),
         ({"objective__trust_region": "normalized"}, r"objective\.loss 'draft' is held by objective\.kl_weight"),
         ({"objective__draft_steps": 9}, r"objective\.draft_steps: expected at most sampling\.steps \(4\); got 9"),
-        ({"objective__draft_steps": 1, "objective__kl_weight": 0.1}, r"objective\.kl_weight: the last denoising step has no noise"),
         ({"optimizer__one_pass": True, "optimizer__updates": 1}, None),
     ],
 )  # fmt: skip

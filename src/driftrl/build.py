@@ -580,6 +580,8 @@ def build_loop(
         fused=True if policy.device.type == "cuda" and not sharded else None,  # one kernel for all matrices
     )
     objective = objective_of(config, policy.device)
+    if objective.pathwise is not None and objective.kl_weight > 0:
+        demand_noise(policy, objective)
     return TrainingLoop(
         policy,
         reward,
@@ -641,6 +643,21 @@ def demand_gradient(
                 "one that torch computes throughout (tiny-animals, pickscore, hpsv2, clipscore, imagereward, aesthetic, or a function "
                 f"of yours), or another loss, such as clipped_surrogate{why}"
             )
+
+
+def demand_noise(policy: PipelinePolicy, objective: Objective) -> None:
+    """Refuse a divergence where none of the steps that are learned from has noise.
+
+    Raises:
+        InputError: if so.
+    """
+    learned = objective.followed(policy.scored)
+    if not bool((learned & policy.scored).any()):
+        last = int(learned.sum())
+        raise InputError(
+            f"objective.kl_weight: without noise there is no divergence, and the last {last} of this model's denoising steps "
+            f"{'has' if last == 1 else 'have'} none; expected more objective.draft_steps, or 0"
+        )
 
 
 def followed_at_once(policy: PipelinePolicy) -> int:

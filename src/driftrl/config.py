@@ -733,11 +733,6 @@ class TrainConfig(Section):
             raise ValueError(
                 f"objective.draft_steps: expected at most sampling.steps ({self.sampling.steps}); got {objective.draft_steps}"
             )
-        if loss == "draft" and objective.kl_weight > 0 and objective.draft_steps == 1:
-            raise ValueError(
-                "objective.kl_weight: the last denoising step has no noise, so that with objective.draft_steps 1 there is no divergence; "
-                "use more steps, or 0"
-            )
 
     def _check_start(self) -> None:
         if self.adapter.start is not None and self.adapter.kind != "lora":
