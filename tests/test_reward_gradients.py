@@ -93,7 +93,7 @@ def learn(policy, conditioning, drawn, loss, size, gradient, **more):
 def pulled(policy, drawn, size=4):
     """The gradient of the plain sum of rewards, in the clean latents."""
     weigh = Worth(torch.ones(2, 3, 1), torch.zeros(2))
-    given = drawn.latents[:, :, -1], PROMPTS, policy, smooth, None, Shaping(0.0), weigh
+    given = drawn.latents[:, :, -1], drawn.images, PROMPTS, policy, smooth, None, Shaping(0.0), weigh
     return gradient_of_images(*given, BatchSize(size, "x"))
 
 
@@ -181,7 +181,15 @@ def test_what_is_followed_is_the_shaped_advantage_with_its_statistics_held(
         return torch.stack([smooth(images, prompts), images[:, 2].mean((1, 2))], 1)
 
     found = gradient_of_images(
-        latents, PROMPTS, policy, both, encoder, Shaping(0.5, level=level), weigh, BatchSize(size, "x")
+        latents,
+        samples.images,
+        PROMPTS,
+        policy,
+        both,
+        encoder,
+        Shaping(0.5, level=level),
+        weigh,
+        BatchSize(size, "x"),
     )
     x = latents.clone().requires_grad_()
     vae = policy.pipeline.vae
@@ -195,7 +203,7 @@ def test_what_is_followed_is_the_shaped_advantage_with_its_statistics_held(
     total.backward()
     torch.testing.assert_close(found, x.grad, rtol=1e-3, atol=1e-4 * float(x.grad.abs().max()))
     without = gradient_of_images(
-        latents, PROMPTS, policy, both, encoder, Shaping(0.0), weigh, BatchSize(size, "x")
+        latents, samples.images, PROMPTS, policy, both, encoder, Shaping(0.0), weigh, BatchSize(size, "x")
     )
     assert (found - without).abs().max() > 1e-2 * found.abs().max()
 

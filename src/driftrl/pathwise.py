@@ -82,6 +82,7 @@ def worth(
 
 def gradient_of_images(
     clean: Tensor,
+    images: Tensor,
     prompts: Sequence[str],
     policy: Policy,
     reward: Reward,
@@ -97,6 +98,7 @@ def gradient_of_images(
 
     Args:
         clean: [p, G, C, H, W], x_0 of the kept candidates.
+        images: [p, G, 3, height, width], what they were decoded to.
         prompts: p of them.
         policy: whose `decode` is differentiable.
         reward: differentiable in the images.
@@ -113,17 +115,18 @@ def gradient_of_images(
     weights = weigh.reward.flatten(0, 1)
     pull: Tensor | None = None
     if shaping.on and bool((weigh.bonus != 0).any()):
-        features = in_batches(batch, len(flat), lambda rows: encoder(policy.decode(flat[rows])))
+        drawn = images.flatten(0, 1)
+        features = in_batches(batch, len(drawn), lambda rows: encoder(drawn[rows]))
         pull = _pull_of_features(features.unflatten(0, (-1, group)), weigh.bonus, shaping).flatten(0, 1)
 
     def work(rows: slice) -> Tensor:
         with torch.enable_grad():
             x0 = flat[rows].detach().requires_grad_()
-            images = policy.decode(x0)
-            scores = reward(images, names[rows])
+            decoded = policy.decode(x0)
+            scores = reward(decoded, names[rows])
             total = (weights[rows].to(scores) * scores.reshape(len(scores), -1)).sum()
             if pull is not None:
-                total = total + (pull[rows].to(images) * encoder(images)).sum()
+                total = total + (pull[rows].to(decoded) * encoder(decoded)).sum()
             return torch.autograd.grad(total, x0)[0].float()
 
     return in_batches(batch, len(flat), work).unflatten(0, (-1, group))

@@ -387,13 +387,14 @@ class _Work:
         """The gradient of the reward, and of diversity where it is shaped, of so many images."""
         loop, whole = self._loop, _policy(self._loop)
         shaping = loop.method.shaping
-        clean = torch.zeros(1, count, *whole.latent_shape, device=whole.device)
+        draw = torch.Generator().manual_seed(0)
+        clean = torch.randn(1, count, *whole.latent_shape, generator=draw).to(whole.device)
+        images = torch.rand(1, count, *whole.image_shape, generator=draw).to(whole.device)
         rewards = torch.ones(1, count, len(loop.method.rewards) or 1, device=whole.device)
         # Two images at least have a diversity.
         weigh = Worth(rewards, torch.full((1,), float(count > 1 and shaping.on), device=whole.device))
-        spread = clean + torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean)
         gradient_of_images(
-            spread, [loop.prompt_set[0]], whole, loop.reward, loop.encoder, shaping, weigh, _firm(count)
+            clean, images, loop.prompt_set[:1], whole, loop.reward, loop.encoder, shaping, weigh, _firm(count)
         )
 
     def draw(self, count: int, score_gradients: ScoreGradients | None = None) -> Rollout:

@@ -323,7 +323,7 @@ class TrainingLoop:
         advantages, weight = self._advantages(rewards, kept_rewards, bonus, memory.rows(which), ratio)
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
         earned = scores, rewards, chosen, bonus
-        pull = self._pull(kept, texts[mine], mine, earned, memory.rows(which), ratio)
+        pull = self._pull(kept, drawn, texts[mine], mine, earned, memory.rows(which), ratio)
         stats = self._learn(kept, advantages, conditioning, texts, held, memory, pull)
         self.memory = memory.after(
             stats.kl,
@@ -453,7 +453,7 @@ class TrainingLoop:
         )  # fmt: skip
 
     def _pull(
-        self, kept: Rollout, texts: list[str], mine: slice, earned: tuple[Tensor, Tensor, Tensor, Tensor],
+        self, kept: Rollout, drawn: Tensor, texts: list[str], mine: slice, earned: tuple[Tensor, Tensor, Tensor, Tensor],
         history: History | None, ratio: Tensor | None,
     ) -> Tensor | None:  # fmt: skip
         """The gradient of what is wanted of this process's kept images, in their clean latents [p, G, C, H, W]; None where no loss
@@ -461,6 +461,7 @@ class TrainingLoop:
 
         Args:
             kept: of the p prompts ``texts``, which are those at ``mine`` of all.
+            drawn: [p, N, 3, H, W], the images of all their candidates.
             texts: see there.
             mine: see there.
             earned: of all prompts, scores [P, N] or [P, N, R], rewards [P, N], chosen [P, G] and bonus [P, G].
@@ -474,9 +475,11 @@ class TrainingLoop:
             return None
         method = self.method
         weigh = worth(*earned, method.advantage, method.shaping, method.rewards, history, ratio)
+        chosen = earned[2][mine]
+        images = drawn[torch.arange(len(chosen), device=chosen.device)[:, None], chosen]
         with self.team.together():
             found = gradient_of_images(
-                kept.latents[:, :, -1], texts, self.policy, self.reward, self.encoder, method.shaping,
+                kept.latents[:, :, -1], images, texts, self.policy, self.reward, self.encoder, method.shaping,
                 Worth(*(part[mine] for part in weigh)), self.gradient_batch,
             )  # fmt: skip
             _demand_finite("gradient of reward and diversity", found[:, :, None], texts)
