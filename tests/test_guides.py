@@ -244,3 +244,31 @@ def test_diffusers_own_ddim_draws_nan_from_pure_noise():
     assert broken(1.0)  # at which numbers of steps, rounding decides, which differs between processors
     assert max(abs(under_the_root(steps)) for steps in range(2, 51)) < 1e-6  # 0, but for rounding
     assert broken(0.999) == []
+
+
+def prose(page):
+    return re.sub(r"(?ms)^```.*?^```", "", page.read_text())
+
+
+def anchors(page):
+    """Of its headings, as GitHub and most renderers make them."""
+    headings = (
+        re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text) for text in re.findall(r"(?m)^#+ (.*)$", prose(page))
+    )
+    return {re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-") for text in headings}
+
+
+def test_every_link_of_the_documentation_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/**/*.md")]
+    links = [
+        (page, link)
+        for page in pages
+        for link in re.findall(r"\]\(([^()\s]+)\)", prose(page))
+        if ":" not in link
+    ]
+    assert len(links) > 100
+    for page, link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"

@@ -37,20 +37,34 @@ def test_a_changed_figure_is_noticed(tmp_path, monkeypatch, capsys):
     shutil.copytree(DOCS / "figures", docs / "figures")
     (docs / "results/flat").symlink_to(DOCS / "results/flat")
     (docs / "flags").mkdir()
-    shutil.copy(DOCS.parent / "README.md", tmp_path)
-    shutil.copy(DOCS / "flags.md", docs)
-    page = (DOCS / "results.md").read_text()
-    table = page.partition("<!-- flat -->")[2]
-    line = next(line for line in table.splitlines() if line.startswith("| base model"))
-    (docs / "results.md").write_text(page)
+    for page in ("../README.md", "results.md", "results/flat.md", "flags.md"):
+        shutil.copy(DOCS / page, docs / page)
     assert differing(docs, monkeypatch, capsys)[0] == 0
-    (docs / "results.md").write_text(page.replace(line, line.replace("0.", "1.")))
-    status, told = differing(docs, monkeypatch, capsys)
-    assert status == 1 and "docs/results.md differs" in told, told
-    (docs / "results.md").write_text(page)
-    readme = (tmp_path / "README.md").read_text()
-    changed = re.sub(r"\| \+\d+% \(", "| +99% (", readme, count=1)
-    assert changed != readme
-    (tmp_path / "README.md").write_text(changed)
-    status, told = differing(docs, monkeypatch, capsys)
-    assert status == 1 and "README.md differs" in told, told
+    in_table = r"(?m)^(\| base model .* 0)\."
+    for page, figure, other in (
+        ("docs/results/flat.md", in_table, r"\1.9"),
+        ("docs/results.md", r"\| \+\d+% \(", "| +99% ("),
+        ("README.md", r"\| \+\d+% \(", "| +99% ("),
+    ):
+        text = (tmp_path / page).read_text()
+        changed = re.sub(figure, other, text, count=1)
+        assert changed != text
+        (tmp_path / page).write_text(changed)
+        status, told = differing(docs, monkeypatch, capsys)
+        assert status == 1 and f"{page} differs" in told, told
+        (tmp_path / page).write_text(text)
+
+
+def test_a_place_that_is_missing_is_said(tmp_path, monkeypatch, capsys):
+    docs = tmp_path / "docs"
+    shutil.copytree(DOCS / "figures", docs / "figures")
+    (docs / "results/flat").mkdir(parents=True)
+    (docs / "flags").mkdir()
+    for file in sorted((DOCS / "results/flat").glob("*-seed0.json")):
+        shutil.copy(file, docs / "results/flat")
+    (docs / "results.md").write_text("# Results")
+    shutil.copy(DOCS.parent / "README.md", tmp_path)
+    with pytest.raises(
+        SystemExit, match=r"one place for flat, between <!-- flat --> .* got 0 in docs/results\.md"
+    ):
+        differing(docs, monkeypatch, capsys)

@@ -1,4 +1,4 @@
-"""Tables and figure of docs/flags.md, for `results.py`."""
+"""Tables and figures of docs/flags.md and the pages below it, for `results.py`."""
 
 from __future__ import annotations
 

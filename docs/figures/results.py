@@ -1,11 +1,12 @@
-"""Tables and figures of docs/results.md and docs/flags.md, and the README's table, from the small files in docs/results and docs/flags.
+"""Tables and figures of docs/results.md and docs/flags.md, of the pages beside their files, and the README's table.
 
-    python docs/figures/results.py            # rewrites the parts of both pages between their markers
+    python docs/figures/results.py            # rewrites the parts of these pages between their markers
     python docs/figures/results.py --check    # exit status 1 if that would change anything
 
 A folder docs/results/NAME holds what `driftrl experiment` collected into OUT/results; its tables stand between
-`<!-- NAME -->` and `<!-- end -->`, its figure is docs/images/results-NAME.png. A file docs/flags/NAME.json holds what
-`experiments/flags/run.py` made of a plan; its table stands in docs/flags.md, likewise. The README's is of docs/results/flat.
+`<!-- NAME -->` and `<!-- end -->` on one of the pages docs/results/*.md, its figure is docs/images/results-NAME.png. A file
+docs/flags/NAME.json holds what `experiments/flags/run.py` made of a plan; its table stands in docs/flags.md or on a page
+docs/flags/*.md, likewise. Summaries on docs/results.md and in the README are of docs/results/flat.
 """
 
 from __future__ import annotations
@@ -163,6 +164,24 @@ def _gained(pair: Any, variety: bool = True) -> str:
     return f"{'0' if int(mean) == 0 else mean}%{ends}{some}"
 
 
+def summary_table(methods: list[Method]) -> str:
+    """Where each method ends, and how much more variety than the first it has at equal reward; who has most diversity comes first."""
+    first, *others = methods
+    metrics = compare.diversity_metrics(methods, VARIETY)
+    gains = [METRICS[name].title for name in metrics]
+    titles = ["Reward at the end", "Diversity left", f"Gained at equal reward: {gains[0]}", *gains[1:]]
+    pairs = {(p.metric, p.method): p for p in compare.compare(methods, metrics, first.name)}
+    base = first.runs[0].evaluation.base.figures["diversity"].mean
+    others.sort(key=lambda method: -pairs["diversity", method.name].diversity_share.mean)
+    lines = _matrix("Method (seeds)", titles)
+    for method in (first, *others):
+        reward, diversity = (method.over_time(metric)[-1].mean for metric in ("reward", "diversity"))
+        gains = [_gained(pairs[metric, method.name]) if method is not first else "" for metric in metrics]
+        cells = [f"{reward:.2f}", f"{diversity / base:.0%}", *gains]
+        lines.append(f"| {method.name} ({len(method.runs)}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def short_table(methods: list[Method]) -> str:
     """Where the README's methods end, and how much more diversity than GRPO they have at equal reward."""
     gained = ("diversity", "diversity/clip", "diversity/latents")
@@ -284,32 +303,34 @@ def main() -> int:
     check = parser.parse_args().check
     changed = False
     pages = {
-        "docs/results.md": result_blocks(check),
-        "docs/flags.md": flag_blocks(check),
-        "README.md": {"results": short_table(compare.load_methods([DOCS / "results/flat"]))},
+        (DOCS.parent / "README.md",): {"results": short_table(compare.load_methods([DOCS / "results/flat"]))},
+        (DOCS / "results.md", *sorted((DOCS / "results").glob("*.md"))): result_blocks(check),
+        (DOCS / "flags.md", *sorted((DOCS / "flags").glob("*.md"))): flag_blocks(check),
     }
-    for page, blocks in pages.items():
-        path = DOCS.parent / page
-        old = text = path.read_text("utf-8")
-        for name, table in blocks.items():
-            text = replaced(text, page, name, table)
-        if not check:
-            path.write_text(text, "utf-8")
-        print(page, "as it was" if text == old else "differs" if check else "written")
-        changed |= text != old
+    for paths, blocks in pages.items():
+        old = {path: path.read_text("utf-8") for path in paths}
+        new = rewritten(old, blocks)
+        for path, text in new.items():
+            if not check:
+                path.write_text(text, "utf-8")
+            how = "as it was" if text == old[path] else "differs" if check else "written"
+            print(path.relative_to(DOCS.parent), how)
+        changed |= new != old
     return int(check and changed)
 
 
 def result_blocks(check: bool) -> dict[str, str]:
     """Tables of the folders in docs/results, by name; draws their figures unless it is only to ``check``."""
     blocks = {}
-    for folder in sorted((DOCS / "results").iterdir()):
+    for folder in sorted(path for path in (DOCS / "results").iterdir() if path.is_dir()):
         rival = RIVALS.get(folder.name, "grpo")
         methods = sorted(
             compare.load_methods([folder, *ALSO.get(folder.name, ())]),
             key=lambda method: method.name != rival,
         )
         blocks[folder.name] = tables(methods)
+        if folder.name == "flat":
+            blocks["summary"] = summary_table(methods)
         if folder.name == "animals":
             blocks["animals-prompts"] = prompt_table(methods)
             if not check:
@@ -342,13 +363,22 @@ def flag_blocks(check: bool) -> dict[str, str]:
     return blocks
 
 
-def replaced(text: str, page: str, name: str, table: str) -> str:
-    """The text of a page with ``table`` between the markers of ``name``."""
-    block = f"<!-- {name} -->\n{table}\n<!-- end -->"
-    text, count = re.subn(f"<!-- {name} -->.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL)
-    if count != 1:
-        raise SystemExit(f"{page}: expected one place for {name}, between <!-- {name} --> and <!-- end -->")
-    return text
+def rewritten(pages: dict[Path, str], blocks: dict[str, str]) -> dict[Path, str]:
+    """The pages' texts with each of ``blocks`` between the markers of its name, which stand in one place."""
+    pages = dict(pages)
+    for name, table in blocks.items():
+        block, places = f"<!-- {name} -->\n{table}\n<!-- end -->", 0
+        for path, text in pages.items():
+            pages[path], count = re.subn(
+                f"<!-- {name} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.DOTALL
+            )
+            places += count
+        if places != 1:
+            among = ", ".join(str(path.relative_to(DOCS.parent)) for path in pages)
+            raise SystemExit(
+                f"expected one place for {name}, between <!-- {name} --> and <!-- end -->; got {places} in {among}"
+            )
+    return pages
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ Four worlds. Rewards are two-humped, as the embedded model's are: a third of the
 - `hacked`: as `two humps`, and one picture in twenty scores best though it is among the worst. The front is drawn with
   the true reward.
 
-Draw the figure and print the tables of docs/results.md:  python docs/figures/which_part.py   (half a minute)
+Draw the figure and print the tables of docs/results/parts.md:  python docs/figures/which_part.py   (half a minute)
 """
 
 from __future__ import annotations
