@@ -177,6 +177,7 @@ def test_what_does_not_go_together_is_refused(config, settings, says):
         config(**AWM, **settings)
 
 
+@pytest.mark.slow  # that NFT's learns, of which this is a variant, is tried at every change
 @pytest.mark.filterwarnings("ignore::driftrl.build.GuidanceWarning")
 def test_learning_happens(config, tmp_path):
     settings = config(

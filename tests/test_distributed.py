@@ -123,7 +123,7 @@ def smooth(tmp_path):
 
 @pytest.mark.parametrize(
     ("kl", "resumed"),
-    [(0.1, False), *(pytest.param(kl, True, marks=pytest.mark.slow) for kl in (0.0, 0.1))],
+    [pytest.param(*each, marks=pytest.mark.slow) for each in ((0.1, False), (0.0, True), (0.1, True))],
 )
 def test_weights_in_parts_train_as_whole_ones(train, launch, smooth, tmp_path, kl, resumed):
     """Of every weight each of two processes holds a part (FSDP). The steps' pairs are drawn over all samples, so the

@@ -130,7 +130,9 @@ def test_the_sizes_of_the_large_models(here, capsys):
     )
 
 
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=() if n in (0, 3, 5) else pytest.mark.slow) for n in range(7)]
+)
 def test_the_configurations_of_the_large_models(here, encoder_folder, number):
     """As they stand they are valid; on a tiny pipeline of their classes they train."""
     data = yaml.safe_load(blocks("sdxl-and-flux.md", "yaml")[number])

@@ -97,7 +97,10 @@ def test_one_iteration(method, tmp_path, name):
     assert "base:" not in (run / "config.yaml").read_text()
 
 
-# What is switched off, and the rival that is left.
+# What is switched off, and the rival that is left; what another pair of these says too is tried by `make test-slow`.
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("name", "off", "rival", "settings"),
     [
@@ -106,12 +109,13 @@ def test_one_iteration(method, tmp_path, name):
         ("dancegrpo", ["selection.strategy=random"], "grpo", []),
         ("flowgrpo", ["advantage.scale=selected"], "grpo", []),
         ("gardo", ["shaping.ratio=0.0", "objective.kl_weight=0.0"], "grpo", []),
-        (
+        pytest.param(
             "gardo",
             ["shaping.ratio=0.0", "objective.kl_share=1.0", "objective.kl_weight=0.1",
              "objective.reference_kl=null", "objective.reference_every=null"],
             "grpo-kl-0.1",
             [],
+            marks=SLOW,
         ),
         (
             "diversegrpo",
@@ -122,23 +126,24 @@ def test_one_iteration(method, tmp_path, name):
         ),
         ("entropy", ["shaping.ratio=0.0"], "grpo", []),
         ("flow-dppo", ["objective.max_kl=1e9"], "grpo", ["objective.clip_range=1e9"]),  # neither holds anything
-        (
+        pytest.param(
             "mixgrpo",
             ["sampling.window=null", "sampling.window_every=null", "objective.timesteps=0.4"],
             "grpo",
             [],
+            marks=SLOW,
         ),
         ("mixgrpo", ["sampling.window_every=null"], "grpo", ["objective.timesteps=1.0"]),  # the three with noise
-        ("nft", ["objective.loss=clipped_surrogate", "objective.timestep_choice=noisiest"], "grpo", []),
-        ("nft-shaped", ["shaping.ratio=0.0"], "nft", []),
-        ("awm", ["objective.loss=clipped_surrogate", "objective.timestep_choice=noisiest"], "grpo", []),
+        pytest.param("nft", ["objective.loss=clipped_surrogate", "objective.timestep_choice=noisiest"], "grpo", [], marks=SLOW),
+        pytest.param("nft-shaped", ["shaping.ratio=0.0"], "nft", [], marks=SLOW),
+        pytest.param("awm", ["objective.loss=clipped_surrogate", "objective.timestep_choice=noisiest"], "grpo", [], marks=SLOW),
         ("awm-shaped", ["shaping.ratio=0.0"], "awm", ["objective.awm_proximal=50.0"]),
-        ("dgpo", ["objective.loss=clipped_surrogate", "objective.timestep_choice=noisiest"], "grpo", []),
+        pytest.param("dgpo", ["objective.loss=clipped_surrogate", "objective.timestep_choice=noisiest"], "grpo", [], marks=SLOW),
         ("dgpo-shaped", ["shaping.ratio=0.0"], "dgpo", []),
         ("drift", ["selection.strategy=random", "prompt_noise.eta=0.0", "shaping.ratio=0.0"], "grpo", []),
-        ("drift-no-shaping", ["selection.strategy=random", "prompt_noise.eta=0.0"], "grpo", []),
-        ("drift-no-selection", ["selection.strategy=nearest_neighbor"], "drift", []),
-        ("drift-stepwise", ["shaping.potential=terminal"], "drift", []),
+        pytest.param("drift-no-shaping", ["selection.strategy=random", "prompt_noise.eta=0.0"], "grpo", [], marks=SLOW),
+        pytest.param("drift-no-selection", ["selection.strategy=nearest_neighbor"], "drift", [], marks=SLOW),
+        pytest.param("drift-stepwise", ["shaping.potential=terminal"], "drift", [], marks=SLOW),
     ],
 )  # fmt: skip
 def test_switched_off_it_is_its_rival(two_iterations, name, off, rival, settings):
@@ -317,8 +322,9 @@ def test_the_divergence_from_itself_is_nothing_and_pulls_nowhere(method):
     assert all(map(torch.equal, start, policy.parameters()))
 
 
-@pytest.mark.parametrize("kind", ["kl", "wasserstein"])
-@pytest.mark.parametrize("schedule", ["uniform", "early", "durations"])
+@pytest.mark.parametrize(
+    ("kind", "schedule"), [("kl", "uniform"), ("kl", "early"), ("kl", "durations"), ("wasserstein", "early")]
+)
 def test_every_divergence_pulls_towards_the_reference(method, kind, schedule):
     objective = Objective(kl_weight=5.0, divergence=kind, kl_schedule=schedule, updates=1)
     weights, before = trained(method, torch.zeros(2, 3), objective)

@@ -222,7 +222,14 @@ def test_what_counts_as_waiting(read):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"shaping__potential": "stepwise"}, {"prompt_noise__eta": 0.0}, {"sampling__guidance_scale": 1.0}],
+    [
+        {},
+        {"shaping__potential": "stepwise"},
+        *(
+            pytest.param(c, marks=pytest.mark.slow)
+            for c in ({"prompt_noise__eta": 0.0}, {"sampling__guidance_scale": 1.0})
+        ),
+    ],
     ids=["drift", "stepwise", "clean", "unguided"],
 )
 @pytest.mark.filterwarnings("ignore::driftrl.build.GuidanceWarning")
@@ -245,7 +252,7 @@ def _sample(loop):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),  # the next one has all of it
         {"objective__kl_weight": 0.1, "objective__kl_schedule": "early"},
         pytest.param({"model__dtype": "bfloat16"}, marks=pytest.mark.slow),
         {"objective__loss": "nft"},

@@ -341,7 +341,10 @@ def qwen_images(pipeline, guidance, draw, extra, negative):
     return torch.cat(images)
 
 
-@pytest.mark.parametrize(("guidance", "negative"), [(0.0, ""), (1.0, ""), (2.5, ""), (2.5, "a blurry dog")])
+@pytest.mark.parametrize(
+    ("guidance", "negative"),
+    [pytest.param(0.0, "", marks=pytest.mark.slow), (1.0, ""), (2.5, ""), (2.5, "a blurry dog")],
+)
 def test_without_noise_it_is_the_stock_pipeline(settings, family, guidance, negative):
     """eta = 0, or noise level 0: the scheduler's own step, diffusers' own images; guidance up to 1 is none there."""
     changes = {
@@ -382,6 +385,7 @@ def _without_noise(sampler):
     return replace(sampler, eta=0.0)
 
 
+@mostly("sd", "sdxl", "sd3", "flux2", "sana", "qwen")
 def test_one_iteration_and_the_adapter_in_the_stock_pipeline(settings, family, folders, tmp_path):
     """Train, then: what `driftrl sample --deterministic` writes is what stock diffusers draws with the adapter."""
     import diffusers

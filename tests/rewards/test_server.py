@@ -423,7 +423,7 @@ def bodies(draw):
     return draw(st.sampled_from([TENSORS, PNGS])), draw(st.binary(max_size=200))
 
 
-@settings(max_examples=1500, deadline=2000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600, deadline=2000, suppress_health_check=list(HealthCheck))
 @given(bodies())
 def test_any_bytes_are_read_or_refused(case):
     media, body = case
