@@ -126,15 +126,19 @@ def test_bytes_are_those_of_a_real_iteration(config, tmp_path, monkeypatch, chan
     )
 
 
-@pytest.mark.parametrize("loss", ["clipped_surrogate", "adjoint"])
-def test_the_probe_covers_every_phase(config, tmp_path, loss):
+@pytest.mark.parametrize(
+    ("loss", "alone"), [("clipped_surrogate", False), ("adjoint", False), ("adjoint", True)]
+)
+def test_the_probe_covers_every_phase(config, tmp_path, loss, alone):
     """Also with few pairs, more of them than images are drawn at once, and a reference."""
     changes = {"sampling__batch_size": 2, "objective__kl_weight": 0.1, "objective__timesteps": 1.0}
+    changes |= {"shaping__ratio": 0.0, "selection__keep": 6} if alone else {}
     changes |= {"objective__loss": loss, "reward": "test_reward_gradients:smooth"}
     loop, told = build_loop(config(**changes), tmp_path), []
     costs = probe.measure(loop, told.append)
     assert list(dict.fromkeys(told)) == [name for name, _ in costs.working.items()]
     assert (costs.followed > 0) == (loss == "adjoint")
+    assert probe.plan_of(loop).at_once == alone
     assert min(costs.step, costs.decode, costs.reward, costs.encode, costs.pair, costs.optimizer) > 0
     assert all(value >= 0 for _, value in costs.working.items())
 
@@ -148,6 +152,11 @@ def test_seconds_and_peaks_add_up():
     assert seconds(plan, costs) == Phases(24.0, 80.0, 1600.0, 4000.0, 8 * 5.0 + 2 * 7.0)
     every = dataclasses.replace(plan, all_embedded=True)
     assert seconds(every, costs) == dataclasses.replace(seconds(plan, costs), diversity=8000.0)
+    followed = dataclasses.replace(costs, followed=50.0)
+    assert seconds(plan, followed).update == seconds(plan, costs).update + 4 * 50.0
+    at_once = seconds(dataclasses.replace(plan, keep=4, at_once=True), followed)
+    assert (at_once.decoding, at_once.reward) == (8 * 50.0, 800.0)  # what is left is the judge's
+    assert at_once.update == seconds(dataclasses.replace(plan, keep=4), costs).update
     assert evaluation_seconds(plan, costs, 2) == 2 * (3 + 10 + 100 + 1000)
     assert evaluation_seconds(plan, costs, 2, steps=40) == 2 * (40 + 10 + 100 + 1000)
     most = peaks(plan, Standing(1, 2, 3, 4, 10), 100, 40, 50, costs.working)

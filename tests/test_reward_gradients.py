@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from driftrl import Trainer
-from driftrl.batches import BatchSize
+from driftrl.batches import BatchSize, MemoryWarning
 from driftrl.build import build_encoder, build_loop, build_policy
 from driftrl.checkpoint import MEMORY
 from driftrl.checks import InputError, NotFiniteError
@@ -206,6 +206,95 @@ def test_what_is_followed_is_the_shaped_advantage_with_its_statistics_held(
         latents, samples.images, PROMPTS, policy, both, encoder, Shaping(0.0), weigh, BatchSize(size, "x")
     )
     assert (found - without).abs().max() > 1e-2 * found.abs().max()
+
+
+ALONE = DRAFT | {"shaping__ratio": 0.0, "selection__strategy": "random", "selection__keep": 6}
+"""Of the reward alone, and no candidate goes; in an order of the selection's own."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ALONE | {"objective__kl_weight": 0.1},
+        ALONE | {"advantage__scale": "none", "sampling__batch_size": 4},
+        pytest.param(ADJOINT | {"shaping__ratio": 0.0, "selection__keep": 6}, marks=pytest.mark.slow),
+    ],
+    ids=["draft", "batches", "adjoint"],
+)
+def test_followed_while_it_is_decoded_it_is_what_is_followed_afterwards(
+    config, tmp_path, monkeypatch, settings
+):
+    """And images are decoded and scored once, not twice."""
+    found = {}
+    for at_once in (True, False):
+        loop, decoded, scored = build_loop(config(**settings), tmp_path), [], []
+        loop.gradient_batch = BatchSize(5, "x")
+        assert loop.follows_at_once
+        if not at_once:
+            monkeypatch.setattr(type(loop), "follows_at_once", False)
+        decode, reward = loop.policy.decode, loop.reward
+        loop.policy.decode = lambda x, decode=decode, seen=decoded: (seen.append(len(x)), decode(x))[1]
+        loop.reward = lambda i, p, reward=reward, seen=scored: (seen.append(len(i)), reward(i, p))[1]
+        done = loop.iterate()
+        assert sum(decoded) == sum(scored) == 18 * (1 if at_once else 2)
+        found[at_once] = done, [p.detach().clone() for p in loop.policy.parameters()], loop
+    (one, ours, loop), (two, theirs, _) = found[True], found[False]
+    assert torch.equal(one.images, two.images)
+    for name in ("reward/mean", "advantage/abs_mean", "policy/grad_norm", "loss"):
+        assert one.metrics[name] == pytest.approx(two.metrics[name], rel=1e-4, abs=1e-6), name
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    assert all(p.grad is None for p in loop.policy.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shaping__ratio": 0.2},
+        {"selection__keep": 4},
+        {"sampling__overlap_reward": True},
+        {"reward": [{"name": "test_reward_gradients:smooth", "weight": 1.0}]},
+    ],
+)
+def test_where_more_is_followed_or_less_is_kept_it_waits(config, tmp_path, changes):
+    loop = build_loop(config(**ALONE | changes), tmp_path)
+    assert not loop.follows_at_once
+    assert loop.iterate().metrics["policy/grad_norm"] > 0
+
+
+def test_memory_that_does_not_suffice_on_the_way(config, tmp_path):
+    """Half of the images at once, the gradient the same; latents that are not finite end the iteration before a reward sees them."""
+    loop = build_loop(config(**ALONE), tmp_path)
+    start, whole = [p.detach().clone() for p in loop.policy.parameters()], loop.iterate()
+    with torch.no_grad():
+        for parameter, value in zip(loop.policy.parameters(), start, strict=True):
+            parameter.copy_(value)
+    again, decode, seen = build_loop(config(**ALONE), tmp_path), loop.policy.decode, []
+
+    def small(latents):
+        seen.append(len(latents))
+        if len(latents) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(latents)
+
+    again.policy.decode = small
+    with pytest.warns(MemoryWarning, match=r"objective\.loss: images at once, 64: it is 4"):
+        part = again.iterate()
+    assert seen == [18, 18, 16, 8, 4, 4, 4, 4, 2]
+    assert part.metrics["policy/grad_norm"] == pytest.approx(whole.metrics["policy/grad_norm"], rel=1e-4)
+
+    def broken(latents, steps, conditioning):
+        move = transition(latents, steps, conditioning)
+        move.mean[1] = torch.nan
+        return move
+
+    def strict(images, prompts):
+        raise AssertionError("asked")
+
+    transition, again.policy.transition = again.policy.transition, broken
+    again.policy.decode, again.reward = decode, strict
+    with pytest.raises(NotFiniteError, match=r"a latent is not finite for 'a .*', candidate 1"):
+        again.iterate()
 
 
 @pytest.mark.filterwarnings("ignore::driftrl.build.GuidanceWarning")

@@ -53,6 +53,8 @@ class Plan:
     """Denoising steps that are asked again to carry the gradient of the reward back (adjoint, draft), for every kept image."""
     adjoints: int = 0
     """Latents that are kept of each for the update: of every step that is learned from the adjoint, and the base model's mean (adjoint)."""
+    at_once: bool = False
+    """Whether the gradient of the reward is taken where images are first decoded and scored, and not of the kept ones again."""
 
     @property
     def images(self) -> int:
@@ -206,11 +208,11 @@ def seconds(plan: Plan, costs: Costs) -> Phases:
     """Seconds of each phase of one iteration."""
     return Phases(
         denoising=plan.images * (costs.step * (plan.steps - plan.backward) + costs.backward * plan.backward),
-        decoding=costs.decode * plan.images,
-        reward=costs.reward * plan.images * (1 + plan.judges),
+        decoding=(costs.followed if plan.at_once else costs.decode) * plan.images,
+        reward=costs.reward * plan.images * (plan.judges + (not plan.at_once)),
         diversity=costs.encode * (plan.images if plan.all_embedded else plan.kept),
         update=(0 if plan.backward else costs.pair * plan.pairs * plan.epochs)
-        + (costs.pair * plan.carried + costs.followed) * plan.kept
+        + (costs.pair * plan.carried + (0.0 if plan.at_once else costs.followed)) * plan.kept
         + costs.optimizer * calls(plan).optimizer,
     )
 

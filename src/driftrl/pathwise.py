@@ -132,6 +132,46 @@ def gradient_of_images(
     return in_batches(batch, len(flat), work).unflatten(0, (-1, group))
 
 
+class Followed:
+    """Rewards of candidates and their gradients in the clean latents, had while the candidates are decoded: so that they are decoded once,
+    and scored once, where `gradient_of_images` does both again.
+
+    Of a single reward alone: what a bonus for diversity weighs is known when a group is complete.
+    """
+
+    def __init__(self, policy: Policy, reward: Reward, prompts: Sequence[str], batch: BatchSize) -> None:
+        """For N candidates of ``prompts`` [N], as many at once as ``batch`` says."""
+        self._policy, self._reward, self._prompts, self._batch = policy, reward, list(prompts), batch
+        count = len(self._prompts)
+        self.scores = torch.full((count,), math.nan, device=policy.device)
+        """float32 [N]; not a number where latents are not finite, or nothing was decoded yet."""
+        self.gradients = torch.zeros(count, *policy.latent_shape, device=policy.device)
+        """float32 [N, C, H, W]."""
+
+    def decode(self, latents: Tensor, first: int) -> Tensor:
+        """Images [n, 3, height, width] of clean latents [n, C, H, W], of which ``first`` is the number of the first one."""
+        if not bool(torch.isfinite(latents).all()):
+            return self._policy.decode(latents)  # which ends the iteration; a reward might end the run
+
+        def work(rows: slice) -> Tensor:
+            with torch.enable_grad():
+                x0 = latents[rows].detach().requires_grad_()
+                images = self._policy.decode(x0)
+                place = slice(first + rows.start, first + rows.start + len(x0))
+                scores = self._reward(images, self._prompts[place])
+                (gradient,) = torch.autograd.grad(scores.sum(), x0)
+            self.scores[place], self.gradients[place] = scores.detach().float(), gradient.float()
+            return images.detach()
+
+        return in_batches(self._batch, len(latents), work)
+
+    def weighed(self, chosen: Tensor, weigh: Worth) -> Tensor:
+        """What `gradient_of_images` finds of the candidates ``chosen`` [p, G], of N / p each: float32 [p, G, C, H, W]."""
+        each = self.gradients.unflatten(0, (len(chosen), -1))
+        kept = each[torch.arange(len(chosen), device=chosen.device)[:, None], chosen]
+        return kept * weigh.reward.to(kept)[..., None, None]
+
+
 def _pull_of_features(features: Tensor, weights: Tensor, shaping: Shaping) -> Tensor:
     """The gradient of ``sum_p w_p sum_i bonus_i`` in the features [p, G, D]."""
     with torch.enable_grad():

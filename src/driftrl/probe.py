@@ -90,6 +90,7 @@ def plan_of(loop: TrainingLoop) -> Plan:
         spared=objective.denoising is not None and objective.denoising.own_behavior,
         all_embedded=method.shaping.target is not None,
         carried=_carried(loop),
+        at_once=loop.follows_at_once,
         adjoints=0
         if objective.pathwise is None
         else int(objective.followed(policy.scored).sum()) * (1 + objective.pathwise.by_reference),
@@ -190,7 +191,12 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
     encoding = attempt("diversity", lambda n: loop.encoder(images[:n]), min(decoding.count, plan.kept))
 
     together_followed = min(loop.gradient_batch.now, plan.kept)
-    following = attempt("update", work.follow, together_followed) if plan.adjoints else None
+    following = (
+        attempt("decoding" if plan.at_once else "update", work.follow, together_followed)
+        if plan.adjoints
+        else None
+    )
+    followed = 0.0 if following is None else following.working(together_followed)
     waiting = _Stopwatch(loop.optimizer, device)
     learning = attempt("update", lambda n: work.learn(drawn, n, loop.optimizer), together)
     optimizer = statistics.median(waiting.seconds[1:] or waiting.seconds)
@@ -203,13 +209,13 @@ def measure(loop: TrainingLoop, told: Callable[[str], Any] = lambda phase: None)
         optimizer=optimizer,
         working=Phases(
             (with_gradients or denoising).working(at_once),
-            decoding.working(at_once),
+            followed if plan.at_once else decoding.working(at_once),
             rewarding.working(rewarding.count),
             encoding.working(encoding.count),
             max(
                 0.0,
                 learning.working(together) - gradients_of(loop),
-                0.0 if following is None else following.working(together_followed),
+                0.0 if plan.at_once else followed,
             ),
         ),
         backward=0.0 if with_gradients is None else with_gradients.each / work.policy.count,

@@ -134,6 +134,7 @@ def rollout(
     keep_path: bool = True,
     keep_means: bool = False,
     same_latent: bool = False,
+    decode: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Rollout:
     """Draw ``candidates`` images for each of P prompts.
 
@@ -155,6 +156,8 @@ def rollout(
         keep_path: keep the latents of every step, which replay wants; else x_0 alone, a T-th of the memory.
         keep_means: keep every transition's mean too, for trust regions that ask how far it has moved.
         same_latent: begin all candidates of a row at one initial latent.
+        decode: what makes images [n, 3, height, width] of clean latents [n, C, H, W], given the number of the first of these candidates;
+            `Policy.decode` by default. Asked again for the same ones where a batch did not fit.
 
     Returns:
         Trajectories, log-probabilities and images of all P x N candidates.
@@ -167,6 +170,7 @@ def rollout(
     origins = (
         [(*keys[p], start[p]) for p in range(prompts) for _ in range(candidates)] if same_latent else None
     )
+    decoded = decode or (lambda clean, _: policy.decode(clean))
     kept: dict[str, Tensor] = {}
     done = 0
 
@@ -185,6 +189,7 @@ def rollout(
             keep_path,
             keep_means,
             None if origins is None else origins[done : done + len(chunk)],
+            lambda clean: decoded(clean, done),
         )
         for name, part in parts.items():
             if len(part) == len(flat):
@@ -218,6 +223,7 @@ def _denoise(
     keep_path: bool,
     keep_means: bool,
     origins: Sequence[tuple[int, int, int, int]] | None,
+    decode: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """One batch of n candidates, from noise to image: the fields of a `Rollout`, each [n, ...]."""
     device, shape = policy.device, policy.latent_shape
@@ -257,7 +263,7 @@ def _denoise(
     parts = {
         "latents": path,
         "log_probs": torch.stack(scores, 1),
-        "images": policy.decode(x).contiguous(),
+        "images": decode(x).contiguous(),
     }
     if eps is not None:
         parts["prompt_noise"] = eps

@@ -30,7 +30,7 @@ from driftrl.memory import Memory
 from driftrl.mixture import Part, columns, mixed
 from driftrl.noise import generator
 from driftrl.objectives.gate import Anchor, gate, reward_disagreement
-from driftrl.pathwise import Worth, gradient_of_images, worth
+from driftrl.pathwise import Followed, Worth, gradient_of_images, worth
 from driftrl.rollout import PromptNoise, Window, rollout
 from driftrl.schedule import kept_share
 from driftrl.scoring import Scoring
@@ -280,15 +280,9 @@ class TrainingLoop:
         mine = team.share(len(which))
         conditioning = self.conditioning.rows(which[mine])
 
-        flat = [text for text in texts[mine] for _ in range(method.candidates)]
-        scoring = Scoring((self.reward, *self.judges), flat, self.overlap_reward)
-        # A latent or reward that is not finite, or cannot be had, concerns all.
-        with team.together(), scoring:
-            sampled = self._sample(conditioning, which[mine], first[mine], number, scoring)
-            _demand_finite("latent", sampled.latents, texts[mine])
-            clock.lap("rollout")
-            scores, *opinions = map(self._by_prompt, scoring.scores(sampled.images.flatten(0, 1)))
-        scores, opinions = team.gather(scores), [team.gather(opinion) for opinion in opinions]
+        sampled, (scores, *opinions), followed = self._drawn(
+            conditioning, texts[mine], which[mine], first[mine], number, clock
+        )
         parts = columns(scores, method.rewards)
         for name, part in parts.items():
             _demand_finite(f"reward ({name})", part, texts)
@@ -323,7 +317,7 @@ class TrainingLoop:
         advantages, weight = self._advantages(rewards, kept_rewards, bonus, memory.rows(which), ratio)
         held = None if disagreement is None else gate(disagreement.gather(1, chosen), method.anchor.share)
         earned = scores, rewards, chosen, bonus
-        pull = self._pull(kept, drawn, texts[mine], mine, earned, memory.rows(which), ratio)
+        pull = self._pull(kept, drawn, texts[mine], mine, earned, memory.rows(which), ratio, followed)
         stats = self._learn(kept, advantages, conditioning, texts, held, memory, pull)
         self.memory = memory.after(
             stats.kl,
@@ -406,6 +400,40 @@ class TrainingLoop:
         if self._saved != self.position.iteration:
             self.save()
 
+    @property
+    def follows_at_once(self) -> bool:
+        """Whether a pathwise loss has the gradient of its reward from where images are first decoded: where there is a single reward,
+        nothing else is followed, and no image goes.
+        """
+        method = self.method
+        alone = not method.shaping.on and not method.rewards and method.keep == method.candidates
+        return self.objective.pathwise is not None and alone and not self.overlap_reward
+
+    def _followed(self, texts: list[str]) -> Followed | None:
+        """What takes that gradient, for this process's candidates of ``texts``."""
+        if not self.follows_at_once:
+            return None
+        return Followed(self.policy, self.reward, texts, self.gradient_batch)
+
+    def _drawn(
+        self, conditioning: Conditioning, texts: list[str], which: list[int], first: list[int], number: int, clock: _Clock,
+    ) -> tuple[Rollout, list[Tensor], Followed | None]:  # fmt: skip
+        """This process's candidates; what the reward and each judge gives those of all processes, [P, N] or [P, N, R]; and the reward's
+        gradients, where they were taken on the way.
+        """
+        flat = [text for text in texts for _ in range(self.method.candidates)]
+        followed = self._followed(flat)
+        scoring = Scoring(self.judges if followed else (self.reward, *self.judges), flat, self.overlap_reward)
+        # A latent or reward that is not finite, or cannot be had, concerns all.
+        with self.team.together(), scoring:
+            sampled = self._sample(conditioning, which, first, number, scoring, followed)
+            _demand_finite("latent", sampled.latents, texts)
+            clock.lap("rollout")
+            asked = scoring.scores(sampled.images.flatten(0, 1))
+            found = asked if followed is None else [followed.scores, *asked]
+            found = [self._by_prompt(scores) for scores in found]
+        return sampled, [self.team.gather(scores) for scores in found], followed
+
     def _sample(
         self,
         conditioning: Conditioning,
@@ -413,6 +441,7 @@ class TrainingLoop:
         first: list[int],
         number: int,
         scoring: Scoring,
+        followed: Followed | None = None,
     ) -> Rollout:
         keys = [(self.seed, number, prompt) for prompt in which]
         method = self.method
@@ -430,6 +459,7 @@ class TrainingLoop:
             return rollout(
                 self.policy, conditioning, keys, count, batch, noise, self.on_sampled, stepwise, scoring.add,
                 score_gradients, first, self.replays, self.objective.asks_for_means, method.same_latent,
+                None if followed is None else followed.decode,
             )  # fmt: skip
 
     def _learn(
@@ -454,7 +484,7 @@ class TrainingLoop:
 
     def _pull(
         self, kept: Rollout, drawn: Tensor, texts: list[str], mine: slice, earned: tuple[Tensor, Tensor, Tensor, Tensor],
-        history: History | None, ratio: Tensor | None,
+        history: History | None, ratio: Tensor | None, followed: Followed | None,
     ) -> Tensor | None:  # fmt: skip
         """The gradient of what is wanted of this process's kept images, in their clean latents [p, G, C, H, W]; None where no loss
         follows it.
@@ -467,21 +497,25 @@ class TrainingLoop:
             earned: of all prompts, scores [P, N] or [P, N, R], rewards [P, N], chosen [P, G] and bonus [P, G].
             history: the prompts' past, where it counts.
             ratio: lambda where each group has its own, [P].
+            followed: what was found while the candidates were decoded.
 
         Raises:
             NotFiniteError: if it is not finite.
         """
         if self.objective.pathwise is None:
             return None
-        method = self.method
+        method, chosen = self.method, earned[2][mine]
         weigh = worth(*earned, method.advantage, method.shaping, method.rewards, history, ratio)
-        chosen = earned[2][mine]
-        images = drawn[torch.arange(len(chosen), device=chosen.device)[:, None], chosen]
+        weigh = Worth(*(part[mine] for part in weigh))
         with self.team.together():
-            found = gradient_of_images(
-                kept.latents[:, :, -1], images, texts, self.policy, self.reward, self.encoder, method.shaping,
-                Worth(*(part[mine] for part in weigh)), self.gradient_batch,
-            )  # fmt: skip
+            if followed is not None:
+                found = followed.weighed(chosen, weigh)
+            else:
+                images = drawn[torch.arange(len(chosen), device=chosen.device)[:, None], chosen]
+                found = gradient_of_images(
+                    kept.latents[:, :, -1], images, texts, self.policy, self.reward, self.encoder, method.shaping, weigh,
+                    self.gradient_batch,
+                )  # fmt: skip
             _demand_finite("gradient of reward and diversity", found[:, :, None], texts)
         return found
 
