@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from driftrl import Trainer
+from driftrl.advantages import AdvantageRule
 from driftrl.batches import BatchSize, MemoryWarning
-from driftrl.build import build_encoder, build_loop, build_policy
+from driftrl.build import GradientWarning, build_encoder, build_loop, build_policy
 from driftrl.checkpoint import MEMORY
 from driftrl.checks import InputError, NotFiniteError
 from driftrl.diversity.functional import pairwise_distances
 from driftrl.objectives.pathwise import AdjointMatching, DirectReward
-from driftrl.pathwise import Worth, gradient_of_images
+from driftrl.pathwise import Worth, gradient_of_images, worth
 from driftrl.rollout import PromptNoise, rollout, score_step
 from driftrl.shaping import Shaping, group_diversity
 from driftrl.update import Objective, update
@@ -31,6 +32,21 @@ def smooth(images, prompts):
 
 def by_numpy(images, prompts):
     return torch.from_numpy(images.numpy().mean((1, 2, 3)))
+
+
+NETWORK = torch.nn.Linear(1, 1)
+
+
+def by_weights_alone(images, prompts):
+    return NETWORK((images.detach() * 255).round().mean((1, 2, 3))[:, None])[:, 0]
+
+
+def one_by_one(images, prompts):
+    return [image.square().mean() for image in images]
+
+
+def stepped(images, prompts):
+    return (images * 255).round().mean((1, 2, 3))
 
 
 def still(images, prompts):
@@ -297,6 +313,68 @@ def test_memory_that_does_not_suffice_on_the_way(config, tmp_path):
         again.iterate()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model__gradient_checkpointing": True},
+        {"adapter__kind": "full"},
+        pytest.param(
+            {"adapter__kind": "full", "model__gradient_checkpointing": True}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["checkpointed", "full", "both"],
+)
+def test_an_encoder_that_is_the_base_model_is_followed_through_the_base_model(config, settings):
+    """Wherever training has led: a backward pass that asks for weights, or computes activations again, finds those of the base model."""
+    policy, found = build_policy(config(**settings)), []
+    encoder = build_encoder("policy:mid-block", policy.device, policy)
+    latents = torch.randn(1, 3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    given = latents, policy.decode(latents[0])[None], PROMPTS[:1], policy, smooth, encoder, Shaping(0.5)
+    weigh = Worth(torch.zeros(1, 3, 1), torch.ones(1))
+    for seed in (None, 1):
+        if seed is not None:
+            shift(policy, seed)
+        found.append(gradient_of_images(*given, weigh, BatchSize(8, "x")))
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4 * float(found[0].abs().max()))
+
+
+@pytest.mark.parametrize(("rule", "expected"), [
+    (AdvantageRule(scale="none"), 1.0), (AdvantageRule(scale="candidates"), 0.5), (AdvantageRule(scale="global"), 0.5),
+    (AdvantageRule(scale="selected"), 0.0),
+])  # fmt: skip
+def test_a_unit_of_reward_is_worth_the_same_where_rewards_are_equal(rule, expected):
+    """Unless it is their own spread that divides; the two candidates that go have 5 and 9."""
+    rewards, chosen = torch.tensor([[7.0, 7.0, 5.0, 9.0] * 2]), torch.tensor([[0, 1, 4, 5]])
+    rewards = torch.cat([rewards[:, :4], torch.tensor([[7.0, 7.0, 3.0, 11.0]])], 1)
+    spread = float(rewards.std(correction=0))
+    weigh = worth(rewards, rewards, chosen, torch.zeros(1, 4), rule, Shaping(0.0))
+    wanted = 1 / spread if expected == 0.5 else expected
+    torch.testing.assert_close(weigh.reward, torch.full((1, 4, 1), wanted))
+
+
+def test_in_half_precision_the_unit_of_the_reward_does_not_matter(config, drawn):
+    """A mean over many pixels has gradients that float16 has no numbers for, large rewards such as overflow."""
+    policy = build_policy(config(model__dtype="float16"))
+    shift(policy, 0)
+    policy.pipeline.vae.to(torch.float16)
+    conditioning = policy.encode(PROMPTS)
+    samples = rollout(policy, conditioning, KEYS, 3, 4, SPEC)
+    steps = {}
+    for unit in (1.0, 1e-6, 1e5):
+        weigh = Worth(torch.full((2, 3, 1), unit), torch.zeros(2))
+        given = samples.latents[:, :, -1], samples.images, PROMPTS, policy, smooth, None, Shaping(0.0), weigh
+        gradient = gradient_of_images(*given, BatchSize(4, "x")) / unit
+        found, _ = learn(
+            policy, conditioning, samples, DirectReward(2), 6, gradient * unit, loss_scale=2.0**14
+        )
+        steps[unit] = gradient, torch.cat([g.flatten() for g in found]) / unit
+    for unit in (1e-6, 1e5):
+        for one, other in zip(steps[unit], steps[1.0], strict=True):
+            assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.9999
+            assert float(one.norm() / other.norm()) == pytest.approx(1, rel=1e-2)
+
+
 @pytest.mark.filterwarnings("ignore::driftrl.build.GuidanceWarning")
 def test_learning_happens(config, tmp_path):
     """DRaFT goes on, adjoint matching to where its scale says: the same prompts and noise, so that the last iterations can be compared."""
@@ -383,11 +461,42 @@ def test_a_gradient_that_is_not_finite_skips_the_iteration(config, tmp_path):
             ["test_reward_gradients:smooth", "test_reward_gradients:still"],
             "reward test_reward_gradients:still is not differentiable",
         ),
+        (
+            "test_reward_gradients:by_weights_alone",
+            "reward test_reward_gradients:by_weights_alone is not differentiable in the images",
+        ),
     ],
 )
 def test_rewards_without_a_gradient_are_refused_before_anything_is_drawn(config, tmp_path, reward, says):
     with pytest.raises(InputError, match=says):
         build_loop(config(**DRAFT | {"reward": reward}), tmp_path)
+
+
+def test_a_reward_that_is_only_logged_needs_no_gradient(config, tmp_path):
+    parts = [
+        {"name": "test_reward_gradients:smooth", "weight": 1.0},
+        {"name": "incompressibility", "weight": 0.0},
+    ]
+    loop = build_loop(config(**DRAFT | {"reward": parts}), tmp_path)
+    figures = loop.iterate().metrics
+    assert figures["policy/grad_norm"] > 0 and figures["reward/incompressibility/mean"] > 0
+
+
+def test_a_list_of_numbers_of_torch_keeps_its_gradient(config, tmp_path):
+    loop = build_loop(config(**DRAFT | {"reward": "test_reward_gradients:one_by_one"}), tmp_path)
+    assert loop.iterate().metrics["policy/grad_norm"] > 0
+
+
+def test_a_reward_whose_gradient_is_nothing_is_said(config, tmp_path):
+    with pytest.warns(GradientWarning, match="stepped has a gradient of 0 at an image of noise"):
+        build_loop(config(**DRAFT | {"reward": "test_reward_gradients:stepped"}), tmp_path)
+
+
+def test_adjoint_matching_says_what_noise_it_wants(config, tmp_path):
+    with pytest.warns(
+        GradientWarning, match=r"independent of where it began: sampling\.eta 1 and no sampling\.window\. "
+    ):
+        build_loop(config(**ADJOINT, sampling__eta=0.5, sampling__window=1), tmp_path)
 
 
 def blind(images):
@@ -412,6 +521,8 @@ def test_an_encoder_without_a_gradient_is_refused_where_it_shapes(config, tmp_pa
         ({"shaping__measure": "clusters", "shaping__level": "reward"}, r"shaping\.measure: the sizes of clusters have no gradient"),
         ({"objective__trust_region": "normalized"}, r"objective\.loss 'draft' is held by objective\.kl_weight"),
         ({"objective__draft_steps": 9}, r"objective\.draft_steps: expected at most sampling\.steps \(4\); got 9"),
+        ({"reward": "http://127.0.0.1:1"}, r"reward: a server sends no gradient, which objective\.loss 'draft' follows"),
+        ({"sampling__window": 1, "objective__kl_weight": 0.1}, r"objective\.kl_weight: .* sampling\.window"),
         ({"optimizer__one_pass": True, "optimizer__updates": 1}, None),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -71,6 +72,10 @@ Towers = dict[tuple[str, str, str, bool], CLIPTower]
 
 class GuidanceWarning(UserWarning):
     """A model is about to be trained without the guidance that it usually needs."""
+
+
+class GradientWarning(UserWarning):
+    """A loss that follows the reward's gradient may not find what it is asked for."""
 
 
 class UnlikelySettingWarning(UserWarning):
@@ -378,7 +383,8 @@ def build_training_reward(config: TrainConfig, towers: Towers | None = None) -> 
     towers = {} if towers is None else towers
     if isinstance(config.reward, str):
         return _guarded(config, config.reward, towers)
-    return SeveralRewards([_guarded(config, part.name, towers, part.name) for part in config.reward])
+    rewards = [_guarded(config, part.name, towers, part.name) for part in config.reward]
+    return SeveralRewards(rewards, [part.weight != 0 for part in config.reward])
 
 
 def parts_of(reward: str | Sequence[RewardPart]) -> tuple[Part, ...]:
@@ -561,6 +567,8 @@ def build_loop(
     demand_second_branch(policy, config.sampling.negative_prompt)
     if config.objective.follows_gradient:
         demand_gradient(config, policy, reward, encoder, prompt_set[0])
+    if config.objective.loss == "adjoint":
+        warn_of_adjoints(config, policy)
     _, usual = usual_sampling(policy.pipeline)
     unguided = policy.branches == 1 and config.sampling.guidance_scale <= 1.0 < usual
     if config.model.path != "tiny-animals" and unguided:
@@ -613,10 +621,11 @@ def build_loop(
 def demand_gradient(
     config: TrainConfig, policy: PipelinePolicy, reward: Reward, encoder: Encoder, prompt: str
 ) -> None:
-    """Refuse rewards, and an encoder whose diversity is shaped with, that say nothing of how they change with the image.
+    """Refuse rewards, and an encoder whose diversity is shaped with, that say nothing of how they change with the image; warn of those that do
+    not seem to change.
 
     Raises:
-        InputError: if one of them is not differentiable, by one grey image.
+        InputError: if one of them is not differentiable, by one image of noise.
     """
     loss, guarded = config.objective.loss, getattr(reward, "rewards", (reward,))
     names = [config.reward] if isinstance(config.reward, str) else [part.name for part in config.reward]
@@ -624,25 +633,66 @@ def demand_gradient(
     def scored(name: str, one: GuardedReward) -> Callable[[Tensor], Tensor]:
         return lambda images: scores_of(ask(one.reward, images, [prompt]), 1, f"reward {name}", followed=True)
 
-    asked = {f"reward {name}": scored(name, one) for name, one in zip(names, guarded, strict=True)}
+    logged = _only_logged(config)
+    asked = {f"reward {n}": scored(n, one) for n, one in zip(names, guarded, strict=True) if n not in logged}
     if config.shaping.ratio > 0 or config.shaping.target is not None:
         asked[f"shaping.encoder {config.shaping.encoder}"] = encoder
     for title, function in asked.items():
-        images = torch.full((1, *policy.image_shape), 0.5, device=policy.device, requires_grad=True)
-        why = ""
+        images = torch.rand(1, *policy.image_shape, generator=torch.Generator().manual_seed(0))
+        images = images.to(policy.device).requires_grad_()
+        gradient, why = None, ""
         try:
             with torch.enable_grad():
-                found = bool(function(images).requires_grad)
+                found = function(images)
+                if found.requires_grad:  # be it for the sake of its own weights alone
+                    (gradient,) = torch.autograd.grad(found.sum(), images, allow_unused=True)
         except InputError:
             raise
         except Exception as error:  # NumPy's and PIL's ways lead out of the graph with one
-            found, why = False, f": {reason(error)}"
-        if not found:
+            why = f": {reason(error)}"
+        if gradient is None:
             raise InputError(
                 f"{title} is not differentiable in the images, and objective.loss {loss!r} follows its gradient; expected "
                 "one that torch computes throughout (tiny-animals, pickscore, hpsv2, clipscore, imagereward, aesthetic, or a function "
-                f"of yours), or another loss, such as clipped_surrogate{why}"
+                "of yours without no_grad, inference_mode, detach, item, NumPy or PIL), or another loss, such as "
+                f"clipped_surrogate{why}"
             )
+        if not bool(gradient.any()):
+            warnings.warn(
+                f"{title} has a gradient of 0 at an image of noise; where it is 0 everywhere, as that of rounded values, objective.loss "
+                f"{loss!r} learns nothing from it",
+                GradientWarning,
+                stacklevel=2,
+            )
+
+
+def _only_logged(config: TrainConfig) -> set[str]:
+    """Rewards that are measured and weigh nothing."""
+    return (
+        set() if isinstance(config.reward, str) else {part.name for part in config.reward if part.weight == 0}
+    )
+
+
+def warn_of_adjoints(config: TrainConfig, policy: PipelinePolicy) -> None:
+    """Say where adjoint matching has other noise than its optimum is derived for."""
+    from driftrl.policies.flow import FlowPolicy
+
+    sampling = config.sampling
+    asked = []
+    if isinstance(policy, FlowPolicy):
+        if sampling.flow_sampler != "sde" or abs(sampling.noise_level - math.sqrt(2)) > 0.01:
+            asked.append("sampling.flow_sampler sde and sampling.noise_level 1.4142")
+    elif sampling.eta < 1:
+        asked.append("sampling.eta 1")
+    if sampling.window is not None:
+        asked.append("no sampling.window")
+    if asked:
+        warnings.warn(
+            "objective.loss 'adjoint' ends in the base model times exp(adjoint_scale x advantage) only with noise that makes an image "
+            f"independent of where it began: {' and '.join(asked)}. Here it follows the same gradient, to somewhere else",
+            GradientWarning,
+            stacklevel=2,
+        )
 
 
 def demand_noise(policy: PipelinePolicy, objective: Objective) -> None:

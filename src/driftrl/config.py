@@ -413,7 +413,8 @@ class ObjectiveConfig(Section):
     """Of `dgpo`'s ratio to the policy that drew, beyond which an image gives no gradient."""
     adjoint_scale: float = Field(default=1.0, gt=0)
     """Of `adjoint`: what is learned is the base model times exp(adjoint_scale x advantage), the advantage's mean and standard deviation
-    held; with advantage.scale `none` exp(adjoint_scale x reward)."""
+    held; with advantage.scale `none` exp(adjoint_scale x reward). So with objective.timesteps 1 (with fewer it stays short of that) and noise
+    that makes an image independent of where it began: sampling.eta 1, of flows sampling.noise_level 1.4142."""
     draft_steps: Positive = 1
     """Of `draft`: K, the last denoising steps that the gradient goes through, each of which is trained on."""
     trust_region: Literal["ratio", "normalized", "divergence"] = "ratio"
@@ -728,7 +729,18 @@ class TrainConfig(Section):
                 f"shaping.measure: the sizes of clusters have no gradient, which objective.loss {loss!r} follows; use 'pairwise', or "
                 "shaping.ratio 0"
             )
+        names = [self.reward] if isinstance(self.reward, str) else [p.name for p in self.reward if p.weight]
+        if served := [name for name in names if name.startswith(("http://", "https://"))]:
+            raise ValueError(
+                f"reward: a server sends no gradient, which objective.loss {loss!r} follows; {served[0]} goes with another loss, such as "
+                "clipped_surrogate"
+            )
         objective = self.objective
+        if loss == "draft" and self.sampling.window is not None and objective.kl_weight > 0:
+            raise ValueError(
+                "objective.kl_weight: is of steps with noise, and with sampling.window the last ones, which objective.loss 'draft' learns "
+                "from, need not have any; leave out the one or the other"
+            )
         if loss == "draft" and objective.draft_steps > self.sampling.steps:
             raise ValueError(
                 f"objective.draft_steps: expected at most sampling.steps ({self.sampling.steps}); got {objective.draft_steps}"
@@ -1044,6 +1056,9 @@ _ELSEWHERE = {
     "eval_freq": "evaluation.every",
     "eval_num_steps": "evaluation.steps",
     "beta_dpo": "objective.dgpo_beta",
+    "truncated_backprop_timestep": "objective.draft_steps",
+    "truncated_rand_backprop_minmax": "objective.draft_steps",
+    "truncated_backprop_rand": "objective.draft_steps",
     "num_checkpoint_limit": "logging.keep_last",
     "report_to": "logging.trackers",
     "log_with": "logging.trackers",

@@ -61,7 +61,12 @@ def worth(
     by_reward = shaping.on and shaping.level == "reward"
     if by_reward:
         kept = kept + shaping.ratio * bonus
-    of_reward = slope(kept, advantages_of(kept, unbounded, kept if by_reward else rewards, history))
+    # Where it is not the kept rewards' own spread that divides, a unit is worth as much where they are all equal.
+    divided_by_own = rule.baseline == "group" and rule.scale == "selected"
+    probe = (
+        kept if divided_by_own else torch.arange(kept.shape[1], device=kept.device).to(kept).expand_as(kept)
+    )
+    of_reward = slope(probe, advantages_of(probe, unbounded, kept if by_reward else rewards, history))
     if by_reward:
         of_bonus = shaping.ratio * of_reward
     elif shaping.on:
@@ -119,17 +124,41 @@ def gradient_of_images(
         features = in_batches(batch, len(drawn), lambda rows: encoder(drawn[rows]))
         pull = _pull_of_features(features.unflatten(0, (-1, group)), weigh.bonus, shaping).flatten(0, 1)
 
+    # An encoder that is the base model's own network is asked within a context, in which its gradient has to be taken as well.
+    within: Callable[[], AbstractContextManager[None]] = getattr(encoder, "reference", nullcontext)
+
     def work(rows: slice) -> Tensor:
-        with torch.enable_grad():
-            x0 = flat[rows].detach().requires_grad_()
-            decoded = policy.decode(x0)
+        def wanted(decoded: Tensor) -> Tensor:
             scores = reward(decoded, names[rows])
             total = (weights[rows].to(scores) * scores.reshape(len(scores), -1)).sum()
-            if pull is not None:
-                total = total + (pull[rows].to(decoded) * encoder(decoded)).sum()
-            return torch.autograd.grad(total, x0)[0].float()
+            return total if pull is None else total + (pull[rows].to(decoded) * encoder(decoded)).sum()
+
+        with nullcontext() if pull is None else within():
+            return _through_decoder(policy, flat[rows], wanted)[1]
 
     return in_batches(batch, len(flat), work).unflatten(0, (-1, group))
+
+
+def _through_decoder(
+    policy: Policy, clean: Tensor, wanted: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Images [n, 3, H, W] of clean latents [n, C, h, w], and in these the gradient of what is ``wanted`` of the images, float32."""
+    with torch.enable_grad():
+        x0 = clean.detach().requires_grad_()
+        decoded = policy.decode(x0)
+        free = decoded.detach().requires_grad_()
+        (of_images,) = torch.autograd.grad(wanted(free), free)
+        return free.detach(), _scaled_back(decoded, x0, of_images)
+
+
+def _scaled_back(output: Tensor, given: Tensor, gradient: Tensor) -> Tensor:
+    """``gradient`` in ``output`` [n, ...], carried to ``given`` [n, ...]: float32. In a unit of each row's own, so that half precision neither
+    overflows nor loses it.
+    """
+    unit = gradient.flatten(1).abs().amax(1).view(-1, *(1,) * (gradient.dim() - 1))
+    unit = torch.where(unit > 0, unit, 1.0)
+    (found,) = torch.autograd.grad(output, given, gradient / unit)
+    return unit * found.float()
 
 
 class Followed:
@@ -154,14 +183,15 @@ class Followed:
             return self._policy.decode(latents)  # which ends the iteration; a reward might end the run
 
         def work(rows: slice) -> Tensor:
-            with torch.enable_grad():
-                x0 = latents[rows].detach().requires_grad_()
-                images = self._policy.decode(x0)
-                place = slice(first + rows.start, first + rows.start + len(x0))
+            place = slice(first + rows.start, first + rows.stop)
+
+            def wanted(images: Tensor) -> Tensor:
                 scores = self._reward(images, self._prompts[place])
-                (gradient,) = torch.autograd.grad(scores.sum(), x0)
-            self.scores[place], self.gradients[place] = scores.detach().float(), gradient.float()
-            return images.detach()
+                self.scores[place] = scores.detach().float()
+                return scores.sum()
+
+            images, self.gradients[place] = _through_decoder(self._policy, latents[rows], wanted)
+            return images
 
         return in_batches(self._batch, len(latents), work)
 
@@ -234,10 +264,7 @@ def carried_back(
             if with_means and step in number:
                 found[:, 1, number[step]] = mean.detach()
             if not last:
-                # In a unit of its own, so that half precision neither overflows nor loses it.
-                unit = adjoint.abs().amax((1, 2, 3), keepdim=True)
-                unit = torch.where(unit > 0, unit, 1.0)
-                adjoint = unit * torch.autograd.grad(mean, latents, adjoint / unit)[0].float()
+                adjoint = _scaled_back(mean, latents, adjoint)
         return found
 
     with within():

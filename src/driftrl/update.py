@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -224,8 +225,10 @@ def update(
         batch,
         team,
     )
-    compiled = bool(getattr(policy, "compiled", False))
-    scores = _Scores(surrogate, drawn, passes, turns, objective.rescore, compiled)
+    scale = objective.loss_scale if gradient is None else _scale_of(gradient, objective.loss_scale)
+    scores = _Scores(
+        surrogate, drawn, passes, turns, objective.rescore, bool(getattr(policy, "compiled", False))
+    )
 
     def learn(pairs: Pairs, count: int, epoch: int, moved: bool, size: int) -> _Sums:
         """The gradient of one optimiser step, ``size`` pairs at a time."""
@@ -243,7 +246,7 @@ def update(
             if objective.kl_weight > 0:
                 kl = weight * _divergence(objective, term.move, anchor.mean)
             loss = term.loss + _beta(objective, latents) * kl
-            (loss.sum() * (counts * objective.loss_scale / count)).backward()
+            (loss.sum() * (counts * scale / count)).backward()
             sums = sums.plus(loss, term, kl, weight, counts, (first + sample) * steps + step)
         return sums
 
@@ -254,7 +257,7 @@ def update(
             sums = batch.attempt(partial(learn, pairs, count, epoch, number > 0))
         totals += sums.totals
         deviation = sums.deviation if number == 0 else deviation
-        team.add(_gradients(parameters, objective.loss_scale, team))
+        team.add(_gradients(parameters, scale, team))
         norm = whole(nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm))
         if not bool(torch.isfinite(norm)):
             optimizer.zero_grad(set_to_none=True)
@@ -477,6 +480,12 @@ def _divergence(objective: Objective, move: Transition, mean_ref: Tensor) -> Ten
 def _held(steps: Tensor, like: Tensor, gate: Tensor | None, mine: slice) -> Tensor:
     """What the divergence weighs for each sample and step [P * G, T] of the prompts ``mine``."""
     return steps.expand_as(like) if gate is None else steps * gate[mine].flatten()[:, None]
+
+
+def _scale_of(gradient: Tensor, loss_scale: float) -> float:
+    """What a pathwise loss, which has the unit of the reward, is multiplied by in float16: as if the gradient that it follows were about 1."""
+    largest = float(gradient.abs().max()) if loss_scale != 1 and gradient.numel() else 0.0
+    return loss_scale / 2.0 ** math.ceil(math.log2(largest)) if 0 < largest < math.inf else loss_scale
 
 
 def _gradients(parameters: list[nn.Parameter], loss_scale: float, team: Team) -> list[Tensor]:

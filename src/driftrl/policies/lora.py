@@ -122,14 +122,20 @@ class LoRA:
         add_lora(network, rank, alpha, targets, seed)
         self.by_sample = SampleGradients.of(network)
         """None where the gradients of single samples cannot be had."""
+        self._is_reference = False
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within this context the network computes what it did before the adapter was added."""
+        """Within this context, or several of it, the network computes what it did before the adapter was added."""
+        if self._is_reference:
+            yield
+            return
         self.network.disable_adapters()
+        self._is_reference = True
         try:
             yield
         finally:
+            self._is_reference = False
             self.network.enable_adapters()
 
     def save(self, folder: Path, values: Mapping[str, torch.Tensor] | None = None) -> None:

@@ -71,7 +71,7 @@ def scores_of(answer: object, count: int, title: str, followed: bool = False) ->
         if not hasattr(values, "__array__") and not isinstance(values, list | tuple):
             raise InputError(f"{wanted}; got {type(answer).__name__}")
         try:
-            values = torch.as_tensor(values)
+            values = torch.stack(scalars) if (scalars := _scalars(values)) else torch.as_tensor(values)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise InputError(f"{wanted}; got a {type(answer).__name__} of something else") from None
     values = values if followed else values.detach()
@@ -82,3 +82,10 @@ def scores_of(answer: object, count: int, title: str, followed: bool = False) ->
     if values.shape != (count,) or values.is_complex():
         raise InputError(f"{wanted}; got shape {list(values.shape)}, {values.dtype}")
     return values
+
+
+def _scalars(values: object) -> list[Tensor]:
+    """The list itself, if it is one of tensors of a single number each, which stacked keep their gradient; else none."""
+    given = list(values) if isinstance(values, list | tuple) else []
+    found = [v for v in given if isinstance(v, Tensor) and v.dim() == 0]
+    return found if len(found) == len(given) else []
