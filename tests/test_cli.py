@@ -46,6 +46,9 @@ def settings(config, tmp_path):
         ("optimizer.lr=1", "did you mean 'optimizer.learning_rate'"),
         ("shaping.lambda=1", "did you mean 'shaping.ratio'"),
         ("lora_rank=4", "did you mean 'adapter.rank'"),
+        ("truncated_backprop_timestep=9", "did you mean 'objective.draft_steps'"),
+        ("method=grpo", "no such key; methods are files: driftrl train experiments/methods/grpo.yaml"),
+        ("objective.loss=grpo", "Methods are files: driftrl train experiments/methods/grpo.yaml"),
         ("model=somewhere", "such as model.path"),
         ("learning_rate=1", "did you mean 'optimizer.learning_rate'"),
         ("learningrate=1", "did you mean 'optimizer.learning_rate'"),
@@ -108,6 +111,14 @@ def test_train_sample_and_refusals(settings, tmp_path):
     assert f"iteration 3/3  reward {now:.3f} ({now - begun:+.3f})" in more.stderr  # since the run's beginning
     lines = [line for line in more.stderr.splitlines() if line.startswith("iteration")]
     assert [bool(re.search(r"  [0-9.]+ (ms|s|min) left$", line)) for line in lines] == [True, False]
+    (run / "evaluation.json").write_text("measured")
+    finished = driftrl("train", "--resume", run)
+    assert (
+        finished.returncode == 0
+        and "is finished: 3 iterations, measured too; to go farther" in finished.stderr
+    )
+    assert (run / "evaluation.json").read_text() == "measured"
+    (run / "evaluation.json").unlink()
     drawn = driftrl("sample", run, "--prompt", "a cat", "-n", 2, "--base", "--out", tmp_path / "grid.png")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "grid.png").stat().st_size > 500
@@ -133,6 +144,10 @@ def test_missing_configuration_file(tmp_path):
     result = driftrl("train", tmp_path / "none.yaml")
     assert result.returncode == 2
     assert "none.yaml" in result.stderr
+    (tmp_path / "one.yaml").write_text("iterations: 1")
+    result = driftrl("train", tmp_path / "one")
+    assert result.returncode == 2
+    assert re.search(r"there is no such file; did you mean \S*one.yaml\?", result.stderr)
 
 
 COMMANDS = (

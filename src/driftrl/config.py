@@ -807,6 +807,8 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] | None 
         pairs.append((key, text))
     if path is not None and "=" in path.name and not path.exists():
         raise InputError(f"{path}: there is no such file; settings are given as --set {path}")
+    if path is not None and not path.exists() and (meant := path.with_name(f"{path.name}.yaml")).is_file():
+        raise InputError(f"{path}: there is no such file; did you mean {meant}?")
     data, source = read_config(path) if path is not None else ({}, "configuration")
     if "methods" in data:
         raise InputError(
@@ -988,6 +990,7 @@ def _parse_yaml(text: str) -> Any:
 
 _DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "no": "float32"}
 """What others call the precisions."""
+_METHODS = "methods are files: driftrl train experiments/methods/grpo.yaml (docs/methods.md)"
 _ELSEWHERE = {
     "lr": "optimizer.learning_rate",
     "lambda": "shaping.ratio",
@@ -1134,6 +1137,7 @@ def _explain(problem: Any, root: type[Section]) -> str:
             hint = nearest(leaf, known)
             for name, dotted in known.items():
                 hint = hint.replace(f"'{name}'", f"'{dotted[0]}'")
+        hint = f"; {_METHODS}." if key == "method" else hint
         return f"{key}: no such key{hint}{' A' if hint else '; a'}llowed here: {', '.join(names)}"
     if problem["type"] == "model_type":
         kind = root.model_fields[key].annotation if key in root.model_fields else None
@@ -1149,6 +1153,7 @@ def _explain(problem: Any, root: type[Section]) -> str:
     hint = ""
     if problem["type"] == "literal_error":
         options = [option.strip(" '") for option in str(context["expected"]).replace(" or ", ", ").split(",")]
-        hint = nearest(_DTYPES.get(str(given), str(given)), options)
+        near = nearest(_DTYPES.get(str(given), str(given)), options)
+        hint = f"{near} {_METHODS.capitalize()}" if key == "objective.loss" and near else near
     message = problem["msg"].removeprefix("Input should be ")
     return f"{key}: expected {message}; got {given!r}{hint}"

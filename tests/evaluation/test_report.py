@@ -328,6 +328,9 @@ def test_the_command_shows_what_it_found(tmp_path):
     assert findings.verdict()[0] in told.replace("\n", " ")
     status, told = run_command("compare", tmp_path / "nowhere", runs[0])
     assert (status, "there is no such run or file" in told) == (2, True)
+    (tmp_path / "empty").mkdir()
+    status, told = run_command("compare", tmp_path / "empty", runs[0], runs[0])
+    assert (status, "expected a run folder, or one that was measured" in told.replace("\n", " ")) == (2, True)
 
 
 def test_what_was_found_goes_to_stdout_and_where_it_lies_to_stderr(tmp_path):

@@ -17,7 +17,9 @@ CONFIG = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a setting, such as [cyan]optimizer.learning_rate=2e-3[/]."
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting, such as [cyan]optimizer.learning_rate=2e-3[/]; may be given several times.",
     ),
 ]
 
@@ -90,7 +92,10 @@ def register(app: typer.Typer) -> None:
         config: CONFIG = None,
         settings: Set = None,
         out: Annotated[
-            Path | None, typer.Option(metavar="DIR", help="The run folder; by default runs/ and the name.")
+            Path | None,
+            typer.Option(
+                metavar="DIR", help="The run folder; by default runs/NAME-seedSEED, numbered if that exists."
+            ),
         ] = None,
         resume: Annotated[
             Path | None, typer.Option(metavar="DIR", help="Go on with the run in this folder.")
@@ -274,7 +279,7 @@ def register(app: typer.Typer) -> None:
             str | None,
             typer.Option(
                 metavar="FILE",
-                help="A prompt set of the package, or a TXT or JSONL file; by default that of the run.",
+                help="A prompt set of the package, or a TXT or JSONL file; by default the run's evaluation.prompts.",
             ),
         ] = None,
         images: Annotated[
@@ -608,9 +613,9 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Check this machine: versions, devices, free space, and a model.
 
-        The model draws four images, then replays samples in float32, bfloat16 and float16: the ratio of an untouched
-        policy must be 1, up to a tenth of the clip range. The exit status is 1 if something is
-        wrong.
+        The model draws four images, then replays samples in float32, bfloat16
+        and float16: the ratio of an untouched policy must be 1, up to a tenth
+        of the clip range. The exit status is 1 if something is wrong.
 
         Examples:
 

@@ -87,6 +87,13 @@ def _trained(
         _say_if_new(trainer, console)
     trainer.on_stop = lambda: console.print("finishing this iteration, then saving; again to stop at once")
     start = trainer.loop.position.iteration
+    if start >= parsed.iterations and (trainer.folder / "evaluation.json").is_file():
+        console.print(
+            f"{trainer.folder} is finished: {counted(start, 'iteration')}, measured too; to go farther: "
+            f"driftrl train --resume {trainer.folder} --set iterations={2 * start}",
+            highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
+        return trainer.folder
     place = f" from iteration {start}" if start else ""
     console.print(
         f"[bold]{escape(parsed.name)}[/] on {escape(parsed.model.path)}, {counted(parsed.iterations, 'iteration')}{place}: "

@@ -68,7 +68,7 @@ class Findings:
         return [
             f"Measured too seldom: {listed(found)}. So much of the rewards compared lies between two checkpoints, where a front is taken "
             "to be straight; where it bulges, gains over it come out too large, and its own too small. Measure more of them: driftrl "
-            "evaluate RUN --checkpoint all."
+            "evaluate RUN --checkpoint all; where all are, train with a smaller logging.checkpoint_every."
         ]
 
     def summary(self) -> list[dict[str, Any]]:

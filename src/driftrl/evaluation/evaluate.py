@@ -568,6 +568,10 @@ def load_evaluation(path: Path | str) -> Evaluation:
     file = path / FILE if path.is_dir() else path
     if not path.exists():
         raise InputError(f"{path}: there is no such run or file")
+    if path.is_dir() and not file.is_file() and not (path / "config.yaml").is_file():
+        raise InputError(
+            f"{path}: expected a run folder, or one that was measured; it has neither config.yaml nor {FILE}"
+        )
     if not file.is_file():
         raise InputError(f"{file}: not there; measure the run first: driftrl evaluate {path}")
     return parse_evaluation(read_json(file), file)
