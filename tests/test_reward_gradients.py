@@ -482,6 +482,17 @@ def test_a_reward_that_is_only_logged_needs_no_gradient(config, tmp_path):
     assert figures["policy/grad_norm"] > 0 and figures["reward/incompressibility/mean"] > 0
 
 
+@pytest.mark.filterwarnings("ignore::driftrl.trainer.RewardWarning")
+def test_images_that_a_reward_gives_a_constant_have_no_gradient(config, tmp_path):
+    """And the run goes on with the others."""
+    for settings in (ALONE, DRAFT):
+        loop = build_loop(config(**settings), tmp_path)
+        loop.reward = lambda images, prompts: (
+            smooth(images, prompts) if "cow" in prompts else torch.zeros(len(images))
+        )
+        assert loop.iterate().metrics["policy/grad_norm"] >= 0
+
+
 def test_a_list_of_numbers_of_torch_keeps_its_gradient(config, tmp_path):
     loop = build_loop(config(**DRAFT | {"reward": "test_reward_gradients:one_by_one"}), tmp_path)
     assert loop.iterate().metrics["policy/grad_norm"] > 0

@@ -147,7 +147,11 @@ def _through_decoder(
         x0 = clean.detach().requires_grad_()
         decoded = policy.decode(x0)
         free = decoded.detach().requires_grad_()
-        (of_images,) = torch.autograd.grad(wanted(free), free)
+        total, of_images = wanted(free), None
+        if total.requires_grad:
+            (of_images,) = torch.autograd.grad(total, free, allow_unused=True)
+        if of_images is None:  # a reward may give these images a number that does not change with them
+            return free.detach(), torch.zeros_like(clean, dtype=torch.float32)
         return free.detach(), _scaled_back(decoded, x0, of_images)
 
 

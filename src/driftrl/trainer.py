@@ -364,7 +364,8 @@ class TrainingLoop:
             **noise_check.metrics(cost),
         }
         constant = metrics["warning/constant_reward_groups"]
-        if constant:
+        # Their gradient teaches where it is not their own spread that divides.
+        if constant and (self.objective.pathwise is None or method.advantage.scale == "selected"):
             self._say(
                 RewardWarning,
                 f"in iteration {number + 1} the kept rewards of {constant} of {len(texts)} prompts are all equal: "

@@ -294,7 +294,7 @@ def _summary(methods: list[Method], metrics: list[str]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": method.name,
-                "colour": number % COLOURS,
+                "colour": number,
                 "seeds": len(method.runs),
                 "at": method.told(method.shared()[-1]),
                 "cells": cells,
@@ -331,14 +331,14 @@ def _board(
                     "tip": minus(gain.mean, sign=True) + ("" if few else ends),
                 }
             )
-        rows.append({"name": method.name, "colour": number % COLOURS, "cells": cells})
+        rows.append({"name": method.name, "colour": number, "cells": cells})
     return rows
 
 
 def _differences(methods: list[Method], metrics: list[str], rival: str) -> list[tuple[str, Markup]]:
     """For each measure a plot of how much more variety each method has than the rival, over the reward."""
     against = next(method for method in methods if method.name == rival)
-    zero = methods.index(against) % COLOURS
+    zero = methods.index(against)
     plots = []
     for metric in metrics:
         title, lines = METRICS[metric].title, []
@@ -353,7 +353,7 @@ def _differences(methods: list[Method], metrics: list[str], rival: str) -> list[
                 continue  # these two share no reward
             points = [(level, gain) for level, gain in found]
             tips = [f"{method.name}, reward {minus(x)}: {minus(y, sign=True)}" for x, y in points]
-            lines.append(Line(points, number % COLOURS, "bold", tips))
+            lines.append(Line(points, number, "bold", tips))
         if not lines:
             continue
         ends = [x for line in lines for x, _ in line.points]
@@ -368,17 +368,16 @@ def _fronts(methods: list[Method], metrics: list[str]) -> list[tuple[str, Markup
     for name in metrics:
         title, lines, told = METRICS[name].title, [], []
         for number, method in enumerate(methods):
-            colour = number % COLOURS
             if len(method.runs) > 1:
-                lines += [Line(run.curve(name), colour, "faint") for run in method.runs]
+                lines += [Line(run.curve(name), number, "faint") for run in method.runs]
             mean, at = method.mean_curve(name), method.shared()
             envelope = upper_envelope(mean).tolist()
-            lines.append(Line([(p[0], p[1]) for p in envelope], colour, "bold"))
+            lines.append(Line([(p[0], p[1]) for p in envelope], number, "bold"))
             tips = [
                 f"{method.name}, {method.told(i)}: reward {minus(r)}, {minus(v)}"
                 for i, (r, v) in zip(at, mean, strict=True)
             ]
-            lines.append(Line(mean[1:], colour, "none", tips[1:]))
+            lines.append(Line(mean[1:], number, "none", tips[1:]))
             told.append(tips[-1])
         base = methods[0].runs[0].curve(name)[:1]
         lines.append(Line(base, -1, "none", ["base model"], {0: "base"}))
@@ -400,7 +399,7 @@ def _checkpoint_curves(methods: list[Method], metrics: list[str], few: bool) -> 
                 f"{method.name}, {method.told(i)}: {minus(o.mean)}" for i, o in zip(at, over, strict=True)
             ]
             band = [(o.low, o.high) for o in over] if len(method.runs) > 1 and not few else ()
-            lines.append(Line(points, number % COLOURS, "bold", tips, band=band))
+            lines.append(Line(points, number, "bold", tips, band=band))
         if not lines:
             continue
         described = f"{title} over checkpoints of {', '.join(m.name for m in methods if not m.scaled)}"

@@ -9,6 +9,8 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
+from driftrl.evaluation.page import COLOURS
+
 WIDTH, HEIGHT = 372, 282
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 14, 44
 DIGIT = 7.5
@@ -23,7 +25,7 @@ class Line:
 
     points: Sequence[tuple[float, float]]
     colour: int = 0
-    """Number of the page's colour; -1 is the base model's."""
+    """Number of the page's colour, or of the method where there are more of these; -1 is the base model's."""
     stroke: str = "path"
     """CSS class of the path: 'path', 'faint', 'bold', or 'none' for points only."""
     tips: Sequence[str] = ()
@@ -117,7 +119,7 @@ def _clear(x: float, y: float, text: str, marks: Sequence[tuple[float, float]]) 
 def _draw(
     line: Line, place: Callable[[float, float], tuple[float, float]], marks: list[tuple[float, float]]
 ) -> list[str]:
-    colour = "cb" if line.colour < 0 else f"c{line.colour}"
+    colour = _class(line.colour)
     parts = []
     finite = [k for k, point in enumerate(line.points) if _finite(point)]
     where = {k: place(*line.points[k]) for k in finite}
@@ -164,9 +166,15 @@ def _draw(
     return parts
 
 
+def _class(number: int) -> str:
+    """The style sheet's name of a colour."""
+    return "cb" if number < 0 else f"c{number % COLOURS}"
+
+
 def _mark(where: tuple[float, float], number: int, r: float, tip: str) -> str:
-    (x, y), colour = where, "cb" if number < 0 else f"c{number}"
-    shape = 0 if number < 0 else number % MARKS
+    (x, y), colour = where, _class(number)
+    # After as many methods as there are colours shapes go on by one: so no two of 64 are alike.
+    shape = 0 if number < 0 else (number + number // COLOURS) % MARKS
     if shape == 0:
         body = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>'
     elif shape == 1:
