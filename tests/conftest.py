@@ -18,10 +18,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "DRIFTRL_TEST_DEVICE" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import hypothesis
 import pytest
 import torch
 
 from launcher import Launcher
+
+# A machine that is busy with something else is no error.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 torch.set_num_threads(1)
 # A shell's background jobs ignore Ctrl-C, and so would the programs that tests start and stop by it.

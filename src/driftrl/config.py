@@ -1137,7 +1137,7 @@ def _explain(problem: Any, root: type[Section]) -> str:
             hint = nearest(leaf, known)
             for name, dotted in known.items():
                 hint = hint.replace(f"'{name}'", f"'{dotted[0]}'")
-        hint = f"; {_METHODS}." if key == "method" else hint
+        hint = f"; {_METHODS}." if key == "method" and root is TrainConfig else hint
         return f"{key}: no such key{hint}{' A' if hint else '; a'}llowed here: {', '.join(names)}"
     if problem["type"] == "model_type":
         kind = root.model_fields[key].annotation if key in root.model_fields else None

@@ -570,7 +570,7 @@ def load_evaluation(path: Path | str) -> Evaluation:
         raise InputError(f"{path}: there is no such run or file")
     if path.is_dir() and not file.is_file() and not (path / "config.yaml").is_file():
         raise InputError(
-            f"{path}: expected a run folder, or one that was measured; it has neither config.yaml nor {FILE}"
+            f"{path}: expected a run folder, or one that was measured; it has neither config.yaml nor {FILE}, which driftrl evaluate RUN writes"
         )
     if not file.is_file():
         raise InputError(f"{file}: not there; measure the run first: driftrl evaluate {path}")
